@@ -1,0 +1,56 @@
+"""Extreme Region Policy Distillation (arXiv 2605.25582) on Lightning.
+
+The public names below are imported when they are first used, so that `import erpd_lightning` does
+not wait for torch.
+"""
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from .data.rollouts import RolloutDataModule
+    from .distill import DistillModule
+    from .errors import UserError
+    from .extreme_region import ExtremeRegionModule
+    from .objectives.distillation import TiltedTarget
+    from .objectives.extreme import SAPO, CrossEntropy
+    from .objectives.signal import Signal, Term
+
+__version__ = "0.1.0"
+
+__all__ = [
+    "SAPO",
+    "CrossEntropy",
+    "DistillModule",
+    "ExtremeRegionModule",
+    "RolloutDataModule",
+    "Signal",
+    "Term",
+    "TiltedTarget",
+    "UserError",
+    "__version__",
+]
+
+_HOMES = {
+    "SAPO": ".objectives.extreme",
+    "CrossEntropy": ".objectives.extreme",
+    "DistillModule": ".distill",
+    "ExtremeRegionModule": ".extreme_region",
+    "RolloutDataModule": ".data.rollouts",
+    "Signal": ".objectives.signal",
+    "Term": ".objectives.signal",
+    "TiltedTarget": ".objectives.distillation",
+    "UserError": ".errors",
+}
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _HOMES:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    value = getattr(import_module(_HOMES[name], __name__), name)
+    globals()[name] = value  # the next access does not come here
+    return value
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})

@@ -1,0 +1,6 @@
+"""`python -m erpd_lightning`."""
+
+from .cli import main
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,577 @@
+"""Token-budget batches of stored rollouts: the same on every rank, and resumable at any
+micro-batch.
+
+An optimiser step is a set of responses. It is cut into `pieces_per_rank * world_size` micro-batches
+of similar padded size, as many on every rank and in every step, so that all ranks run forward and
+backward equally often. Losses are sums over tokens divided by `step_tokens`, hence independent of
+the cut.
+"""
+
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field, fields, replace
+from functools import cached_property
+from typing import Any, Protocol
+
+import numpy as np
+import pyarrow as pa
+import torch
+from torch import Tensor
+
+from ..errors import UserError
+from ..objectives.tilt import LOG_ZERO
+from ..seeds import derive_seed
+
+
+@dataclass
+class RolloutBatch:
+    """One micro-batch of `B` responses; `L` is the longest prompt with response, `T` the longest
+    response.
+
+    Attributes:
+        input_ids: (B, L) long, prompt then response, right padded with 0.
+        attention_mask: (B, L) bool, True on prompt and response.
+        positions: (B, T) long, where in L the hidden state that predicts response token t is; pads
+            0.
+        response_ids: (B, T) long, pads 0.
+        mask: (B, T) bool, True on response tokens; all False in a filler that only keeps the ranks
+            in step.
+        anchor_logps: (B, T) float32, the sampler's log-probs in nats; pads 0.
+        rewards: (B,) float32.
+        advantages: (B,) float32.
+        rows: (B,) long, rows of the rollout store; -1 for a filler.
+        step_tokens: Response tokens of the whole optimiser step, all ranks and micro-batches.
+        step_responses: Responses of the whole optimiser step.
+        micro_batches: Micro-batches per rank in the step.
+        last: Whether this is the step's last micro-batch.
+        scores: Per policy (B, T, K+1) float32 log-probs of the support and, last, of the tail, in
+            nats; unused support slots hold `LOG_ZERO`. Positions that are padding put all mass on
+            the tail, so that what is computed there is finite.
+        support_ids: (B, T, K) long, the vocabulary entries of the support, the same for all
+            policies; pads -1.
+    """
+
+    input_ids: Tensor
+    attention_mask: Tensor
+    positions: Tensor
+    response_ids: Tensor
+    mask: Tensor
+    anchor_logps: Tensor
+    rewards: Tensor
+    advantages: Tensor
+    rows: Tensor
+    step_tokens: int
+    step_responses: int
+    micro_batches: int
+    last: bool
+    scores: dict[str, Tensor] | None = None
+    support_ids: Tensor | None = None
+
+    def to(self, device: torch.device | str) -> "RolloutBatch":
+        """The same batch with all tensors on `device`."""
+        moved: dict[str, Any] = {
+            f.name: value.to(device)
+            for f in fields(self)
+            if isinstance(value := getattr(self, f.name), Tensor)
+        }
+        if self.scores is not None:
+            moved["scores"] = {name: logps.to(device) for name, logps in self.scores.items()}
+        return replace(self, **moved)
+
+
+@dataclass(frozen=True)
+class ScoreTable:
+    """What one policy says about the tokens of `M` responses, `N` tokens in all (nats).
+
+    Attributes:
+        rows: (M,) long, rows of the rollout store, increasing.
+        token_offsets: (M+1,) long, where each row's tokens start.
+        logps: (N,) float32, of the sampled tokens.
+        sizes: (N,) long, support entries of each token.
+        support_offsets: (N+1,) long, where each token's support starts.
+        support_ids: (S,) int32.
+        support_logps: (S,) float32.
+        tail_logps: (N,) float32.
+    """
+
+    rows: Tensor
+    token_offsets: Tensor
+    logps: Tensor
+    sizes: Tensor
+    support_offsets: Tensor
+    support_ids: Tensor
+    support_logps: Tensor
+    tail_logps: Tensor
+
+    @classmethod
+    def from_arrow(cls, table: pa.Table) -> "ScoreTable":
+        """From a table of the `SCORES` schema, in any order of rows.
+
+        Raises:
+            UserError: a row is there twice, or the columns of a row differ in length.
+        """
+        rows = _flat(table["row"])
+        if bool((rows.diff() < 0).any()):
+            # Arrow sorts lists with 32-bit offsets only as long as they hold 2^31 values in all.
+            wide = [
+                f.with_type(pa.large_list(f.type.value_type)) if pa.types.is_list(f.type) else f
+                for f in table.schema
+            ]
+            table = table.cast(pa.schema(wide)).sort_by("row")
+            rows = _flat(table["row"])
+        if bool((rows.diff() == 0).any()):
+            raise UserError("scores: a row is there twice; a policy scores each response once")
+        logps, token_offsets = _ragged(table["logps"])
+        sizes, size_offsets = _ragged(table["support_size"])
+        tails, tail_offsets = _ragged(table["tail_logps"])
+        support_ids, id_offsets = _ragged(table["support_ids"])
+        support_logps, support_row_offsets = _ragged(table["support_logps"])
+        support_offsets = _offsets(sizes)
+        _check_equal_lengths(
+            "scores", logps=token_offsets, support_size=size_offsets, tail_logps=tail_offsets
+        )
+        _check_equal_lengths(
+            "scores",
+            support_size=support_offsets[token_offsets],
+            support_ids=id_offsets,
+            support_logps=support_row_offsets,
+        )
+        return cls(
+            rows,
+            token_offsets,
+            logps,
+            sizes.long(),
+            support_offsets,
+            support_ids,
+            support_logps,
+            tails,
+        )
+
+    @property
+    def max_size(self) -> int:
+        """K, the most support entries that any token has."""
+        return int(self.sizes.max()) if len(self.sizes) else 0
+
+    def token_starts(self, rows: Tensor) -> Tensor:
+        """(B,) where the tokens of these store rows start; UserError if one is not scored."""
+        index = torch.searchsorted(self.rows, rows).clamp_max(len(self.rows) - 1)
+        missing = rows[self.rows[index] != rows]
+        if len(missing):
+            raise UserError(
+                f"scores: row {int(missing[0])} of the rollouts is missing; score it too"
+            )
+        return self.token_offsets[index]
+
+
+@dataclass(frozen=True)
+class RolloutTable:
+    """A rollout store in memory: `N` responses as flat tensors with offsets.
+
+    Attributes:
+        prompt_ids: Flat int32; row i's are `prompt_ids[prompt_offsets[i] : prompt_offsets[i + 1]]`.
+        prompt_offsets: (N+1,) long.
+        response_ids: Flat int32.
+        response_offsets: (N+1,) long.
+        logps: Flat float32, the sampler's log-probs of `response_ids` (nats).
+        rewards: (N,) float32.
+        groups: (N,) long.
+        scores: Per policy its scores, all on the same rows and supports.
+    """
+
+    prompt_ids: Tensor
+    prompt_offsets: Tensor
+    response_ids: Tensor
+    response_offsets: Tensor
+    logps: Tensor
+    rewards: Tensor
+    groups: Tensor
+    scores: dict[str, ScoreTable] = field(default_factory=dict)
+
+    @classmethod
+    def from_arrow(
+        cls, table: pa.Table, scores: Mapping[str, ScoreTable] | None = None
+    ) -> "RolloutTable":
+        """From a table of the `ROLLOUTS` schema; row i is the i-th row of the table.
+
+        Raises:
+            UserError: a prompt without tokens, log-probs that are not one per response token, or
+                scores that were made for other rollouts or on different supports.
+        """
+        prompt_ids, prompt_offsets = _ragged(table["prompt_ids"])
+        response_ids, response_offsets = _ragged(table["response_ids"])
+        logps, logp_offsets = _ragged(table["logps"])
+        _check_equal_lengths("rollouts", response_ids=response_offsets, logps=logp_offsets)
+        empty = (prompt_offsets.diff() == 0).nonzero()
+        if len(empty):
+            raise UserError(
+                f"rollouts: row {int(empty[0])} has a prompt without tokens; "
+                "there must be one to predict the response from"
+            )
+        return cls(
+            prompt_ids,
+            prompt_offsets,
+            response_ids,
+            response_offsets,
+            logps,
+            _flat(table["reward"]),
+            _flat(table["group"]),
+            dict(scores or {}),
+        )
+
+    def __post_init__(self) -> None:
+        for name, score in self.scores.items():
+            self._check_scores(name, score, next(iter(self.scores.values())))
+
+    @cached_property
+    def prompt_lengths(self) -> Tensor:
+        """(N,) long, tokens of each prompt."""
+        return self.prompt_offsets.diff()
+
+    @cached_property
+    def response_lengths(self) -> Tensor:
+        """(N,) long, tokens of each response."""
+        return self.response_offsets.diff()
+
+    @cached_property
+    def lengths(self) -> Tensor:
+        """(N,) long, tokens of prompt and response."""
+        return self.prompt_lengths + self.response_lengths
+
+    @property
+    def token_rows(self) -> Tensor:
+        """(tokens,) long, the row of each response token; of scored rows only, if any are."""
+        score = next(iter(self.scores.values()), None)
+        rows = torch.arange(len(self.rewards)) if score is None else score.rows
+        return rows.repeat_interleave(self.response_lengths[rows])
+
+    def flat_scores(self, policy: str) -> Tensor:
+        """(tokens, K+1) float32 log-probs of support and tail, in the order of `token_rows`.
+
+        K is the largest support of the store; unused slots hold `LOG_ZERO`.
+        """
+        score = self.scores[policy]
+        logps = torch.full((len(score.sizes), score.max_size + 1), LOG_ZERO)
+        used = torch.arange(score.max_size) < score.sizes[:, None]
+        logps[:, :-1][used] = score.support_logps
+        logps[:, -1] = score.tail_logps
+        return logps
+
+    def batch(
+        self,
+        rows: Tensor,
+        advantages: Tensor,
+        *,
+        step_tokens: int,
+        step_responses: int,
+        micro_batches: int,
+        last: bool,
+    ) -> RolloutBatch:
+        """The batch of some rows.
+
+        Args:
+            rows: (B,) long.
+            advantages: (N,) of all rows of the table.
+            step_tokens, step_responses, micro_batches, last: As in `RolloutBatch`.
+        """
+        prompt = self.prompt_lengths[rows][:, None]
+        response = self.response_lengths[rows][:, None]
+        column = torch.arange(int((prompt + response).max()))
+        token = torch.arange(int(response.max()))
+        mask = token < response
+        attention_mask = column < prompt + response
+        in_prompt = column < prompt
+        starts = self.response_offsets[rows][:, None]
+        prompt_index = (self.prompt_offsets[rows][:, None] + column).where(in_prompt, 0)
+        column_index = (starts - prompt + column).where(attention_mask & ~in_prompt, 0)
+        token_index = (starts + token).where(mask, 0)
+        prompt_ids = self.prompt_ids.take(prompt_index)
+        input_ids = prompt_ids.where(in_prompt, self.response_ids.take(column_index))
+        scores, support_ids = self._batch_scores(rows, token, mask)
+        return RolloutBatch(
+            input_ids=input_ids.where(attention_mask, 0).long(),
+            attention_mask=attention_mask,
+            positions=(prompt + token - 1).where(mask, 0),
+            response_ids=self.response_ids.take(token_index).where(mask, 0).long(),
+            mask=mask,
+            anchor_logps=self.logps.take(token_index).where(mask, 0.0),
+            rewards=self.rewards[rows],
+            advantages=advantages[rows],
+            rows=rows,
+            step_tokens=step_tokens,
+            step_responses=step_responses,
+            micro_batches=micro_batches,
+            last=last,
+            scores=scores,
+            support_ids=support_ids,
+        )
+
+    def _batch_scores(
+        self, rows: Tensor, token: Tensor, mask: Tensor
+    ) -> tuple[dict[str, Tensor] | None, Tensor | None]:
+        reference = next(iter(self.scores.values()), None)
+        if reference is None:
+            return None, None
+        # All policies share rows and supports: one index serves them all.
+        token_index = (reference.token_starts(rows)[:, None] + token).where(mask, 0)
+        sizes = reference.sizes.take(token_index).where(mask, 0)[..., None]
+        slot = torch.arange(int(sizes.max()) if sizes.numel() else 0)
+        used = slot < sizes
+        index = (reference.support_offsets.take(token_index)[..., None] + slot).where(used, 0)
+        scores = {}
+        for name, score in self.scores.items():
+            support = score.support_logps.take(index).where(used, LOG_ZERO)
+            tail = score.tail_logps.take(token_index).where(mask, 0.0)
+            scores[name] = torch.cat([support, tail[..., None]], dim=-1)
+        return scores, reference.support_ids.take(index).where(used, -1).long()
+
+    def _check_scores(self, name: str, score: ScoreTable, reference: ScoreTable) -> None:
+        fits = len(score.rows) > 0 and score.rows[0] >= 0 and score.rows[-1] < len(self.rewards)
+        if not fits or not torch.equal(
+            score.token_offsets.diff(), self.response_lengths[score.rows]
+        ):
+            raise UserError(f"scores of {name!r} were made for other rollouts; score these")
+        if not (
+            torch.equal(score.rows, reference.rows)
+            and torch.equal(score.sizes, reference.sizes)
+            and torch.equal(score.support_ids, reference.support_ids)
+        ):
+            raise UserError(
+                f"scores of {name!r} and {next(iter(self.scores))!r} are on different supports; "
+                "score all policies on the same ones"
+            )
+
+
+class Collate(Protocol):
+    """Builds a batch; `RolloutTable.batch` with its advantages bound is one."""
+
+    def __call__(
+        self,
+        rows: Tensor,
+        *,
+        step_tokens: int,
+        step_responses: int,
+        micro_batches: int,
+        last: bool,
+    ) -> RolloutBatch: ...
+
+
+class StepLoader:
+    """This rank's micro-batches of one epoch after the other, resumable after any of them.
+
+    The stream depends on the arguments alone. Each `iter()` continues it, where `load_state_dict`
+    put it or where the last iterator was left, to the end of the epoch; the one after that starts
+    the next epoch. The state counts the micro-batches taken in the epoch and is the same on every
+    rank. A `Trainer` gives each of its epochs one of the loader's, also with `limit_train_batches`.
+
+    Args:
+        collate: Makes the batch of some store rows.
+        lengths: (N,) long, tokens of prompt and response of every row of the store.
+        response_lengths: (N,) long, tokens of the response.
+        rows: (n,) long, the rows of the store to go through.
+        batch_size: Responses per optimiser step, over all ranks; the last step of an epoch may have
+            fewer.
+        pieces_per_rank: Micro-batches per rank in each step; see `pieces_needed`.
+        rank: This process, from 0.
+        world_size: How many processes there are.
+        seed: Seed of the order.
+        shuffle: Draw a new order for each epoch. If not, the order is that of `rows`.
+    """
+
+    def __init__(
+        self,
+        collate: Collate,
+        lengths: Tensor,
+        response_lengths: Tensor,
+        rows: Tensor,
+        *,
+        batch_size: int,
+        pieces_per_rank: int,
+        rank: int,
+        world_size: int,
+        seed: int,
+        shuffle: bool,
+    ) -> None:
+        self.collate = collate
+        self.lengths = lengths
+        self.response_lengths = response_lengths
+        self.rows = rows
+        self.batch_size = batch_size
+        self.pieces_per_rank = pieces_per_rank
+        self.rank = rank
+        self.world_size = world_size
+        self.seed = seed
+        self.shuffle = shuffle
+        self._epoch = 0
+        self._batches = 0
+
+    def __len__(self) -> int:
+        """Micro-batches of one epoch on this rank."""
+        return -(-len(self.rows) // self.batch_size) * self.pieces_per_rank
+
+    def __iter__(self) -> Iterator[RolloutBatch]:
+        # Lightning asks for iterators that it does not use: nothing may change before the first
+        # batch is taken.
+        steps = plan_steps(
+            len(self.rows), self.batch_size, seed=self.seed, epoch=self._epoch, shuffle=self.shuffle
+        )
+        first, done = divmod(self._batches, self.pieces_per_rank)
+        for number, chosen in enumerate(steps[first:]):
+            for batch in self._micro_batches(self.rows[chosen], done if number == 0 else 0):
+                # Before the yield: a checkpoint is saved while the iterator waits there.
+                self._batches += 1
+                yield batch
+        self._epoch, self._batches = self._epoch + 1, 0
+
+    @property
+    def sampler(self) -> "StepLoader":
+        """Where Lightning looks for `set_epoch`, which it calls before each of its epochs."""
+        return self
+
+    def set_epoch(self, epoch: int) -> None:
+        """Go to the start of `epoch`, unless that is the epoch in progress."""
+        # Lightning drops the loader's state when it resumes between epochs; this is what remains.
+        if epoch != self._epoch:
+            self._epoch, self._batches = epoch, 0
+
+    def state_dict(self) -> dict[str, int]:
+        """`{"epoch", "batches"}`: micro-batches taken so far in the epoch."""
+        return {"epoch": self._epoch, "batches": self._batches}
+
+    def load_state_dict(self, state: Mapping[str, int]) -> None:
+        """Make the next `iter()` continue exactly there.
+
+        Raises:
+            UserError: the epoch has fewer micro-batches than were taken.
+        """
+        if not 0 <= state["batches"] <= len(self):
+            raise UserError(
+                f"the checkpoint was saved after {state['batches']} micro-batches of an epoch that "
+                f"has {len(self)} now: resume with the same data, batch size and processes"
+            )
+        self._epoch, self._batches = state["epoch"], state["batches"]
+
+    def _micro_batches(self, rows: Tensor, start: int) -> Iterator[RolloutBatch]:
+        """This rank's micro-batches of the step over `rows`, from number `start` on."""
+        pieces = cut_step(self.lengths[rows], self.pieces_per_rank * self.world_size)
+        step_tokens = int(self.response_lengths[rows].sum())
+        for number in range(start, self.pieces_per_rank):
+            piece = pieces[number * self.world_size + self.rank]
+            filler = len(piece) == 0
+            batch = self.collate(
+                rows[self.lengths[rows].argmin()][None] if filler else rows[piece],
+                step_tokens=step_tokens,
+                step_responses=len(rows),
+                micro_batches=self.pieces_per_rank,
+                last=number == self.pieces_per_rank - 1,
+            )
+            if filler:
+                batch = replace(
+                    batch, mask=torch.zeros_like(batch.mask), rows=torch.full_like(batch.rows, -1)
+                )
+            yield batch
+
+
+def plan_steps(
+    count: int, batch_size: int, *, seed: int, epoch: int, shuffle: bool
+) -> list[Tensor]:
+    """Indices below `count` of each optimiser step of an epoch; the last step may be smaller.
+
+    The order depends on `seed` and `epoch` only: neither on the rank nor on the global random
+    state.
+    """
+    order = torch.arange(count)
+    if shuffle:
+        generator = torch.Generator().manual_seed(derive_seed(seed, "epoch", epoch))
+        order = torch.randperm(count, generator=generator)
+    return list(torch.split(order, batch_size)) if count else []
+
+
+def cut_step(lengths: Tensor, pieces: int) -> list[Tensor]:
+    """Cut a step into micro-batches such that the largest padded size is as small as it can be.
+
+    Args:
+        lengths: (n,) long, tokens of prompt and response, each at least 1.
+        pieces: How many micro-batches to make.
+
+    Returns:
+        Exactly `pieces` groups of indices, together a permutation; each is a run of the indices
+        sorted by decreasing length. The padded size of a group is its count times its longest
+        length. No cut of any kind has a smaller largest one (runs are no restriction: sorting while
+        keeping the groups' counts increases no group's longest length). Groups are empty only where
+        there are fewer responses than groups.
+    """
+    lengths, order = lengths.sort(descending=True, stable=True)
+    descending = lengths.tolist()
+    low, high = max(descending, default=0), len(descending) * max(descending, default=0)
+    while low < high:
+        bound = (low + high) // 2
+        if len(_greedy_cut(descending, bound)) <= pieces:
+            high = bound
+        else:
+            low = bound + 1
+    counts = _greedy_cut(descending, low)
+    while len(counts) < min(pieces, len(descending)):
+        index = counts.index(max(counts))
+        counts[index : index + 1] = [counts[index] - counts[index] // 2, counts[index] // 2]
+    return list(torch.split(order, counts + [0] * (pieces - len(counts))))
+
+
+def pieces_needed(lengths: Tensor, batch_size: int, max_tokens: int) -> int:
+    """Micro-batches, over all ranks, that keep every padded size within `max_tokens` in every step.
+
+    The `batch_size` longest responses are the worst step there can be.
+
+    Args:
+        lengths: (n,) long, tokens of prompt and response of all rows that steps are made of.
+        batch_size: Responses per optimiser step.
+        max_tokens: Largest count times longest length of a micro-batch.
+
+    Raises:
+        UserError: one response alone is longer than `max_tokens`.
+    """
+    longest = lengths.sort(descending=True).values[:batch_size].tolist()
+    if longest and longest[0] > max_tokens:
+        raise UserError(
+            f"max_tokens is {max_tokens}, but the longest prompt with its response has "
+            f"{longest[0]} tokens: set max_tokens to at least {longest[0]}"
+        )
+    return len(_greedy_cut(longest, max_tokens))
+
+
+def _greedy_cut(descending: list[int], bound: int) -> list[int]:
+    """Counts of the fewest runs with count times first length within `bound` (>= all lengths)."""
+    counts, start = [], 0
+    while start < len(descending):
+        count = min(bound // descending[start], len(descending) - start)
+        counts.append(count)
+        start += count
+    return counts
+
+
+def _flat(column: pa.ChunkedArray) -> Tensor:
+    """A column of numbers as a tensor of its own memory (Arrow's is read-only)."""
+    arrays = [chunk.to_numpy(zero_copy_only=True) for chunk in column.chunks]
+    return torch.from_numpy(np.concatenate(arrays))
+
+
+def _ragged(column: pa.ChunkedArray) -> tuple[Tensor, Tensor]:
+    """A column of lists as its values, one after the other, and the (N+1,) offsets of the lists."""
+    # By chunk: Arrow's own 32-bit offsets cannot count the tokens of a large store.
+    values = [chunk.flatten().to_numpy(zero_copy_only=True) for chunk in column.chunks]
+    lengths = [np.diff(chunk.offsets.to_numpy()) for chunk in column.chunks]
+    offsets = _offsets(torch.from_numpy(np.concatenate(lengths)))
+    return torch.from_numpy(np.concatenate(values)), offsets
+
+
+def _offsets(lengths: Tensor) -> Tensor:
+    """(N+1,) long, 0 and the running sums of (N,) lengths."""
+    return torch.cat([torch.zeros(1, dtype=torch.long), lengths.cumsum(0, dtype=torch.long)])
+
+
+def _check_equal_lengths(what: str, **offsets: Tensor) -> None:
+    (first, reference), *others = offsets.items()
+    for name, other in others:
+        different = (reference.diff() != other.diff()).nonzero()
+        if len(different):
+            raise UserError(
+                f"{what}: {first} and {name} differ in length in row {int(different[0])}"
+            )

@@ -1,0 +1,280 @@
+"""`RolloutDataModule`: rollouts sampled once, kept in a store, and read again in every epoch."""
+
+from collections.abc import Iterator
+from functools import cached_property, partial
+from pathlib import Path
+from typing import Any
+
+import torch
+from lightning.pytorch import LightningDataModule
+from torch import Tensor
+
+from ..errors import UserError
+from ..objectives.advantages import group_advantages
+from ..seeds import derive_seed
+from .batching import RolloutTable, ScoreTable, StepLoader, pieces_needed
+from .passes import Parts, SamplingPass, ScoringPass, ranks, run_pass
+from .prompts import (
+    Prompt,
+    PromptBatch,
+    context_length,
+    load_tokenizer,
+    read_prompts,
+    tokenize,
+)
+from .samplers import Sampler, TransformersSampler
+from .store import Store, sha256_file
+from .verifiers import ExactMatch, Verifier
+
+
+class RolloutDataModule(LightningDataModule):
+    """Samples responses, verifies them, and serves the stored rollouts in batches.
+
+    Training reads the store alone. Where it does not exist yet, `fit` first samples it from the policy that is
+    about to be trained; `sampling()` does only that, in a `Trainer.predict`. Validation and testing sample
+    afresh from held-out prompts.
+
+    A training batch is a micro-batch of an optimiser step of `batch_size` responses over all ranks. How many
+    micro-batches that takes follows from `max_tokens`, and the trainer's `accumulate_grad_batches` is raised to
+    it; it never changes the gradient.
+
+    Args:
+        store: Directory of the rollout store.
+        tokenizer: Folder or hub name of the tokenizer: that of the base policy.
+        prompts: JSONL file or data set of prompts to sample from, with `prompt` and `answer`; not needed where
+            the store is complete.
+        validation_prompts: Held-out prompts in the same format; None for no validation.
+        scores: Directory with the stored scores of policies on the rollouts, for distillation.
+        sampler: Draws the responses.
+        verifier: Checks them.
+        group_size: Responses to each prompt, the group whose mean reward is the baseline.
+        prompts_per_round: Prompts to sample from in a round; None for all of them. Each round takes the next ones.
+        round: The round, from 1, that says which prompts are next.
+        batch_size: Responses per optimiser step, over all ranks and micro-batches.
+        max_tokens: Padded tokens of a micro-batch, the bound on the memory that it takes.
+        validation_samples: Fresh responses to each held-out prompt.
+        max_validation_prompts: Held-out prompts that are used, the first ones; None for all of them.
+        seed: Seed of sampling and shuffling.
+
+    Raises:
+        UserError: For a value out of range.
+    """
+
+    def __init__(
+        self,
+        store: str | Path,
+        tokenizer: str | Path,
+        prompts: str | Path | None = None,
+        validation_prompts: str | Path | None = None,
+        scores: str | Path | None = None,
+        sampler: Sampler | None = None,
+        verifier: Verifier | None = None,
+        group_size: int = 16,
+        prompts_per_round: int | None = None,
+        round: int = 1,
+        batch_size: int = 256,
+        max_tokens: int = 16384,
+        validation_samples: int = 8,
+        max_validation_prompts: int | None = None,
+        seed: int = 0,
+    ) -> None:
+        super().__init__()
+        counts = {
+            "group_size": group_size,
+            "prompts_per_round": prompts_per_round,
+            "round": round,
+            "batch_size": batch_size,
+            "max_tokens": max_tokens,
+            "validation_samples": validation_samples,
+            "max_validation_prompts": max_validation_prompts,
+        }
+        for name, count in counts.items():
+            if count is not None and count < 1:
+                raise UserError(f"data.{name} is {count}: it must be at least 1")
+        self.store = Path(store)
+        self.tokenizer_path = tokenizer
+        self.prompts = prompts
+        self.validation_prompts = validation_prompts
+        self.scores = None if scores is None else Path(scores)
+        self.sampler = sampler or TransformersSampler()
+        self.verifier = verifier or ExactMatch()
+        self.group_size = group_size
+        self.prompts_per_round = prompts_per_round
+        self.round = round
+        self.batch_size = batch_size
+        self.max_tokens = max_tokens
+        self.validation_samples = validation_samples
+        self.max_validation_prompts = max_validation_prompts
+        self.seed = seed
+
+    @cached_property
+    def tokenizer(self) -> Any:
+        """The tokenizer of the policies."""
+        return load_tokenizer(self.tokenizer_path)
+
+    @cached_property
+    def rollouts(self) -> RolloutTable:
+        """The stored rollouts, with the scores of policies where there are any."""
+        store = Store.open(self.store)
+        scores = {} if self.scores is None else self._read_scores(store.fingerprint)
+        return RolloutTable.from_arrow(store.table(), scores)
+
+    @cached_property
+    def advantages(self) -> Tensor:
+        """`(N,)` group advantages; 0 for what could not be checked, which its group leaves out."""
+        checked = torch.tensor(Store.open(self.store, verify=False).table()["checked"].to_numpy())
+        advantages = torch.zeros(len(checked))
+        advantages[checked] = group_advantages(
+            self.rollouts.rewards[checked], self.rollouts.groups[checked]
+        )
+        return advantages
+
+    def sampling(self) -> SamplingPass:
+        """A data module for `Trainer.predict` that samples and verifies this round's rollouts."""
+        return SamplingPass(self)
+
+    def scoring(self, name: str) -> ScoringPass:
+        """A data module for `Trainer.predict` that stores what the policy called `name` says of the rollouts.
+
+        `base` comes first: its support is everyone's.
+        """
+        return ScoringPass(self, name)
+
+    def train_dataloader(self) -> StepLoader:
+        """The rollouts that enter the module's loss, shuffled anew in each epoch.
+
+        Raises:
+            UserError: If none does, or a group is needed and there is none.
+        """
+        assert self.trainer is not None
+        module: Any = self.trainer.lightning_module
+        if not Store.exists(self.store):
+            if module.needs_groups and self.group_size < 2:
+                raise UserError(
+                    "data.group_size is 1: the objective compares the responses of a group, "
+                    "which takes at least 2"
+                )
+            run_pass(self.sampling(), self.trainer)
+        rollouts = self.rollouts
+        rows = module.select(rollouts.rewards, self.advantages).nonzero()[:, 0]
+        if len(rows) == 0:
+            right = float((rollouts.rewards == 1).float().mean())
+            raise UserError(
+                f"{self.store}: no response enters the loss, no group has both right and wrong answers "
+                f"({right:.0%} of {len(rollouts.rewards)} are right); "
+                "sample other prompts, or more responses to each (data.group_size)"
+            )
+        rank, world_size = ranks(self.trainer)
+        lengths = rollouts.lengths
+        needed = pieces_needed(lengths[rows], self.batch_size, self.max_tokens)
+        pieces = max(-(-needed // world_size), self.trainer.accumulate_grad_batches)
+        self.trainer.accumulate_grad_batches = pieces
+        return StepLoader(
+            partial(rollouts.batch, advantages=self.advantages),
+            lengths,
+            rollouts.response_lengths,
+            rows,
+            batch_size=self.batch_size,
+            pieces_per_rank=pieces,
+            rank=rank,
+            world_size=world_size,
+            seed=derive_seed(self.seed, "shuffle"),
+            shuffle=True,
+        )
+
+    def val_dataloader(self) -> Parts:
+        """This rank's held-out prompts."""
+        assert self.trainer is not None
+        prompts = self.held_out_prompts()
+        if not prompts:
+            return Parts([])
+        return Parts(
+            self.prompt_batches(prompts, self.validation_samples, "validation", *ranks(self.trainer))
+        )
+
+    test_dataloader = val_dataloader
+    predict_dataloader = val_dataloader
+
+    def held_out_prompts(self) -> list[Prompt]:
+        """The held-out prompts that are used; none where there is no file of them."""
+        if self.validation_prompts is None:
+            return []
+        return read_prompts(self.validation_prompts)[: self.max_validation_prompts]
+
+    def round_prompts(self) -> list[Prompt]:
+        """The prompts of this round: the next `prompts_per_round`, from the start again after the last.
+
+        Raises:
+            UserError: If there is no file of prompts.
+        """
+        if self.prompts is None:
+            raise UserError(
+                f"{self.store} holds no finished rollouts, and data.prompts names no file to sample from"
+            )
+        prompts = read_prompts(self.prompts)
+        count = self.prompts_per_round or len(prompts)
+        if count > len(prompts):
+            raise UserError(
+                f"data.prompts_per_round is {count}, but {self.prompts} holds {len(prompts)} prompts"
+            )
+        first = (self.round - 1) * count
+        return [prompts[i % len(prompts)] for i in range(first, first + count)]
+
+    def prompt_batches(
+        self, prompts: list[Prompt], samples: int, purpose: str, rank: int, world_size: int
+    ) -> Iterator[PromptBatch]:
+        """Batches of about `sampler.batch_size` responses; what is in a batch depends on no rank.
+
+        Raises:
+            UserError: If a prompt and its response do not fit the policy's context.
+        """
+        ids = [tokenize(self.tokenizer, prompt.prompt) for prompt in prompts]
+        self._check_context(ids, purpose)
+        size = max(1, self.sampler.batch_size // samples)
+        for index, first in enumerate(range(0, len(prompts), size)):
+            if index % world_size != rank:
+                continue
+            yield PromptBatch(
+                index=index,
+                prompts=prompts[first : first + size],
+                prompt_ids=ids[first : first + size],
+                groups=range(first, min(first + size, len(prompts))),
+                samples=samples,
+                seed=derive_seed(self.seed, purpose, index),
+                max_tokens=self.max_tokens,
+                tokenizer=self.tokenizer,
+                sampler=self.sampler,
+                verifier=self.verifier,
+            )
+
+    def sampling_settings(self) -> dict[str, Any]:
+        """All that the rollouts depend on, apart from the policy."""
+        return {
+            "prompts": sha256_file(Path(self.prompts)) if Path(str(self.prompts)).is_file() else self.prompts,
+            "prompts_per_round": self.prompts_per_round,
+            "round": self.round,
+            "group_size": self.group_size,
+            "sampler": [type(self.sampler).__qualname__, vars(self.sampler)],
+            "verifier": [type(self.verifier).__qualname__, repr(sorted(vars(self.verifier).items()))],
+            "seed": self.seed,
+        }
+
+    def _read_scores(self, fingerprint: str) -> dict[str, ScoreTable]:
+        assert self.scores is not None
+        tables = {}
+        for path in sorted(path for path in self.scores.glob("*") if path.is_dir()):
+            store = Store.open(path)
+            if store.metadata["rollouts"] != fingerprint:
+                raise UserError(f"{path} scores other rollouts than those in {self.store}")
+            tables[path.name] = ScoreTable.from_arrow(store.table())
+        return tables
+
+    def _check_context(self, ids: list[list[int]], purpose: str) -> None:
+        context = context_length(self.tokenizer_path)
+        longest = max(len(prompt) for prompt in ids)
+        if context is not None and longest + self.sampler.max_new_tokens > context:
+            number = next(i for i, prompt in enumerate(ids) if len(prompt) == longest) + 1
+            raise UserError(
+                f"{purpose} prompt {number} has {longest} tokens: with data.sampler.max_new_tokens "
+                f"({self.sampler.max_new_tokens}) that is more than the policy's context of {context}"
+            )

@@ -1,0 +1,158 @@
+"""Samplers: responses to prompts, with the log-probs of the very distribution that they were drawn from."""
+
+from abc import ABC, abstractmethod
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from ..errors import UserError
+
+
+class Response(NamedTuple):
+    """One sampled response.
+
+    Attributes:
+        ids: Token ids, the end-of-sequence token included where it was reached.
+        logps: The sampler's log-prob of each of them, in nats.
+        finish_reason: `stop` (ended by itself) or `length` (cut off).
+    """
+
+    ids: list[int]
+    logps: list[float]
+    finish_reason: str
+
+
+class Sampler(ABC):
+    """Draws responses from a policy.
+
+    Args:
+        max_new_tokens: Longest response in tokens.
+        temperature: What the logits are divided by; the stored log-probs are those of the tempered policy.
+        batch_size: Responses that are drawn at a time.
+    """
+
+    def __init__(
+        self, max_new_tokens: int = 256, temperature: float = 1.0, batch_size: int = 256
+    ) -> None:
+        if max_new_tokens < 1 or batch_size < 1:
+            raise UserError(
+                f"data.sampler: max_new_tokens ({max_new_tokens}) and batch_size ({batch_size}) "
+                "must be at least 1"
+            )
+        if not 0 < temperature < float("inf"):
+            raise UserError(f"data.sampler.temperature is {temperature}: it must be above 0")
+        self.max_new_tokens = max_new_tokens
+        self.temperature = temperature
+        self.batch_size = batch_size
+
+    @abstractmethod
+    def sample(
+        self, model: Any, tokenizer: Any, prompts: Sequence[Sequence[int]], seed: int
+    ) -> list[Response]:
+        """One response to each of the tokenised prompts, in order; the same for the same seed."""
+
+
+class TransformersSampler(Sampler):
+    """Samples with `generate` of transformers, on whatever device the model is."""
+
+    @torch.no_grad()
+    def sample(
+        self, model: Any, tokenizer: Any, prompts: Sequence[Sequence[int]], seed: int
+    ) -> list[Response]:
+        """See `Sampler.sample`. Global random state is left as it was."""
+        device = next(model.parameters()).device
+        cuda = [device] if device.type == "cuda" else []
+        was_training = model.training
+        model.eval()
+        with torch.random.fork_rng(devices=cuda):
+            torch.manual_seed(seed)
+            responses = [
+                response
+                for first in range(0, len(prompts), self.batch_size)
+                for response in self._generate(
+                    model, tokenizer, prompts[first : first + self.batch_size], device
+                )
+            ]
+        model.train(was_training)
+        return responses
+
+    def _generate(
+        self, model: Any, tokenizer: Any, prompts: Sequence[Sequence[int]], device: torch.device
+    ) -> list[Response]:
+        encoded = tokenizer.pad({"input_ids": list(prompts)}, return_tensors="pt").to(device)
+        recorder = _LogpRecorder(self.temperature)
+        with self._plain_sampling(model, tokenizer):
+            sequences = model.generate(
+                input_ids=encoded["input_ids"],
+                attention_mask=encoded["attention_mask"],
+                logits_processor=[recorder],
+            )
+        ids = sequences[:, encoded["input_ids"].shape[1] :]
+        logps = recorder.finish(sequences)
+        ended = torch.isin(ids, torch.tensor(_eos_ids(model, tokenizer), device=device))
+        # Up to and including the first end-of-sequence token; what follows is padding.
+        lengths = ((ended.cumsum(1) - ended.long()) == 0).sum(1).tolist()
+        reasons = ["stop" if stop else "length" for stop in ended.any(1).tolist()]
+        return [
+            Response(row[:length], logp[:length], reason)
+            for row, logp, length, reason in zip(
+                ids.tolist(), logps.tolist(), lengths, reasons, strict=True
+            )
+        ]
+
+    @contextmanager
+    def _plain_sampling(self, model: Any, tokenizer: Any) -> Iterator[None]:
+        """Sample from the policy itself: a checkpoint's own top-k, top-p or penalties would bias log-probs."""
+        from transformers import GenerationConfig
+
+        shipped = model.generation_config
+        model.generation_config = GenerationConfig(
+            do_sample=True,
+            temperature=self.temperature,
+            top_k=0,
+            top_p=1.0,
+            max_new_tokens=self.max_new_tokens,
+            eos_token_id=_eos_ids(model, tokenizer),
+            pad_token_id=tokenizer.pad_token_id,
+            bos_token_id=tokenizer.bos_token_id,
+        )
+        try:
+            yield
+        finally:
+            model.generation_config = shipped
+
+
+def _eos_ids(model: Any, tokenizer: Any) -> list[int]:
+    """The tokenizer's end of sequence and those that the model was shipped with (a chat model has several)."""
+    shipped = model.generation_config.eos_token_id
+    listed = shipped if isinstance(shipped, list) else [shipped]
+    return sorted({tokenizer.eos_token_id, *(token for token in listed if token is not None)})
+
+
+class _LogpRecorder:
+    """A logits processor that changes nothing and notes each sampled token's log-prob.
+
+    Only one `(B, V)` tensor lives at a time, where `output_logits` of `generate` keeps one for every token.
+    """
+
+    def __init__(self, temperature: float) -> None:
+        self.temperature = temperature
+        self._pending: Tensor | None = None
+        self._logps: list[Tensor] = []
+
+    def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
+        self._note(input_ids)
+        self._pending = (scores.float() / self.temperature).log_softmax(-1)
+        return scores
+
+    def finish(self, sequences: Tensor) -> Tensor:
+        """The log-probs of all sampled tokens, `(B, T)`; what follows the end of a response is meaningless."""
+        self._note(sequences)
+        return torch.stack(self._logps, dim=1)
+
+    def _note(self, ids: Tensor) -> None:
+        if self._pending is not None:
+            self._logps.append(self._pending.gather(1, ids[:, -1:])[:, 0])

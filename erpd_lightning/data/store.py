@@ -1,0 +1,314 @@
+"""Immutable Parquet directories for rollouts and for the scores of policies on them.
+
+A store is `part-00000.parquet …` and a `manifest.json` that is written last: a directory without a
+manifest is unfinished. Every file is written under a temporary name and renamed, so a killed writer
+leaves whole parts only, and the same rows give the same bytes, so a resumed run ends with the same
+fingerprint.
+"""
+
+import errno
+import hashlib
+import json
+import os
+import secrets
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.compute as pc
+import pyarrow.parquet as pq
+
+from ..errors import UserError
+
+VERSION = 1
+MANIFEST = "manifest.json"
+
+
+def _schema(name: str, columns: dict[str, pa.DataType]) -> pa.Schema:
+    fields = [pa.field(column, kind, nullable=False) for column, kind in columns.items()]
+    return pa.schema(fields, metadata={"name": name})
+
+
+ROLLOUTS = _schema(
+    "rollouts",
+    {
+        "group": pa.int64(),
+        "sample": pa.int32(),
+        "prompt_ids": pa.list_(pa.int32()),
+        "response_ids": pa.list_(pa.int32()),
+        "logps": pa.list_(pa.float32()),
+        "reward": pa.float32(),
+        "finish_reason": pa.string(),
+        "checked": pa.bool_(),
+        "prompt": pa.string(),
+        "response": pa.string(),
+        "answer": pa.string(),
+    },
+)
+"""One row per response. `group` numbers the prompt, `sample` the response within it; `logps` are
+the sampler's log-probs of `response_ids` (nats); `finish_reason` is "stop" or "length"; `checked`
+is false where the verifier could not decide."""
+
+SCORES = _schema(
+    "scores",
+    {
+        "row": pa.int64(),
+        "logps": pa.list_(pa.float32()),
+        "support_size": pa.list_(pa.int16()),
+        "support_ids": pa.list_(pa.int32()),
+        "support_logps": pa.list_(pa.float32()),
+        "tail_logps": pa.list_(pa.float32()),
+    },
+)
+"""What one policy says about one response (nats): `row` is the row of the rollout store. `logps`
+(of the sampled token), `support_size` and `tail_logps` (of everything outside the support) have one
+entry per response token; `support_ids` and `support_logps` hold the supports of all its tokens one
+after the other."""
+
+
+def atomic_write(path: str | Path, data: bytes | str) -> None:
+    """Write a file so that `path` holds either what it held before or all of `data`.
+
+    Raises:
+        UserError: the disk is full, or the user's quota is used up.
+    """
+    path = Path(path)
+    temporary = path.with_name(f".{path.name}.{os.getpid()}-{secrets.token_hex(4)}.tmp")
+    with _disk_full_named(path):
+        try:
+            with open(temporary, "xb") as file:
+                file.write(data.encode() if isinstance(data, str) else data)
+                file.flush()
+                os.fsync(file.fileno())
+            os.replace(temporary, path)
+        except BaseException:
+            # Give the space back, if the disk still lets us.
+            with suppress(OSError):
+                temporary.unlink(missing_ok=True)
+            raise
+        directory = os.open(path.parent, os.O_RDONLY)
+        try:
+            os.fsync(directory)
+        finally:
+            os.close(directory)
+
+
+def sha256_file(path: str | Path) -> str:
+    """SHA-256 of a file's content, in hexadecimal."""
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+@dataclass(frozen=True)
+class Store:
+    """A finished store; made by `Store.open` or `StoreWriter.finish`.
+
+    Attributes:
+        path: The directory.
+        schema: Name of the schema, "rollouts" or "scores".
+        rows: Number of rows.
+        parts: `{"name", "rows", "bytes", "sha256"}` of each part, in order.
+        metadata: What the writer was given.
+        fingerprint: SHA-256 over all of the above but the path.
+    """
+
+    path: Path
+    schema: str
+    rows: int
+    parts: list[dict[str, Any]]
+    metadata: dict[str, Any]
+    fingerprint: str
+
+    @staticmethod
+    def exists(path: str | Path) -> bool:
+        """Whether `path` holds a finished store."""
+        return (Path(path) / MANIFEST).is_file()
+
+    @classmethod
+    def open(cls, path: str | Path, verify: bool = True) -> "Store":
+        """Open a finished store.
+
+        Args:
+            path: The directory.
+            verify: Read every part and compare its hash. Without, only presence and size are
+                compared.
+
+        Raises:
+            UserError: names the file that is missing, unreadable, altered or of another version.
+        """
+        path = Path(path)
+        manifest = _read_manifest(path / MANIFEST)
+        for part in manifest["parts"]:
+            _check_part(path / part["name"], part, verify)
+        return cls(
+            path,
+            manifest["schema"],
+            manifest["rows"],
+            manifest["parts"],
+            manifest["metadata"],
+            manifest["fingerprint"],
+        )
+
+    def table(self) -> pa.Table:
+        """All rows, in the order of the parts."""
+        # Not pq.read_table: it takes a directory called `lr=1` for a column.
+        files = (pq.ParquetFile(self.path / p["name"], memory_map=True) for p in self.parts)
+        return pa.concat_tables([file.read() for file in files])
+
+
+class StoreWriter:
+    """Writes a store part by part. Several processes may write different parts; one calls `finish`.
+
+    Args:
+        path: The directory, created if needed.
+        schema: `ROLLOUTS` or `SCORES`.
+        metadata: All that the rows depend on (policy, seed, settings), as JSON values and nothing
+            else: it becomes part of the fingerprint, and parts written under different metadata do
+            not count as written.
+    """
+
+    def __init__(self, path: str | Path, schema: pa.Schema, metadata: Mapping[str, Any]) -> None:
+        self.path = Path(path)
+        self.metadata: dict[str, Any] = json.loads(_canonical_json(dict(metadata)))
+        self.schema = schema.with_metadata(
+            {"name": schema.metadata[b"name"], "metadata": _canonical_json(self.metadata)}
+        )
+        with _disk_full_named(self.path):
+            self.path.mkdir(parents=True, exist_ok=True)
+
+    def has_part(self, index: int) -> bool:
+        """Whether the part was written already, under the same schema and metadata."""
+        try:
+            written = pq.read_schema(self._part(index))
+        except (OSError, pa.ArrowInvalid):
+            return False
+        return bool(written.equals(self.schema) and written.metadata == self.schema.metadata)
+
+    def write_part(self, index: int, columns: Mapping[str, Any] | pa.Table) -> None:
+        """Write one part atomically.
+
+        Args:
+            index: Its number, from 0.
+            columns: A sequence, array or Arrow array per column of the schema, or an Arrow table.
+
+        Raises:
+            UserError: the disk is full, or the store is finished and so may not change any more.
+            ValueError: a value is missing or does not fit its column.
+        """
+        if Store.exists(self.path):
+            raise UserError(
+                f"{self.path} holds a finished store: write to another directory or delete it first"
+            )
+        if isinstance(columns, pa.Table):
+            table = columns.select(self.schema.names).cast(self.schema)
+        else:
+            table = pa.Table.from_pydict(dict(columns), schema=self.schema)
+        for name in self.schema.names:
+            _check_complete(name, table[name])
+        sink = pa.BufferOutputStream()
+        # One chunk, so that the bytes do not depend on how the table was put together.
+        pq.write_table(table.combine_chunks(), sink, compression="zstd")
+        atomic_write(self._part(index), sink.getvalue())
+
+    def finish(self, parts: int) -> Store:
+        """Write the manifest over parts 0 … `parts` - 1 and remove what killed writers left behind.
+
+        Raises:
+            UserError: a part is missing, or the store was finished before with other content.
+        """
+        if parts < 1:
+            raise ValueError(f"parts is {parts}: a store has at least one")
+        for index in range(parts):
+            if not self.has_part(index):
+                raise UserError(
+                    f"{self._part(index)} is missing or was written under other settings: "
+                    "write it, or use another directory"
+                )
+        described = [_describe_part(self._part(index)) for index in range(parts)]
+        manifest = {
+            "version": VERSION,
+            "schema": self.schema.metadata[b"name"].decode(),
+            "rows": sum(part["rows"] for part in described),
+            "parts": described,
+            "metadata": self.metadata,
+        }
+        manifest["fingerprint"] = _fingerprint(manifest)
+        if not Store.exists(self.path):
+            atomic_write(self.path / MANIFEST, json.dumps(manifest, indent=2) + "\n")
+        for leftover in self.path.glob(".*.tmp"):
+            leftover.unlink(missing_ok=True)
+        store = Store.open(self.path, verify=False)
+        if store.fingerprint != manifest["fingerprint"]:
+            raise UserError(
+                f"{self.path} holds a finished store with other content: "
+                "write to another directory or delete it first"
+            )
+        return store
+
+    def _part(self, index: int) -> Path:
+        return self.path / f"part-{index:05d}.parquet"
+
+
+@contextmanager
+def _disk_full_named(path: Path) -> Iterator[None]:
+    try:
+        yield
+    except OSError as error:
+        if error.errno in (errno.ENOSPC, errno.EDQUOT):
+            raise UserError(
+                f"disk full while writing {path}: free some space and start again"
+            ) from error
+        raise
+
+
+def _check_complete(name: str, column: pa.ChunkedArray) -> None:
+    # Parquet turns a missing list into an empty one where the schema allows none.
+    nested = pa.types.is_list(column.type)
+    if column.null_count or (nested and pc.list_flatten(column).null_count):
+        raise ValueError(f"column {name} has missing values")
+
+
+def _canonical_json(value: Any) -> str:
+    return json.dumps(value, sort_keys=True, separators=(",", ":"), allow_nan=False)
+
+
+def _fingerprint(manifest: Mapping[str, Any]) -> str:
+    rest = {key: value for key, value in manifest.items() if key != "fingerprint"}
+    return hashlib.sha256(_canonical_json(rest).encode()).hexdigest()
+
+
+def _describe_part(path: Path) -> dict[str, Any]:
+    return {
+        "name": path.name,
+        "rows": pq.read_metadata(path).num_rows,
+        "bytes": path.stat().st_size,
+        "sha256": sha256_file(path),
+    }
+
+
+def _check_part(path: Path, expected: Mapping[str, Any], verify: bool) -> None:
+    if not path.is_file():
+        raise UserError(f"{path} is missing: {MANIFEST} lists it")
+    same_size = path.stat().st_size == expected["bytes"]
+    if not same_size or (verify and sha256_file(path) != expected["sha256"]):
+        raise UserError(
+            f"{path} was altered or truncated: it is not the file that {MANIFEST} lists"
+        )
+
+
+def _read_manifest(path: Path) -> dict[str, Any]:
+    try:
+        manifest = json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise UserError(f"{path} is missing: {path.parent} holds no finished store") from None
+    except (OSError, ValueError) as error:
+        raise UserError(f"{path} cannot be read as the manifest of a store: {error}") from error
+    version = manifest.get("version") if isinstance(manifest, dict) else None
+    if version != VERSION:
+        raise UserError(f"{path} has version {version!r}: this release reads version {VERSION}")
+    if manifest.get("fingerprint") != _fingerprint(manifest):
+        raise UserError(f"{path} was altered: its fingerprint does not fit its content")
+    return manifest

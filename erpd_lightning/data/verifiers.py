@@ -1,0 +1,113 @@
+"""Verifiers: is the answer in a response right? What could not be checked is never rewarded."""
+
+import multiprocessing
+import re
+from abc import ABC, abstractmethod
+from collections.abc import Sequence
+from multiprocessing.connection import Connection
+from multiprocessing.process import BaseProcess
+
+from ..errors import UserError
+
+
+class Verifier(ABC):
+    """Checks responses against reference answers."""
+
+    @abstractmethod
+    def __call__(self, responses: Sequence[str], answers: Sequence[str]) -> list[float | None]:
+        """The reward of each response: 1.0 right, 0.0 wrong, None where it could not be checked."""
+
+
+class ExactMatch(Verifier):
+    """Compares what a pattern finds in the response with the reference answer, as strings.
+
+    Args:
+        pattern: A regular expression with one group; the last match in the response is its answer. A response
+            without a match is wrong.
+    """
+
+    def __init__(self, pattern: str = r"=\s*(-?\d+)\s*$") -> None:
+        try:
+            self.pattern = re.compile(pattern)
+        except re.error as error:
+            raise UserError(f"verifier pattern {pattern!r} is no regular expression: {error}") from None
+        if self.pattern.groups != 1:
+            raise UserError(f"verifier pattern {pattern!r} must have exactly one group, the answer")
+
+    def __call__(self, responses: Sequence[str], answers: Sequence[str]) -> list[float | None]:
+        """See `Verifier`."""
+        found = [self.pattern.findall(response) for response in responses]
+        return [
+            float(bool(matches) and matches[-1].strip() == answer.strip())
+            for matches, answer in zip(found, answers, strict=True)
+        ]
+
+
+class MathVerify(Verifier):
+    """Compares mathematical answers with the package math-verify, in a process that can be killed.
+
+    Args:
+        timeout: Seconds that one answer may take; a check that takes longer counts as not checked.
+    """
+
+    def __init__(self, timeout: float = 10.0) -> None:
+        if not timeout > 0:
+            raise UserError(f"verifier timeout is {timeout}: it must be above 0 seconds")
+        self.timeout = timeout
+        self._process: BaseProcess | None = None
+        self._connection: Connection | None = None
+
+    def __call__(self, responses: Sequence[str], answers: Sequence[str]) -> list[float | None]:
+        """See `Verifier`."""
+        try:
+            return [self._check(*pair) for pair in zip(responses, answers, strict=True)]
+        finally:
+            self._stop()
+
+    def _check(self, response: str, answer: str) -> float | None:
+        connection = self._start()
+        try:
+            connection.send((response, answer))
+            if connection.poll(self.timeout):
+                result: float | None = connection.recv()
+                return result
+        except (EOFError, OSError):
+            pass  # The checker died on this answer: it could not be checked.
+        self._stop()
+        return None
+
+    def _start(self) -> Connection:
+        if self._connection is None:
+            context = multiprocessing.get_context("spawn")
+            self._connection, child = context.Pipe()
+            self._process = context.Process(target=_serve_math, args=(child,), daemon=True)
+            self._process.start()
+            child.close()
+            # Importing the checker is not part of any answer's time.
+            if not self._connection.poll(120) or self._connection.recv() != "ready":
+                self._stop()
+                raise UserError("the math-verify checker did not start within 120 seconds")
+        return self._connection
+
+    def _stop(self) -> None:
+        if self._process is not None and self._connection is not None:
+            self._process.kill()
+            self._process.join()
+            self._connection.close()
+        self._process = self._connection = None
+
+
+def _serve_math(connection: Connection) -> None:
+    """Answer `(response, answer)` pairs until the other end closes."""
+    from math_verify import parse, verify
+
+    connection.send("ready")
+    while True:
+        response, answer = connection.recv()
+        try:
+            gold = parse(answer, parsing_timeout=None)
+            found = parse(response, parsing_timeout=None)
+            result = float(verify(gold, found, timeout_seconds=None)) if gold else None
+        except Exception:  # Whatever the parser trips over, the answer could not be checked.
+            result = None
+        connection.send(result)

@@ -1,0 +1,121 @@
+"""The target of the distillation stage: the base policy tilted by a signal, on a KL budget. Ours.
+
+A support is a last dimension of K+1 log-probs: K kept vocabulary entries, then the tail bucket,
+which holds all the rest. Slots that are padding hold `LOG_ZERO` in every policy.
+"""
+
+import math
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from .divergences import exact_kl
+
+# Stands for probability 0, and keeps differences of log-probs finite where -inf would make NaN.
+LOG_ZERO = -100.0
+
+# Where beta is looked for. With signals of a few nats the lower end is as good as an argmax, and
+# the upper end spends about 1e-12 nats per token.
+BETA_MIN, BETA_MAX = 1e-4, 1e6
+
+# Halvings of that range, in log beta, after which float64 resolves no more.
+MAX_HALVINGS = 60
+
+
+class UnreachableBudget(ValueError):
+    """No beta makes the tilted policy spend this KL budget."""
+
+
+@dataclass(frozen=True)
+class BetaSolution:
+    """A solved beta.
+
+    Args:
+        beta: The beta.
+        kl: KL of the tilted policy to the base policy at that beta, in nats per token.
+    """
+
+    beta: float
+    kl: float
+
+
+def tilt(base: Tensor, signal: Tensor, beta: float | Tensor) -> Tensor:
+    """`log pi*_beta(v) = log pi_0(v) + s(v) / beta - log Z` over the last dimension: `(..., K+1)`.
+
+    It maximises `E_pi[s] - beta * KL(pi || pi_0)` in each state. Slots where the base policy has
+    probability 0 (`LOG_ZERO` or less) hold `LOG_ZERO`, whatever their signal. Ours.
+
+    Args:
+        base: `(..., K+1)` log-probs of the base policy, in nats.
+        signal: `(..., K+1)`, in nats.
+        beta: Price of a nat of KL, positive.
+    """
+    pad = base <= LOG_ZERO
+    # A finite lowest value, because in states that are all padding -inf - -inf would be NaN.
+    signal = signal.masked_fill(pad, torch.finfo(signal.dtype).min)
+    # A constant added to the signal changes nothing. With its maximum at 0, the entries that win
+    # keep all digits of the base policy however small beta is.
+    advantage = signal - signal.detach().amax(-1, keepdim=True)
+    return (base + advantage / beta).log_softmax(-1).masked_fill(pad, LOG_ZERO)
+
+
+def tilted_kl(base: Tensor, signal: Tensor, beta: float | Tensor) -> Tensor:
+    """`KL(pi*_beta || pi_0)` of each state, at least 0 and falling in beta, in nats: `(...)`."""
+    # Rounding may leave a vanishing KL slightly negative.
+    return exact_kl(tilt(base, signal, beta), base.clamp(min=LOG_ZERO)).clamp(min=0)
+
+
+@torch.no_grad()
+def solve_beta(
+    base: Tensor,
+    signal: Tensor,
+    budget: float,
+    *,
+    weights: Tensor | None = None,
+    tolerance: float = 1e-4,
+    chunk: int = 65536,
+) -> BetaSolution:
+    """The beta whose tilted policy spends `budget` nats per token on the given states. Ours.
+
+    The weighted mean of `tilted_kl` falls monotonically in beta: bisection on log beta, in float64.
+
+    Args:
+        base: `(N, K+1)` log-probs of the base policy, in nats.
+        signal: `(N, K+1)`, in nats.
+        budget: KL to the base policy, in nats per token.
+        weights: `(N,)` weights of the states in the mean, at least 0; equal ones by default.
+        tolerance: Largest accepted difference between KL and budget, relative to the budget.
+        chunk: States that are handled at a time, a bound on memory.
+
+    Raises:
+        ValueError: for a budget that is not a positive number, or no state of positive weight.
+        UnreachableBudget: when the signal is constant in every state or too weak for the budget.
+    """
+    if not 0 < budget < math.inf:
+        raise ValueError(f"the KL budget is {budget}; it has to be positive, in nats per token")
+    weights = base.new_ones(len(base)) if weights is None else weights
+    total = float(weights.double().sum())
+    if not total > 0:
+        raise ValueError("beta cannot be solved: there is no state with a positive weight")
+    states = (base, signal, weights)
+    chunks = list(zip(*(torch.split(x, chunk) for x in states), strict=True))
+
+    def mean_kl(beta: float) -> float:
+        kls = [w.double() @ tilted_kl(b.double(), s.double(), beta) for b, s, w in chunks]
+        return float(torch.stack(kls).sum()) / total
+
+    least, most = mean_kl(BETA_MAX), mean_kl(BETA_MIN)
+    if not least <= budget <= most:
+        raise UnreachableBudget(
+            f"a KL budget of {budget:g} nats per token is out of reach: the signal spends at most "
+            f"{most:.4g} and at least {least:.4g} (a constant signal, such as zero, spends nothing)"
+        )
+    low, high = math.log(BETA_MIN), math.log(BETA_MAX)
+    for _ in range(MAX_HALVINGS):
+        middle = (low + high) / 2
+        kl = mean_kl(math.exp(middle))
+        if abs(kl - budget) <= tolerance * budget:
+            break
+        low, high = (middle, high) if kl > budget else (low, middle)
+    return BetaSolution(beta=math.exp(middle), kl=kl)

@@ -1,0 +1,426 @@
+"""What the two stages share: one policy that is trained, evaluated on fresh samples, and exported."""
+
+from collections import defaultdict
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+import torch
+from lightning.pytorch import LightningModule
+from torch import Tensor, nn
+
+from .data.batching import RolloutBatch, RolloutTable, cut_step, pieces_needed
+from .data.passes import Scores, ScoringPart, StorePass
+from .data.prompts import PromptBatch, load_tokenizer
+from .errors import UserError
+from .head import MAX_LOGITS
+from .metrics import ClusteredRatio, PassAtK
+from .objectives.reduction import masked_sum
+from .policy import Policy, export_policy, load_policy, policy_fingerprint
+from .seeds import derive_seed
+
+SUPPORT_MASS = 0.999
+SUPPORT_SIZE = 64
+
+
+class TrainingDiverged(UserError):
+    """A loss or gradient that is not finite: the run stops before the weights take it in."""
+
+
+class PolicyModule(LightningModule):
+    """A policy under training; the stages say what its loss is.
+
+    Args:
+        policy: Folder or hub name of the causal language model to start from.
+        references: Policies that evaluation measures the KL to, by name, as folders or hub names; None for the
+            starting policy alone, as `base`.
+        learning_rate: AdamW's learning rate after warm-up.
+        weight_decay: AdamW's decoupled weight decay.
+        betas: AdamW's decay rates of the moments.
+        warmup_steps: Optimiser steps over which the learning rate rises from 0.
+        lr_scheduler: What follows, by its name in `transformers.get_scheduler`, such as `cosine`.
+        dtype: Data type of the weights, as in `torch`.
+        max_logits: The most logits to hold at a time, the bound on the output head's memory.
+        pass_at_k: The k of pass@k, or None for as many as there are samples of a prompt.
+
+    Raises:
+        UserError: For a value out of range.
+    """
+
+    needs_groups = False
+
+    def __init__(
+        self,
+        policy: str | Path,
+        references: dict[str, str] | None = None,
+        learning_rate: float = 5e-4,
+        weight_decay: float = 0.0,
+        betas: tuple[float, float] = (0.9, 0.99),
+        warmup_steps: int = 5,
+        lr_scheduler: str = "constant_with_warmup",
+        dtype: str = "float32",
+        max_logits: int = MAX_LOGITS,
+        pass_at_k: int | None = None,
+    ) -> None:
+        super().__init__()
+        if not 0 < learning_rate < float("inf"):
+            raise UserError(f"learning_rate is {learning_rate}: it must be a positive number")
+        if warmup_steps < 0:
+            raise UserError(f"warmup_steps is {warmup_steps}: it must be at least 0")
+        if not isinstance(getattr(torch, dtype, None), torch.dtype):
+            raise UserError(f"dtype is {dtype!r}: it must be a type of torch such as bfloat16")
+        self.policy_path = policy
+        self.references = {"base": str(policy)} if references is None else references
+        self.learning_rate = learning_rate
+        self.weight_decay = weight_decay
+        self.betas = betas
+        self.warmup_steps = warmup_steps
+        self.lr_scheduler_name = lr_scheduler
+        self.weights_dtype = dtype
+        self.max_logits = max_logits
+        self.pass_at_k = pass_at_k
+        self.policy: Policy
+        self.metrics = nn.ModuleDict({stage: nn.ModuleDict() for stage in ("val", "test")})
+        # Frozen policies, kept from the optimizer, from checkpoints and from wrapping by leaving them unregistered.
+        self._frozen: dict[str, Policy] = {}
+        self._step_sums: dict[str, Tensor] = {}
+        self._step_rows: list[Tensor] = []
+        self._epoch_sums: dict[str, Tensor] = {}
+
+    # What a stage has to say.
+
+    def select(self, rewards: Tensor, advantages: Tensor) -> Tensor:
+        """Which of the stored responses enter the loss: `(N,)` rewards and advantages to bool `(N,)`."""
+        raise NotImplementedError
+
+    def terms(self, batch: RolloutBatch) -> tuple[Tensor, dict[str, Tensor]]:
+        """Terms of the loss `(B, T)`, and further `(B, T)` values whose token means are logged."""
+        raise NotImplementedError
+
+    # Building.
+
+    @property
+    def fingerprint(self) -> str:
+        """What tells the starting policy apart from others."""
+        return policy_fingerprint(self.policy_path)
+
+    def configure_model(self) -> None:
+        """Load the policy, once; sharded strategies call this inside their own context."""
+        if not hasattr(self, "policy"):
+            self.policy = load_policy(self.policy_path, self.weights_dtype, self.max_logits)
+
+    def configure_optimizers(self) -> dict[str, Any]:
+        """AdamW and a scheduler of `transformers`, stepped after every optimiser step."""
+        from transformers import get_scheduler
+
+        optimizer = torch.optim.AdamW(
+            self.policy.parameters(),
+            lr=self.learning_rate,
+            betas=self.betas,
+            weight_decay=self.weight_decay,
+        )
+        try:
+            scheduler = get_scheduler(
+                self.lr_scheduler_name,
+                optimizer,
+                num_warmup_steps=self.warmup_steps,
+                num_training_steps=int(self.trainer.estimated_stepping_batches),
+            )
+        except ValueError as error:
+            raise UserError(f"lr_scheduler is {self.lr_scheduler_name!r}: {error}") from error
+        return {
+            "optimizer": optimizer,
+            "lr_scheduler": {"scheduler": scheduler, "interval": "step"},
+        }
+
+    # Training: sums of micro-batches, divided once by the tokens of the whole optimiser step.
+
+    def training_step(self, batch: RolloutBatch, batch_idx: int) -> Tensor:
+        """The micro-batch's share of the step's loss, nats per response token.
+
+        Lightning divides by the micro-batches of a step and averages gradients over ranks; both are undone
+        here, so that the gradient is that of the sum over the step divided by its tokens, however it was cut.
+        """
+        terms, values = self.terms(batch)
+        loss = masked_sum(terms, batch.mask) / batch.step_tokens
+        self._note(batch, loss, values)
+        return loss * (self.trainer.accumulate_grad_batches * self._data_parallel_size)
+
+    def on_before_optimizer_step(self, optimizer: torch.optim.Optimizer) -> None:
+        """Log the step as a whole, and stop before a step that is not finite.
+
+        Gradients are the same on all ranks by now, so all of them stop together.
+
+        Raises:
+            TrainingDiverged: Names the step and the stored rows that it was made of.
+        """
+        gradients = [p.grad for p in self.policy.parameters() if p.grad is not None]
+        norm = torch.nn.utils.get_total_norm(gradients)
+        rows, self._step_rows = torch.cat(self._step_rows), []
+        scaled = getattr(self.trainer.precision_plugin, "scaler", None) is not None
+        if not scaled and not torch.isfinite(norm):
+            raise TrainingDiverged(
+                f"optimiser step {self.global_step + 1}: loss or gradient is not finite (norm {float(norm)}); "
+                f"rows of the store: {_shorten(rows.tolist())}. The last checkpoint is untouched"
+            )
+        sums = self._reduced(self._step_sums)
+        tokens = sums.pop("tokens")
+        loss = sums.pop("loss")
+        self._step_sums = {}
+        self.log("train/loss", loss, prog_bar=True)
+        self.log("train/grad_norm", norm)
+        for name, total in sums.items():
+            self.log(f"train/{name}", total / tokens)
+
+    def on_train_epoch_end(self) -> None:
+        """Log the mean log-prob of right and of wrong responses as they passed by in this epoch."""
+        sums = self._reduced(self._epoch_sums)
+        self._epoch_sums = {}
+        for kind in ("right", "wrong"):
+            if sums and sums[f"{kind}_tokens"] > 0:
+                self.log(f"train/logp_{kind}", sums[f"{kind}_logp"] / sums[f"{kind}_tokens"])
+
+    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Keep the running sums of an epoch that is not over."""
+        checkpoint["epoch_sums"] = dict(self._epoch_sums)
+
+    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Go on with the running sums."""
+        self._epoch_sums = checkpoint.get("epoch_sums", {})
+
+    def _note(self, batch: RolloutBatch, loss: Tensor, values: dict[str, Tensor]) -> None:
+        """Add a micro-batch to the sums of its step and of the epoch."""
+        mask = batch.mask
+        self._step_rows.append(batch.rows)
+        step = {"loss": loss.detach(), "tokens": mask.sum().float()}
+        step.update({name: masked_sum(value.detach(), mask) for name, value in values.items()})
+        _add(self._step_sums, step)
+        if "logp" not in values:
+            return
+        logps = values["logp"].detach()
+        right = mask & (batch.rewards == 1)[:, None]
+        wrong = mask & (batch.rewards != 1)[:, None]
+        _add(
+            self._epoch_sums,
+            {
+                "right_logp": masked_sum(logps, right),
+                "right_tokens": right.sum().float(),
+                "wrong_logp": masked_sum(logps, wrong),
+                "wrong_tokens": wrong.sum().float(),
+            },
+        )
+
+    def _reduced(self, sums: dict[str, Tensor]) -> dict[str, Tensor]:
+        """Sums over all ranks, in one reduction."""
+        if not sums:
+            return {}
+        stacked = torch.stack([value.to(self.device).double() for value in sums.values()])
+        total = self.trainer.strategy.reduce(stacked, reduce_op="sum")
+        return dict(zip(sums, total.unbind(), strict=True))
+
+    @property
+    def _data_parallel_size(self) -> int:
+        kwargs = self.trainer.distributed_sampler_kwargs or {"num_replicas": 1}
+        size: int = kwargs["num_replicas"]
+        return size
+
+    # Evaluation on fresh samples.
+
+    def validation_step(self, batch: PromptBatch, batch_idx: int) -> None:
+        """Sample, verify, and measure; see `evaluate`."""
+        self.evaluate(batch, self.metrics["val"])
+
+    def test_step(self, batch: PromptBatch, batch_idx: int) -> None:
+        """The same as validation, under `test/`."""
+        self.evaluate(batch, self.metrics["test"])
+
+    @torch.no_grad()
+    def evaluate(self, prompts: PromptBatch, metrics: Any) -> None:
+        """Add the policy's own fresh responses to some prompts to the metrics.
+
+        All that is said per token is the mean over all sampled tokens; standard errors count prompts, because
+        responses to one prompt are alike. KL and entropy are exact over the vocabulary.
+        """
+        table = prompts.respond(self.policy.model, derive_seed(prompts.seed, self.global_step))
+        sums = self._prompt_sums(table, prompts)
+        samples = torch.full((len(prompts.prompts),), prompts.samples)
+        self._add_metrics(metrics, prompts.samples)
+        metrics["pass_at_1"].update(sums["correct"], samples.double())
+        metrics["pass_at_k"].update(sums["correct"].long(), samples)
+        metrics["entropy_per_token"].update(sums["entropy"], sums["tokens"])
+        metrics["mean_length"].update(sums["tokens"], samples.double())
+        metrics["truncated"].update(sums["truncated"], samples.double())
+        for name in self.references:
+            metrics[f"kl_per_token/{name}"].update(sums[name], sums["tokens"])
+            metrics[f"kl_per_response/{name}"].update(sums[name], samples.double())
+
+    def _prompt_sums(self, table: pa.Table, prompts: PromptBatch) -> dict[str, Tensor]:
+        """Sums over each prompt's responses, `(prompts,)` each, of KL, entropy, tokens, right and cut-off ones."""
+        rollouts = RolloutTable.from_arrow(table)
+        first = prompts.groups[0]
+        sums: dict[str, Tensor] = defaultdict(
+            lambda: torch.zeros(len(prompts.prompts), dtype=torch.float64)
+        )
+        reasons = table["finish_reason"].to_numpy(zero_copy_only=False)
+        truncated = torch.tensor(reasons == "length").double()
+        sums["correct"].index_add_(0, rollouts.groups - first, rollouts.rewards.double())
+        sums["truncated"].index_add_(0, rollouts.groups - first, truncated)
+        for batch in micro_batches(rollouts, prompts.max_tokens):
+            group = rollouts.groups[batch.rows] - first
+            sums["tokens"].index_add_(0, group, batch.mask.sum(-1).double())
+            batch = batch.to(self.device)
+            hidden = self.policy.hidden(batch)
+            entropy = self.policy.token_logps(batch, hidden).entropy
+            sums["entropy"].index_add_(0, group, entropy.sum(-1).double().cpu())
+            for name in self.references:
+                kl = self.policy.divergence(self.frozen(name), batch, hidden).kl
+                sums[name].index_add_(0, group, kl.sum(-1).double().cpu())
+        return sums
+
+    def _add_metrics(self, metrics: Any, samples: int) -> None:
+        """Make the metrics when the first batch says how many samples there are."""
+        if len(metrics):
+            return
+        k = self.pass_at_k or samples
+        if k > samples:
+            raise UserError(f"pass_at_k is {k}, but only {samples} responses are sampled to a prompt")
+        metrics["pass_at_k"] = PassAtK(k)
+        ratios = ["pass_at_1", "entropy_per_token", "mean_length", "truncated"]
+        for name in self.references:
+            ratios += [f"kl_per_token/{name}", f"kl_per_response/{name}"]
+        for name in ratios:
+            metrics[name] = ClusteredRatio()
+        metrics.to(self.device)
+
+    def on_validation_epoch_end(self) -> None:
+        """Log and reset."""
+        self._log_metrics("val")
+
+    def on_test_epoch_end(self) -> None:
+        """Log and reset."""
+        self._log_metrics("test")
+
+    def _log_metrics(self, stage: str) -> None:
+        metrics: Any = self.metrics[stage]
+        shown = ("pass@1", "kl_per_token")
+        for name, value in evaluation(metrics).items():
+            self.log(f"{stage}/{name}", value, prog_bar=stage == "val" and name in shown)
+        for metric in metrics.values():
+            metric.reset()
+
+    def frozen(self, name: str) -> Policy:
+        """A reference policy, loaded on first use and kept until training or evaluation ends."""
+        if name not in self._frozen:
+            policy = load_policy(self.references[name], self.weights_dtype, self.max_logits)
+            self._frozen[name] = policy.to(self.device).eval().requires_grad_(False)
+        return self._frozen[name]
+
+    def release_frozen(self) -> None:
+        """Let the reference policies go from memory."""
+        self._frozen.clear()
+
+    def on_validation_end(self) -> None:
+        """Free the reference policies: between evaluations one policy alone is in memory."""
+        self.release_frozen()
+
+    on_test_end = on_validation_end
+
+    # Prediction: fresh responses, or the scores of stored ones.
+
+    @torch.no_grad()
+    def predict_step(self, batch: PromptBatch | ScoringPart, batch_idx: int) -> pa.Table | Scores:
+        """Responses to prompts, a table of the `ROLLOUTS` schema; or the scores of stored responses."""
+        if isinstance(batch, PromptBatch):
+            return batch.respond(self.policy.model)
+        rollouts = batch.rollouts
+        hidden = self.policy.hidden(rollouts)
+        ids = rollouts.support_ids
+        if ids is None:
+            ids = self.policy.select_support(rollouts, SUPPORT_MASS, SUPPORT_SIZE, hidden)
+        return Scores(
+            self.policy.token_logps(rollouts, hidden).logps,
+            ids,
+            self.policy.support_logps(rollouts, ids, hidden),
+        )
+
+    def on_predict_batch_end(
+        self, outputs: Any, batch: Any, batch_idx: int, dataloader_idx: int = 0
+    ) -> None:
+        """Hand a pass over prompts or rollouts what its store is to keep."""
+        data: Any = getattr(self.trainer, "datamodule", None)
+        if isinstance(data, StorePass):
+            data.write(batch, outputs)
+
+    def on_predict_end(self) -> None:
+        """Finish the store of a pass."""
+        data: Any = getattr(self.trainer, "datamodule", None)
+        if isinstance(data, StorePass):
+            data.finish()
+
+    # Export.
+
+    def export(self, path: str | Path, tokenizer: str | Path | None = None) -> None:
+        """Write the policy as a Hugging Face folder; call it on every rank.
+
+        Args:
+            path: The folder, which appears whole or not at all.
+            tokenizer: Where the tokenizer is; None for beside the starting policy.
+        """
+        with self._on_rank_zero() as writes:
+            if writes:
+                source = self.policy_path if tokenizer is None else tokenizer
+                export_policy(self.policy.model, load_tokenizer(source), Path(path))
+
+    @contextmanager
+    def _on_rank_zero(self) -> Iterator[bool]:
+        """Whether this rank does the block's work; all ranks leave it together."""
+        trainer = self._trainer
+        try:
+            yield trainer is None or trainer.is_global_zero
+        finally:
+            if trainer is not None:
+                trainer.strategy.barrier()
+
+
+def evaluation(metrics: Any) -> dict[str, Tensor]:
+    """The values of evaluation metrics under the names that logs and summaries use.
+
+    KL to the reference `base` is plain `kl_per_token`, to others `kl_per_token_to_NAME`.
+    """
+    values: dict[str, Tensor] = {}
+    for name, metric in metrics.items():
+        if isinstance(metric, PassAtK):
+            values["pass@k"] = metric.compute()
+            continue
+        ratio = metric.compute()
+        name = name.replace("pass_at_1", "pass@1").replace("/base", "").replace("/", "_to_")
+        values[name] = ratio.value
+        if name.startswith(("pass@1", "kl_per_token")):
+            values[f"{name}_stderr"] = ratio.stderr
+    return values
+
+
+def micro_batches(rollouts: RolloutTable, max_tokens: int) -> Iterator[RolloutBatch]:
+    """All rows of a table once, responses of similar length together, within `max_tokens` padded tokens each."""
+    lengths = rollouts.lengths
+    for rows in cut_step(lengths, pieces_needed(lengths, len(lengths), max_tokens)):
+        yield rollouts.batch(
+            rows,
+            torch.zeros(len(lengths)),
+            step_tokens=int(rollouts.response_lengths[rows].sum()),
+            step_responses=len(rows),
+            micro_batches=1,
+            last=True,
+        )
+
+
+def _add(sums: dict[str, Tensor], more: dict[str, Tensor]) -> None:
+    for name, value in more.items():
+        sums[name] = sums[name] + value if name in sums else value
+
+
+def _shorten(rows: list[int], most: int = 16) -> str:
+    shown = ", ".join(str(row) for row in rows[:most])
+    return shown if len(rows) <= most else f"{shown}, … ({len(rows)} in all)"

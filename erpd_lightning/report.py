@@ -1,0 +1,61 @@
+"""What a run gained and what it cost, for a person at a terminal."""
+
+from typing import Any
+
+COLUMNS = (
+    "round",
+    "policy",
+    "pass@1",
+    "pass@k",
+    "KL/token",
+    "KL/response",
+    "KL/token to first",
+    "entropy",
+    "rollouts",
+    "seconds",
+)
+
+
+def format_summary(summary: dict[str, Any]) -> str:
+    """The table of a `summary.json`: a line for each policy of each round, and the budgets below.
+
+    KL in nats against the round's base policy, measured on fresh samples; entropy in nats per token.
+    """
+    rows = [COLUMNS]
+    for entry in summary["rounds"]:
+        for name, measured in entry["policies"].items():
+            last = name == "student"
+            rows.append(
+                (
+                    str(entry["round"]),
+                    name,
+                    f"{measured['pass@1']:.3f} ± {measured['pass@1_stderr']:.3f}",
+                    f"{measured['pass@k']:.3f}",
+                    f"{measured['kl_per_token']:.4f} ± {measured['kl_per_token_stderr']:.4f}",
+                    f"{measured['kl_per_response']:.2f}",
+                    f"{measured['kl_per_token_to_first']:.4f}",
+                    f"{measured['entropy_per_token']:.3f}",
+                    str(entry["rollouts_total"]) if last else "",
+                    f"{entry['seconds']:.0f}" if last else "",
+                )
+            )
+    return "\n".join([_align(rows), *(_budget(entry) for entry in summary["rounds"])])
+
+
+def _budget(entry: dict[str, Any]) -> str:
+    spent = entry["policies"]["student"]["kl_per_token"]
+    if entry["budget"] is None:
+        return f"Round {entry['round']}: beta {entry['beta']:.4g} given, {spent:.4f} nats per token spent"
+    return (
+        f"Round {entry['round']}: budget {entry['budget']:.4g} nats per token, {spent:.4f} spent "
+        f"({spent / entry['budget']:.0%}), beta {entry['beta']:.4g}"
+    )
+
+
+def _align(rows: list[tuple[str, ...]]) -> str:
+    widths = [max(len(row[column]) for row in rows) for column in range(len(rows[0]))]
+    lines = [
+        "  ".join(cell.rjust(width) for cell, width in zip(row, widths, strict=True)).rstrip()
+        for row in rows
+    ]
+    return "\n".join([lines[0], "-" * len(lines[0]), *lines[1:]])

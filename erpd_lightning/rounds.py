@@ -1,0 +1,517 @@
+"""The chain: rollouts, extreme region, unlearned policy, signal, distillation, evaluation; round after round.
+
+Each stage lives in a directory of its own and ends by writing a `stage.json`, last and atomically. A finished
+stage that was made from the same settings and inputs is skipped. One that was killed goes on from its last
+checkpoint or its last stored part; since all draws are functions of names (`seeds`), it ends as if nothing had
+happened. A stage whose record names other settings is never overwritten: that is an error.
+"""
+
+import hashlib
+import json
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any, Protocol
+
+import torch
+from lightning.pytorch import Trainer, seed_everything
+from lightning.pytorch.callbacks import ModelCheckpoint
+from lightning.pytorch.utilities import rank_zero_only
+
+from .data.arithmetic import Arithmetic
+from .data.batching import RolloutTable
+from .data.demonstrations import write_demonstrations
+from .data.rollouts import RolloutDataModule
+from .data.store import Store, atomic_write, sha256_file
+from .distill import DistillModule
+from .errors import UserError
+from .extreme_region import ExtremeRegionModule
+from .objectives.extreme import CrossEntropy
+from .policy import export_policy, policy_fingerprint
+from .policy_module import PolicyModule
+from .report import format_summary
+from .seeds import derive_seed
+
+STAGES = ("base", "rollouts", "extreme_region", "unlearned", "signal", "distill", "evaluation")
+
+Record = dict[str, Any]
+
+
+class Builder(Protocol):
+    """Makes what a stage needs from the user's settings and what the chain binds."""
+
+    def data(self, **bound: Any) -> RolloutDataModule:
+        """The data module."""
+
+    def module(self, stage: str, **bound: Any) -> PolicyModule:
+        """The module of `extreme_region`, `unlearned` or `distill`."""
+
+    def trainer(self, stage: str, **bound: Any) -> Trainer:
+        """A trainer with the shared settings, those of the stage over them, and `bound` over both."""
+
+    def settings(self, stage: str) -> Record:
+        """What a stage's result depends on, as JSON: recorded, and compared when a run goes on."""
+
+
+class StageOnly(Exception):
+    """The one stage that was asked for is done."""
+
+
+@dataclass
+class Rounds:
+    """A run directory and the chain of stages that fills it.
+
+    Args:
+        builder: Makes data modules, modules and trainers.
+        run_dir: Where everything of the run lies.
+        rounds: How many rounds to run.
+        policy: Folder or hub name of the base policy; None where a task makes it.
+        task: Makes prompts and a base policy; None where they are given.
+        checkpoint_every: Optimiser steps between the checkpoints that a killed stage goes on from.
+        stage: The only stage to run, one of `STAGES`, whose inputs have to be there; None for all.
+        round: The round of that stage; None for the first in which it is not finished.
+        seed: Seed of all draws.
+
+    Raises:
+        UserError: For a setting out of range.
+    """
+
+    builder: Builder
+    run_dir: Path = Path("runs/erpd")
+    rounds: int = 1
+    policy: str | None = None
+    task: Arithmetic | None = None
+    checkpoint_every: int = 20
+    stage: str | None = None
+    round: int | None = None
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        self._ran = False
+        if self.rounds < 1 or self.checkpoint_every < 1:
+            raise UserError(
+                f"rounds ({self.rounds}) and checkpoint_every ({self.checkpoint_every}) must be at least 1"
+            )
+        if (self.policy is None) == (self.task is None):
+            raise UserError("give either policy, the base policy to start from, or task, which makes one")
+        if self.stage is not None and self.stage not in STAGES:
+            raise UserError(f"stage is {self.stage!r}: it must be one of {', '.join(STAGES)}")
+        if self.stage == "unlearned" and not self._unlearns:
+            raise UserError("stage is 'unlearned', but distill.signal uses no unlearned policy")
+        if self.round is not None and not 1 <= self.round <= self.rounds:
+            raise UserError(f"round is {self.round}: it must lie between 1 and rounds ({self.rounds})")
+
+    def run(self) -> None:
+        """Run what is not done yet, write `summary.json` after each round, and print the table."""
+        try:
+            self._base()
+            for number in range(1, self.rounds + 1):
+                self._round(number)
+        except StageOnly:
+            return
+        say(format_summary(json.loads((self.run_dir / "summary.json").read_text())))
+        say(f"The student lies in {self.student(self.rounds)}")
+
+    # Where things lie.
+
+    def round_dir(self, number: int) -> Path:
+        """The directory of a round."""
+        return self.run_dir / f"round-{number}"
+
+    def student(self, number: int) -> Path | str:
+        """The student of a round; that of round 0 is the base policy, a folder or a hub name."""
+        if number == 0:
+            return self.run_dir / "base" if self.policy is None else self.policy
+        return self.round_dir(number) / "distill" / "student"
+
+    def policies(self, number: int) -> dict[str, Path | str]:
+        """The policies of a round by the names that signals and summaries use."""
+        folder = self.round_dir(number)
+        policies: dict[str, Path | str] = {
+            "base": self.student(number - 1),
+            "teacher": folder / "extreme_region" / "teacher",
+        }
+        if self._unlearns:
+            policies["unlearned"] = folder / "unlearned" / "policy"
+        return policies
+
+    def data(self, number: int, with_scores: bool = False) -> RolloutDataModule:
+        """The data module of a round."""
+        folder = self.round_dir(number)
+        bound: Record = {}
+        if self.task is not None:
+            bound["prompts"] = self.run_dir / "prompts" / "train.jsonl"
+            bound["validation_prompts"] = self.run_dir / "prompts" / "validation.jsonl"
+        return self.builder.data(
+            store=folder / "rollouts",
+            tokenizer=self.student(0),
+            scores=folder / "signal" if with_scores else None,
+            round=number,
+            seed=derive_seed(self.seed, "data", number),
+            **bound,
+        )
+
+    @cached_property
+    def _unlearns(self) -> bool:
+        """Whether the signal uses the unlearned policy, which is only then made."""
+        module = self.builder.module("distill", policy="")
+        assert isinstance(module, DistillModule)
+        return "unlearned" in module.signal.policies
+
+    # The stages.
+
+    def _base(self) -> None:
+        """Prompts and base policy of the task; nothing where they are given."""
+        if self.task is None:
+            return
+        task = self.task
+        folder = self.run_dir / "prepare"
+
+        def body() -> Record:
+            self._write_task(folder)
+            data = RolloutDataModule(
+                store=folder / "demonstrations",
+                tokenizer=folder / "initial",
+                batch_size=task.batch_size,
+                seed=derive_seed(self.seed, "base"),
+            )
+            module = ExtremeRegionModule(
+                folder / "initial",
+                objective=CrossEntropy(),
+                references={},
+                learning_rate=task.learning_rate,
+                warmup_steps=20,
+                lr_scheduler="cosine",
+            )
+            self._fit("base", folder, module, data, max_epochs=task.epochs)
+            module.export(self.run_dir / "base")
+            return {"policy": policy_fingerprint(self.run_dir / "base")}
+
+        self._stage(
+            "base",
+            0,
+            folder,
+            f"a deliberately weak base policy on {task.demonstrations} demonstrations",
+            {},
+            body,
+        )
+
+    def _round(self, number: int) -> None:
+        base = policy_fingerprint(self.student(number - 1))
+        rollouts = self._rollouts(number, base)
+        inputs = {"base": base, "rollouts": rollouts["outcome"]["fingerprint"]}
+        for stage, name in (("extreme_region", "teacher"), ("unlearned", "unlearned")):
+            if name in self.policies(number):
+                inputs[name] = self._extreme(stage, name, number, inputs)["outcome"]["policy"]
+        signal = self._signal(number, inputs)
+        student = self._distill(number, {**inputs, "signal": signal["outcome"]["fingerprint"]})
+        inputs["student"] = student["outcome"]["policy"]
+        self._evaluate(number, inputs)
+        self._summarise(number)
+        if self.stage == "evaluation" and (self._ran or self.round == number):
+            raise StageOnly
+
+    def _rollouts(self, number: int, base: str) -> Record:
+        folder = self.round_dir(number) / "rollouts"
+
+        def body() -> Record:
+            data = self.data(number)
+            module = self.builder.module("extreme_region", policy="")
+            if data.group_size < 2 and module.needs_groups:
+                raise UserError(
+                    "data.group_size is 1: the objective compares the responses of a group, "
+                    "which takes at least 2"
+                )
+            self._predict("rollouts", folder, self.student(number - 1), data.sampling())
+            store = Store.open(folder, verify=False)
+            rewards = RolloutTable.from_arrow(store.table()).rewards
+            return {
+                "fingerprint": store.fingerprint,
+                "rollouts": store.rows,
+                "mean_reward": float(rewards.mean()),
+            }
+
+        inputs = {"base": base, **self._prompt_files()}
+        about = "sampling and verifying responses of the base policy"
+        record = self._stage("rollouts", number, folder, about, inputs, body)
+        Store.open(folder)  # An altered store must not be trained on.
+        return record
+
+    def _extreme(self, stage: str, name: str, number: int, inputs: dict[str, str]) -> Record:
+        folder = self.round_dir(number) / stage
+        path = self.policies(number)[name]
+
+        def body() -> Record:
+            sign = -1 if name == "unlearned" else 1
+            module = self.builder.module(stage, policy=self.student(number - 1), sign=sign)
+            self._fit(stage, folder, module, self.data(number))
+            module.export(path, tokenizer=self.student(0))
+            return {"policy": policy_fingerprint(path)}
+
+        about = {
+            "teacher": "driving a teacher far from the base policy on the fixed rollouts",
+            "unlearned": "driving an unlearned policy the other way",
+        }[name]
+        needed = {key: inputs[key] for key in ("base", "rollouts")}
+        return self._stage(stage, number, folder, about, needed, body)
+
+    def _signal(self, number: int, inputs: dict[str, str]) -> Record:
+        folder = self.round_dir(number) / "signal"
+
+        def body() -> Record:
+            data = self.data(number, with_scores=True)
+            for name, path in self.policies(number).items():
+                self._predict("signal", folder, path, data.scoring(name))
+            prints = [Store.open(folder / n, verify=False).fingerprint for n in self.policies(number)]
+            return {"fingerprint": hashlib.sha256("".join(prints).encode()).hexdigest()}
+
+        about = "scoring the rollouts once with each policy"
+        record = self._stage("signal", number, folder, about, inputs, body)
+        for name in self.policies(number):
+            Store.open(folder / name)
+        return record
+
+    def _distill(self, number: int, inputs: dict[str, str]) -> Record:
+        folder = self.round_dir(number) / "distill"
+
+        def body() -> Record:
+            module = self.builder.module("distill", policy=self.student(number - 1))
+            assert isinstance(module, DistillModule)
+            self._fit("distill", folder, module, self.data(number, with_scores=True))
+            module.export(self.student(number), tokenizer=self.student(0))
+            return {
+                "policy": policy_fingerprint(self.student(number)),
+                "budget": module.kl_budget,
+                "beta": module.beta,
+                "kl_on_stored_states": None if module.solution is None else module.solution.kl,
+            }
+
+        about = "distilling the signal back into the base policy under the KL budget"
+        return self._stage("distill", number, folder, about, inputs, body)
+
+    def _evaluate(self, number: int, inputs: dict[str, str]) -> None:
+        policies = {**self.policies(number), "student": self.student(number)}
+        for name, path in policies.items():
+            folder = self.round_dir(number) / "evaluation" / name
+
+            def body(path: Path | str = path, folder: Path = folder) -> Record:
+                data = self.data(number)
+                references = {"base": str(self.student(number - 1)), "first": str(self.student(0))}
+                module = PolicyModule(path, references=references)
+                trainer = self.builder.trainer("evaluation", default_root_dir=folder, logger=False)
+                trainer.test(module, datamodule=data, verbose=False)
+                measured = {
+                    key.removeprefix("test/"): float(value)
+                    for key, value in trainer.callback_metrics.items()
+                }
+                sizes = {
+                    "prompts": len(data.held_out_prompts()),
+                    "samples_per_prompt": data.validation_samples,
+                }
+                return {**measured, **sizes}
+
+            about = f"measuring {name} on fresh samples for held-out prompts"
+            prints = {key: inputs[key] for key in ("base", name)}
+            self._stage("evaluation", number, folder, about, prints, body)
+
+    # How stages run.
+
+    def _fit(
+        self,
+        stage: str,
+        folder: Path,
+        module: PolicyModule,
+        data: RolloutDataModule,
+        **bound: Any,
+    ) -> None:
+        """Train from the last checkpoint of an earlier attempt, or from the start."""
+        checkpoints = folder / "checkpoints"
+        saver = ModelCheckpoint(
+            dirpath=checkpoints,
+            filename="{step}",
+            every_n_train_steps=self.checkpoint_every,
+            enable_version_counter=False,
+        )
+        trainer = self.builder.trainer(stage, default_root_dir=folder, **bound)
+        trainer.callbacks.append(saver)
+        trainer.fit(module, datamodule=data, ckpt_path=_latest(checkpoints), weights_only=True)
+
+    def _predict(self, stage: str, folder: Path, policy: Path | str, data: Any) -> None:
+        trainer = self.builder.trainer(stage, default_root_dir=folder, logger=False)
+        module = PolicyModule(policy, references={})
+        trainer.predict(module, datamodule=data, return_predictions=False)
+
+    def _stage(
+        self,
+        stage: str,
+        number: int,
+        folder: Path,
+        about: str,
+        inputs: dict[str, str],
+        body: Callable[[], Record],
+    ) -> Record:
+        """Skip a stage that is done, or run it and record it.
+
+        Raises:
+            UserError: If the directory was made with other settings or from other inputs.
+            StageOnly: If this was the only stage to run.
+        """
+        made_with = {"settings": self._settings(stage), "inputs": inputs, "seed": self.seed}
+        made_with = json.loads(json.dumps(made_with, default=str))
+        wanted = self.stage == stage and self.round in (None, number)
+        title = f"[round {number}/{self.rounds}] {stage}" if number else f"[base] {stage}"
+        done = _read_record(folder / "stage.json", made_with)
+        if done is None and self.stage is not None and not wanted:
+            raise UserError(
+                f"--stage {self.stage} needs {folder.relative_to(self.run_dir)}, which is not finished: "
+                "run it first"
+            )
+        if done is not None:
+            say(f"{title}: done already")
+            if wanted and self.round is not None and stage != "evaluation":
+                raise StageOnly
+            return done
+        _read_record(folder / "started.json", made_with)
+        say(f"{title}: {about}")
+        _record(folder / "started.json", made_with)
+        seed_everything(derive_seed(self.seed, stage, number) % 2**32, verbose=False)
+        wall, cpu = time.perf_counter(), time.process_time()
+        outcome = body()
+        record = {
+            "stage": stage,
+            "round": number,
+            **made_with,
+            "seconds": round(time.perf_counter() - wall, 3),
+            "cpu_seconds": round(time.process_time() - cpu, 3),
+            "outcome": outcome,
+        }
+        _record(folder / "stage.json", record)
+        barrier()
+        self._ran = True
+        if wanted and stage != "evaluation":
+            raise StageOnly
+        return record
+
+    def _settings(self, stage: str) -> Record:
+        if stage == "base":
+            assert self.task is not None
+            return {"task": vars(self.task)}
+        return self.builder.settings(stage)
+
+    def _prompt_files(self) -> dict[str, str]:
+        data = self.data(1)
+        files = {"prompts": data.prompts, "validation_prompts": data.validation_prompts}
+        return {
+            name: sha256_file(path) if path is not None and Path(path).is_file() else str(path)
+            for name, path in files.items()
+        }
+
+    @rank_zero_only
+    def _write_task(self, folder: Path) -> None:
+        """Prompts, the initial policy and its demonstrations; what is there already stays."""
+        assert self.task is not None
+        task, prompts = self.task, self.run_dir / "prompts"
+        prompts.mkdir(parents=True, exist_ok=True)
+        for name, rows in zip(("train", "validation"), task.prompts(self.seed), strict=True):
+            atomic_write(
+                prompts / f"{name}.jsonl", "".join(json.dumps(row) + "\n" for row in rows)
+            )
+        if not (folder / "initial").is_dir():
+            tokenizer = task.tokenizer()
+            export_policy(task.initial_policy(self.seed), tokenizer, folder / "initial")
+        if not Store.exists(folder / "demonstrations"):
+            write_demonstrations(task, self.seed, folder / "demonstrations")
+
+    @rank_zero_only
+    def _summarise(self, number: int) -> None:
+        """Write `summary.json` from the records of the rounds that are done."""
+        rounds = [self._round_summary(n) for n in range(1, number + 1)]
+        total = 0
+        for summary in rounds:
+            total += summary["rollouts"]
+            summary["rollouts_total"] = total
+        atomic_write(self.run_dir / "summary.json", json.dumps({"rounds": rounds}, indent=2) + "\n")
+
+    def _round_summary(self, number: int) -> Record:
+        folder = self.round_dir(number)
+        names = [*self.policies(number), "student"]
+        stages = ["rollouts", "extreme_region", "unlearned", "signal", "distill"]
+        paths = [folder / stage / "stage.json" for stage in stages]
+        evaluations = {name: folder / "evaluation" / name / "stage.json" for name in names}
+        records = [json.loads(path.read_text()) for path in paths if path.is_file()]
+        measured = {name: json.loads(path.read_text()) for name, path in evaluations.items()}
+        outcomes = {record["stage"]: record["outcome"] for record in records}
+        everything = [*records, *measured.values()]
+        return {
+            "round": number,
+            "budget": outcomes["distill"]["budget"],
+            "beta": outcomes["distill"]["beta"],
+            "kl_on_stored_states": outcomes["distill"]["kl_on_stored_states"],
+            "rollouts": outcomes["rollouts"]["rollouts"],
+            "rollouts_total": 0,
+            "seconds": round(sum(record["seconds"] for record in everything), 1),
+            "cpu_seconds": round(sum(record["cpu_seconds"] for record in everything), 1),
+            "policies": {name: record["outcome"] for name, record in measured.items()},
+        }
+
+
+def barrier() -> None:
+    """Wait for the other ranks, where there are any."""
+    if torch.distributed.is_available() and torch.distributed.is_initialized():
+        torch.distributed.barrier()
+
+
+@rank_zero_only
+def say(text: str) -> None:
+    """Tell the user, once."""
+    print(text, flush=True)
+
+
+@rank_zero_only
+def _record(path: Path, content: Record) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    atomic_write(path, json.dumps(content, indent=2) + "\n")
+
+
+def _read_record(path: Path, made_with: Record) -> Record | None:
+    """A record that fits `made_with`, or None if there is none.
+
+    Raises:
+        UserError: Names the first setting or input that differs.
+    """
+    if not path.is_file():
+        return None
+    try:
+        record: Record = json.loads(path.read_text())
+    except ValueError as error:
+        raise UserError(f"{path} is no readable record of a stage: {error}") from error
+    for part in ("settings", "inputs", "seed"):
+        difference = _difference(record.get(part), made_with[part], "")
+        if difference is None:
+            continue
+        key, old, new = difference
+        name = "seed_everything" if part == "seed" else key
+        raise UserError(
+            f"{path.parent} was made with {name}: {old}, not {new}. "
+            "Give another run_dir, or delete that folder and what follows from it"
+        )
+    return record
+
+
+def _difference(old: Any, new: Any, key: str) -> tuple[str, Any, Any] | None:
+    """The first leaf that two nested dictionaries do not share, by its dotted name."""
+    if not (isinstance(old, dict) and isinstance(new, dict)):
+        return None if old == new else (key, old, new)
+    for name in sorted({*old, *new}):
+        found = _difference(old.get(name), new.get(name), f"{key}.{name}" if key else name)
+        if found is not None:
+            return found
+    return None
+
+
+def _latest(checkpoints: Path) -> str | None:
+    """The checkpoint with the most steps."""
+    found = sorted(checkpoints.glob("step=*.ckpt"), key=lambda path: int(path.stem.split("=")[1]))
+    return str(found[-1]) if found else None
