@@ -9,6 +9,7 @@ from typing import Any
 
 from jsonargparse import ArgumentError, Namespace
 from lightning.pytorch import LightningModule, Trainer
+from lightning.pytorch.callbacks import Checkpoint
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
 from lightning.pytorch.loggers import CSVLogger
 
@@ -141,7 +142,7 @@ class ERPDCLI(LightningCLI):
 
     def predict(self, **kwargs: Any) -> None:
         """Sample and verify responses to the held-out prompts, and write them as JSONL."""
-        tables = self.trainer.predict(**kwargs) or []
+        tables: list[Any] = self.trainer.predict(**kwargs) or []
         rank = f"-{self.trainer.global_rank}" if self.trainer.world_size > 1 else ""
         path = self._folder / f"predictions{rank}.jsonl"
         rows = [row for table in tables for row in table.to_pylist()]
@@ -200,8 +201,9 @@ class ConfigBuilder:
         root = bound.get("default_root_dir")
         if kwargs["logger"] in (None, True) and root is not None:
             kwargs["logger"] = CSVLogger(root, name="metrics")
-        kwargs["callbacks"] = list(kwargs["callbacks"] or [])
-        kwargs["enable_checkpointing"] = False if kwargs["enable_checkpointing"] is None else True
+        callbacks = [*(kwargs["callbacks"] or []), *bound.pop("callbacks", [])]
+        kwargs["callbacks"] = callbacks
+        kwargs["enable_checkpointing"] = any(isinstance(c, Checkpoint) for c in callbacks)
         return Trainer(**{**kwargs, **bound})
 
     def settings(self, stage: str) -> dict[str, Any]:

@@ -116,8 +116,9 @@ def load_policy(path: str | Path, dtype: str = "float32", max_logits: int = MAX_
     for module in model.modules():
         if isinstance(module, nn.Dropout):
             module.p = 0.0
-        elif hasattr(module, "attention_dropout"):
-            module.attention_dropout = 0.0
+        for name in ("dropout", "attention_dropout", "activation_dropout"):
+            if isinstance(getattr(module, name, None), float):
+                setattr(module, name, 0.0)
     return Policy(model, max_logits)
 
 

@@ -111,7 +111,7 @@ class PolicyModule(LightningModule):
         if not hasattr(self, "policy"):
             self.policy = load_policy(self.policy_path, self.weights_dtype, self.max_logits)
 
-    def configure_optimizers(self) -> dict[str, Any]:
+    def configure_optimizers(self) -> Any:
         """AdamW and a scheduler of `transformers`, stepped after every optimiser step."""
         from transformers import get_scheduler
 

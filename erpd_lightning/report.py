@@ -21,7 +21,7 @@ def format_summary(summary: dict[str, Any]) -> str:
 
     KL in nats against the round's base policy, measured on fresh samples; entropy in nats per token.
     """
-    rows = [COLUMNS]
+    rows: list[tuple[str, ...]] = [COLUMNS]
     for entry in summary["rounds"]:
         for name, measured in entry["policies"].items():
             last = name == "student"

@@ -49,7 +49,10 @@ class Builder(Protocol):
         """The module of `extreme_region`, `unlearned` or `distill`."""
 
     def trainer(self, stage: str, **bound: Any) -> Trainer:
-        """A trainer with the shared settings, those of the stage over them, and `bound` over both."""
+        """A trainer with the shared settings, those of the stage over them, and `bound` over both.
+
+        Callbacks in `bound` are added to the configured ones.
+        """
 
     def settings(self, stage: str) -> Record:
         """What a stage's result depends on, as JSON: recorded, and compared when a run goes on."""
@@ -334,8 +337,7 @@ class Rounds:
             every_n_train_steps=self.checkpoint_every,
             enable_version_counter=False,
         )
-        trainer = self.builder.trainer(stage, default_root_dir=folder, **bound)
-        trainer.callbacks.append(saver)
+        trainer = self.builder.trainer(stage, default_root_dir=folder, callbacks=[saver], **bound)
         trainer.fit(module, datamodule=data, ckpt_path=_latest(checkpoints), weights_only=True)
 
     def _predict(self, stage: str, folder: Path, policy: Path | str, data: Any) -> None:

@@ -6,6 +6,7 @@ the parts that are missing, on any number of processes, and ends with the same s
 
 from abc import abstractmethod
 from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import pyarrow as pa
@@ -129,7 +130,8 @@ class SamplingPass(StorePass):
         return output
 
 
-class ScoringPart(NamedTuple):
+@dataclass(frozen=True)
+class ScoringPart:
     """Some rollouts to score, and the number of the part that they make."""
 
     index: int

@@ -249,8 +249,9 @@ class RolloutDataModule(LightningDataModule):
 
     def sampling_settings(self) -> dict[str, Any]:
         """All that the rollouts depend on, apart from the policy."""
+        assert self.prompts is not None
         return {
-            "prompts": sha256_file(Path(self.prompts)) if Path(str(self.prompts)).is_file() else self.prompts,
+            "prompts": sha256_file(self.prompts) if Path(str(self.prompts)).is_file() else self.prompts,
             "prompts_per_round": self.prompts_per_round,
             "round": self.round,
             "group_size": self.group_size,

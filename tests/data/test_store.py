@@ -486,8 +486,12 @@ def test_a_full_disk_is_the_users_to_mend(
 def test_a_disk_that_is_really_full(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     path = tmp_path / "file"
     atomic_write(path, "before")
+
+    def full(*_: object) -> Any:
+        return os.fdopen(os.open("/dev/full", os.O_WRONLY), "wb")
+
     with monkeypatch.context() as patch:
-        patch.setattr(store_module, "open", lambda *_: Path("/dev/full").open("wb"), raising=False)
+        patch.setattr(store_module, "open", full, raising=False)
         with pytest.raises(UserError, match=f"disk full while writing {path}"):
             atomic_write(path, b"after" * 10**6)
     assert path.read_text() == "before"
