@@ -1,5 +1,6 @@
 """Stage 2: distil the teacher's opinion back into the base policy under a KL budget."""
 
+import math
 from pathlib import Path
 from typing import Any
 
@@ -13,9 +14,16 @@ from .objectives.signal import Signal
 from .objectives.tilt import BetaSolution, UnreachableBudget, solve_beta
 from .policy_module import PolicyModule
 
+# A student that is just starting has spent next to nothing: that says little about where it will end.
+MAX_CORRECTION = 1.5
+
 
 class DistillModule(PolicyModule):
     """Distils a signal into the base policy; beta is solved for the budget and reported.
+
+    The stored states are not those that a student meets: on prompts that it was not trained on it spends a little
+    more or less than its target does on the stored ones. With `calibrate`, the student's KL on fresh samples of
+    unused training prompts, exact over the vocabulary, corrects beta after every epoch (ours).
 
     Args:
         policy: Folder or hub name of the base policy, which the student starts from.
@@ -23,6 +31,8 @@ class DistillModule(PolicyModule):
         beta: Price of a nat of KL, where it is given and not solved; `kl_budget` is then None.
         signal: What the policies say about a token, as clipped log-ratios.
         objective: How the student is drawn to the tilted base policy.
+        calibrate: Correct beta after each epoch, so that the budget is spent on fresh samples and not only on the
+            stored states; needs a solved beta and a `RolloutDataModule` with `calibration_prompts`.
         learning_rate: AdamW's learning rate after warm-up.
         lr_scheduler: What follows warm-up, by its name in `transformers.get_scheduler`.
         **kwargs: Further arguments of `PolicyModule`.
@@ -38,6 +48,7 @@ class DistillModule(PolicyModule):
         beta: float | None = None,
         signal: Signal | None = None,
         objective: DistillObjective | None = None,
+        calibrate: bool = True,
         learning_rate: float = 1e-3,
         lr_scheduler: str = "cosine",
         **kwargs: Any,
@@ -53,6 +64,8 @@ class DistillModule(PolicyModule):
         self.signal = signal or Signal()
         self.objective = objective or TiltedTarget()
         self.solution: BetaSolution | None = None
+        self.calibrates = calibrate and beta is None
+        self._log_gains: list[float] = []
 
     def setup(self, stage: str) -> None:
         """Solve beta for the budget on the stored states."""
@@ -66,22 +79,64 @@ class DistillModule(PolicyModule):
                 "filled by Trainer.predict with its scoring(name)"
             )
         self._check_policies(rollouts)
-        if self.beta is None:
-            self.solution = self.solve(rollouts)
+        if self.kl_budget is not None:
+            self._solve(rollouts, self.kl_budget)
+
+    def on_validation_epoch_end(self) -> None:
+        """Correct beta by what the student spends on fresh samples of the calibration prompts."""
+        super().on_validation_epoch_end()
+        metrics: Any = self.metrics["calibration"]
+        if len(metrics) == 0 or self.trainer.sanity_checking:
+            return
+        spent = float(metrics["kl_per_token/base"].compute().value)
+        self._log_metrics("calibration")
+        if spent > 0:
+            self._correct(spent)
+
+    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Keep beta and what calibration found so far."""
+        super().on_save_checkpoint(checkpoint)
+        solution = None if self.solution is None else (self.solution.beta, self.solution.kl)
+        checkpoint["calibration"] = {"solution": solution, "log_gains": list(self._log_gains)}
+
+    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Go on with them."""
+        super().on_load_checkpoint(checkpoint)
+        calibration = checkpoint["calibration"]
+        self._log_gains = calibration["log_gains"]
+        if calibration["solution"] is not None:
+            self.solution = BetaSolution(*calibration["solution"])
             self.beta = self.solution.beta
 
-    def solve(self, rollouts: RolloutTable) -> BetaSolution:
-        """The beta that spends the budget on the states of some scored rollouts.
+    def _correct(self, spent: float) -> None:
+        """Solve beta again for the share of the budget that, at the gain seen lately, spends all of it.
+
+        The gain is the student's KL on fresh samples over its target's on the stored states; the geometric mean of
+        the last two damps the noise of a sample.
+        """
+        assert self.kl_budget is not None
+        assert self.solution is not None
+        data: Any = self.trainer.datamodule  # type: ignore[attr-defined]
+        self._log_gains.append(math.log(spent / self.solution.kl))
+        recent = self._log_gains[-2:]
+        gain = min(max(math.exp(sum(recent) / len(recent)), 1 / MAX_CORRECTION), MAX_CORRECTION)
+        try:
+            self._solve(data.rollouts, self.kl_budget / gain)
+        except UserError:
+            return  # A student this thrifty cannot be made to spend more: beta stays where it is.
+
+    def _solve(self, rollouts: RolloutTable, budget: float) -> None:
+        """The beta that spends a budget on the states of some scored rollouts.
 
         Raises:
             UserError: If no beta does.
         """
-        assert self.kl_budget is not None
         logps = {name: rollouts.flat_scores(name) for name in {"base", *self.signal.policies}}
         try:
-            return solve_beta(logps["base"], self.signal(logps), self.kl_budget)
+            self.solution = solve_beta(logps["base"], self.signal(logps), budget)
         except UnreachableBudget as error:
             raise UserError(f"distill.kl_budget: {error}") from error
+        self.beta = self.solution.beta
 
     def select(self, rewards: Tensor, advantages: Tensor) -> Tensor:
         """See `PolicyModule.select`: every stored response holds states to learn in."""

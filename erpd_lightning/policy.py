@@ -119,7 +119,7 @@ def load_policy(path: str | Path, dtype: str = "float32", max_logits: int = MAX_
         for name in ("dropout", "attention_dropout", "activation_dropout"):
             if isinstance(getattr(module, name, None), float):
                 setattr(module, name, 0.0)
-    return Policy(model, max_logits)
+    return Policy(model, max_logits).train()
 
 
 def export_policy(

@@ -24,6 +24,9 @@ from .seeds import derive_seed
 SUPPORT_MASS = 0.999
 SUPPORT_SIZE = 64
 
+EVALUATIONS = ("val", "calibration", "test")
+"""What is sampled afresh: held-out prompts, unused training prompts, and held-out prompts again."""
+
 
 class TrainingDiverged(UserError):
     """A loss or gradient that is not finite: the run stops before the weights take it in."""
@@ -50,6 +53,7 @@ class PolicyModule(LightningModule):
     """
 
     needs_groups = False
+    calibrates = False
 
     def __init__(
         self,
@@ -82,7 +86,7 @@ class PolicyModule(LightningModule):
         self.max_logits = max_logits
         self.pass_at_k = pass_at_k
         self.policy: Policy
-        self.metrics = nn.ModuleDict({stage: nn.ModuleDict() for stage in ("val", "test")})
+        self.metrics = nn.ModuleDict({stage: nn.ModuleDict() for stage in EVALUATIONS})
         # Frozen policies, kept from the optimizer, from checkpoints and from wrapping by leaving them unregistered.
         self._frozen: dict[str, Policy] = {}
         self._step_sums: dict[str, Tensor] = {}
@@ -228,9 +232,9 @@ class PolicyModule(LightningModule):
 
     # Evaluation on fresh samples.
 
-    def validation_step(self, batch: PromptBatch, batch_idx: int) -> None:
-        """Sample, verify, and measure; see `evaluate`."""
-        self.evaluate(batch, self.metrics["val"])
+    def validation_step(self, batch: PromptBatch, batch_idx: int, dataloader_idx: int = 0) -> None:
+        """Sample, verify, and measure; see `evaluate`. A second loader's prompts are for calibration."""
+        self.evaluate(batch, self.metrics[EVALUATIONS[dataloader_idx]])
 
     def test_step(self, batch: PromptBatch, batch_idx: int) -> None:
         """The same as validation, under `test/`."""

@@ -98,6 +98,7 @@ class StorePass(LightningDataModule):
         if self.trainer.is_global_zero:
             self._writer.finish(self._parts)
         self.trainer.strategy.barrier()
+        self.data.forget()
 
 
 def run_pass(store_pass: StorePass, trainer: Any) -> None:

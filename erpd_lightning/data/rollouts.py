@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 from lightning.pytorch import LightningDataModule
+from lightning.pytorch.trainer.states import TrainerFn
 from torch import Tensor
 
 from ..errors import UserError
@@ -54,6 +55,9 @@ class RolloutDataModule(LightningDataModule):
         max_tokens: Padded tokens of a micro-batch, the bound on the memory that it takes.
         validation_samples: Fresh responses to each held-out prompt.
         max_validation_prompts: Held-out prompts that are used, the first ones; None for all of them.
+        calibration_prompts: Training prompts outside the round on which a student's KL is measured while it is
+            distilled, as many of them as there are; 0 for none. They are sampled, not verified rollouts.
+        calibration_samples: Fresh responses to each of them.
         seed: Seed of sampling and shuffling.
 
     Raises:
@@ -76,6 +80,8 @@ class RolloutDataModule(LightningDataModule):
         max_tokens: int = 16384,
         validation_samples: int = 8,
         max_validation_prompts: int | None = None,
+        calibration_prompts: int = 512,
+        calibration_samples: int = 2,
         seed: int = 0,
     ) -> None:
         super().__init__()
@@ -87,6 +93,7 @@ class RolloutDataModule(LightningDataModule):
             "max_tokens": max_tokens,
             "validation_samples": validation_samples,
             "max_validation_prompts": max_validation_prompts,
+            "calibration_samples": calibration_samples,
         }
         for name, count in counts.items():
             if count is not None and count < 1:
@@ -105,6 +112,8 @@ class RolloutDataModule(LightningDataModule):
         self.max_tokens = max_tokens
         self.validation_samples = validation_samples
         self.max_validation_prompts = max_validation_prompts
+        self.calibration_prompts = calibration_prompts
+        self.calibration_samples = calibration_samples
         self.seed = seed
 
     @cached_property
@@ -128,6 +137,11 @@ class RolloutDataModule(LightningDataModule):
             self.rollouts.rewards[checked], self.rollouts.groups[checked]
         )
         return advantages
+
+    def forget(self) -> None:
+        """Read the stores again when they are next needed: one of them has changed."""
+        for name in ("rollouts", "advantages"):
+            self.__dict__.pop(name, None)
 
     def sampling(self) -> SamplingPass:
         """A data module for `Trainer.predict` that samples and verifies this round's rollouts."""
@@ -182,18 +196,26 @@ class RolloutDataModule(LightningDataModule):
             shuffle=True,
         )
 
-    def val_dataloader(self) -> Parts:
-        """This rank's held-out prompts."""
+    def val_dataloader(self) -> list[Parts]:
+        """This rank's held-out prompts and, where a student is calibrated on them, unused training prompts."""
         assert self.trainer is not None
-        prompts = self.held_out_prompts()
-        if not prompts:
-            return Parts([])
-        return Parts(
-            self.prompt_batches(prompts, self.validation_samples, "validation", *ranks(self.trainer))
-        )
+        module: Any = self.trainer.lightning_module
+        loaders = self.test_dataloader()
+        prompts = self.unused_prompts()[: self.calibration_prompts]
+        if loaders and prompts and self.trainer.state.fn == TrainerFn.FITTING and module.calibrates:
+            loaders.append(self._prompt_loader(prompts, self.calibration_samples, "calibration"))
+        return loaders
 
-    test_dataloader = val_dataloader
-    predict_dataloader = val_dataloader
+    def test_dataloader(self) -> list[Parts]:
+        """This rank's held-out prompts; no loader at all where there are none."""
+        prompts = self.held_out_prompts()
+        return [self._prompt_loader(prompts, self.validation_samples, "validation")] if prompts else []
+
+    predict_dataloader = test_dataloader
+
+    def _prompt_loader(self, prompts: list[Prompt], samples: int, purpose: str) -> Parts:
+        assert self.trainer is not None
+        return Parts(self.prompt_batches(prompts, samples, purpose, *ranks(self.trainer)))
 
     def held_out_prompts(self) -> list[Prompt]:
         """The held-out prompts that are used; none where there is no file of them."""
@@ -212,13 +234,25 @@ class RolloutDataModule(LightningDataModule):
                 f"{self.store} holds no finished rollouts, and data.prompts names no file to sample from"
             )
         prompts = read_prompts(self.prompts)
-        count = self.prompts_per_round or len(prompts)
-        if count > len(prompts):
+        return [prompts[i] for i in self._round_indices(len(prompts))]
+
+    def unused_prompts(self) -> list[Prompt]:
+        """The training prompts that this round does not sample from, the next ones first."""
+        if self.prompts is None:
+            return []
+        prompts = read_prompts(self.prompts)
+        used = self._round_indices(len(prompts))
+        later = (i % len(prompts) for i in range(used[-1] + 1, used[-1] + 1 + len(prompts) - len(used)))
+        return [prompts[i] for i in later]
+
+    def _round_indices(self, available: int) -> list[int]:
+        count = self.prompts_per_round or available
+        if count > available:
             raise UserError(
-                f"data.prompts_per_round is {count}, but {self.prompts} holds {len(prompts)} prompts"
+                f"data.prompts_per_round is {count}, but {self.prompts} holds {available} prompts"
             )
         first = (self.round - 1) * count
-        return [prompts[i % len(prompts)] for i in range(first, first + count)]
+        return [i % available for i in range(first, first + count)]
 
     def prompt_batches(
         self, prompts: list[Prompt], samples: int, purpose: str, rank: int, world_size: int
@@ -263,7 +297,7 @@ class RolloutDataModule(LightningDataModule):
     def _read_scores(self, fingerprint: str) -> dict[str, ScoreTable]:
         assert self.scores is not None
         tables = {}
-        for path in sorted(path for path in self.scores.glob("*") if path.is_dir()):
+        for path in sorted(path for path in self.scores.glob("*") if Store.exists(path)):
             store = Store.open(path)
             if store.metadata["rollouts"] != fingerprint:
                 raise UserError(f"{path} scores other rollouts than those in {self.store}")
