@@ -109,17 +109,27 @@ def load_policy(path: str | Path, dtype: str = "float32", max_logits: int = MAX_
     Raises:
         UserError: If nothing that `AutoModelForCausalLM` can load lies there.
     """
-    from transformers import AutoModelForCausalLM
+    from transformers import AutoConfig, AutoModelForCausalLM
 
     with loading(path, "policy"):
-        model = AutoModelForCausalLM.from_pretrained(str(path), dtype=getattr(torch, dtype))
-    for module in model.modules():
-        if isinstance(module, nn.Dropout):
-            module.p = 0.0
-        for name in ("dropout", "attention_dropout", "activation_dropout"):
-            if isinstance(getattr(module, name, None), float):
-                setattr(module, name, 0.0)
+        config = AutoConfig.from_pretrained(str(path), trust_remote_code=False)
+        _no_dropout(config)
+        model = AutoModelForCausalLM.from_pretrained(
+            str(path), config=config, dtype=getattr(torch, dtype), trust_remote_code=False
+        )
     return Policy(model, max_logits).train()
+
+
+def _no_dropout(config: Any) -> None:
+    """Set every dropout rate of a configuration, and of those inside it, to 0.
+
+    Before the model is built: where a rate goes (a layer, an attribute, the configuration itself) differs.
+    """
+    for name, value in list(vars(config).items()):
+        if hasattr(value, "to_dict"):
+            _no_dropout(value)
+        elif "drop" in name and isinstance(value, float):
+            setattr(config, name, 0.0)
 
 
 def export_policy(

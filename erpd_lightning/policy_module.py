@@ -96,7 +96,10 @@ class PolicyModule(LightningModule):
     # What a stage has to say.
 
     def select(self, rewards: Tensor, advantages: Tensor) -> Tensor:
-        """Which of the stored responses enter the loss: `(N,)` rewards and advantages to bool `(N,)`."""
+        """Which of the stored responses enter the loss: `(N,)` rewards and advantages to bool `(N,)`.
+
+        The reward of what could not be checked is NaN, its advantage 0.
+        """
         raise NotImplementedError
 
     def terms(self, batch: RolloutBatch) -> tuple[Tensor, dict[str, Tensor]]:
@@ -163,6 +166,7 @@ class PolicyModule(LightningModule):
         gradients = [p.grad for p in self.policy.parameters() if p.grad is not None]
         norm = torch.nn.utils.get_total_norm(gradients)
         rows, self._step_rows = torch.cat(self._step_rows), []
+        rows = rows[rows >= 0]  # without fillers
         scaled = getattr(self.trainer.precision_plugin, "scaler", None) is not None
         if not scaled and not torch.isfinite(norm):
             raise TrainingDiverged(
@@ -247,10 +251,12 @@ class PolicyModule(LightningModule):
         All that is said per token is the mean over all sampled tokens; standard errors count prompts, because
         responses to one prompt are alike. KL and entropy are exact over the vocabulary.
         """
+        self._add_metrics(metrics, prompts.samples)
+        if not prompts.prompts:
+            return
         table = prompts.respond(self.policy.model, derive_seed(prompts.seed, self.global_step))
         sums = self._prompt_sums(table, prompts)
         samples = torch.full((len(prompts.prompts),), prompts.samples)
-        self._add_metrics(metrics, prompts.samples)
         metrics["pass_at_1"].update(sums["correct"], samples.double())
         metrics["pass_at_k"].update(sums["correct"].long(), samples)
         metrics["entropy_per_token"].update(sums["entropy"], sums["tokens"])
@@ -310,7 +316,9 @@ class PolicyModule(LightningModule):
         metrics: Any = self.metrics[stage]
         shown = ("pass@1", "kl_per_token")
         for name, value in evaluation(metrics).items():
-            self.log(f"{stage}/{name}", value, prog_bar=stage == "val" and name in shown)
+            # The value is the same on all ranks: sync_dist only says that it is meant to be.
+            shown_here = stage == "val" and name in shown
+            self.log(f"{stage}/{name}", value.float(), prog_bar=shown_here, sync_dist=True)
         for metric in metrics.values():
             metric.reset()
 
@@ -334,11 +342,17 @@ class PolicyModule(LightningModule):
     # Prediction: fresh responses, or the scores of stored ones.
 
     @torch.no_grad()
-    def predict_step(self, batch: PromptBatch | ScoringPart, batch_idx: int) -> pa.Table | Scores:
+    def predict_step(
+        self, batch: PromptBatch | ScoringPart | None, batch_idx: int
+    ) -> pa.Table | list[Scores] | None:
         """Responses to prompts, a table of the `ROLLOUTS` schema; or the scores of stored responses."""
+        if batch is None:
+            return None
         if isinstance(batch, PromptBatch):
             return batch.respond(self.policy.model)
-        rollouts = batch.rollouts
+        return [self._score(rollouts) for rollouts in batch.batches]
+
+    def _score(self, rollouts: RolloutBatch) -> Scores:
         hidden = self.policy.hidden(rollouts)
         ids = rollouts.support_ids
         if ids is None:
@@ -354,7 +368,7 @@ class PolicyModule(LightningModule):
     ) -> None:
         """Hand a pass over prompts or rollouts what its store is to keep."""
         data: Any = getattr(self.trainer, "datamodule", None)
-        if isinstance(data, StorePass):
+        if isinstance(data, StorePass) and batch is not None:
             data.write(batch, outputs)
 
     def on_predict_end(self) -> None:
@@ -399,7 +413,7 @@ def evaluation(metrics: Any) -> dict[str, Tensor]:
             values["pass@k"] = metric.compute()
             continue
         ratio = metric.compute()
-        name = name.replace("pass_at_1", "pass@1").replace("/base", "").replace("/", "_to_")
+        name = name.replace("pass_at_1", "pass@1").removesuffix("/base").replace("/", "_to_")
         values[name] = ratio.value
         if name.startswith(("pass@1", "kl_per_token")):
             values[f"{name}_stderr"] = ratio.stderr

@@ -188,7 +188,7 @@ class Rounds:
                 warmup_steps=20,
                 lr_scheduler="cosine",
             )
-            self._fit("base", folder, module, data, max_epochs=task.epochs)
+            self._fit("base", folder, module, data, max_epochs=task.epochs, limit_val_batches=0)
             module.export(self.run_dir / "base")
             return {"policy": policy_fingerprint(self.run_dir / "base")}
 

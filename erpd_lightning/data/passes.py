@@ -23,6 +23,10 @@ if TYPE_CHECKING:
     from .rollouts import RolloutDataModule
 
 
+# Padded tokens of a part of the scores: a pass that goes on with less memory still has to find its parts.
+PART_TOKENS = 16384
+
+
 class Scores(NamedTuple):
     """What a policy says about the tokens of a batch, aligned to `(B, T)`, in nats.
 
@@ -74,16 +78,20 @@ class StorePass(LightningDataModule):
         """All that the rows depend on, apart from the policy."""
 
     def predict_dataloader(self) -> Parts:
-        """This rank's parts that are not written yet."""
+        """This rank's parts that are not written yet; None where there is none.
+
+        Lightning refuses loaders that are empty on some ranks, and leaves out the end of a pass, which finishes
+        the store, if they are on all.
+        """
         assert self.trainer is not None
         policy: Any = self.trainer.lightning_module
         metadata = {"policy": policy.fingerprint, **self.settings()}
         self._writer = StoreWriter(self.path, self.schema, metadata)
         parts = list(self.batches(*ranks(self.trainer)))
         self._parts = len(parts)
-        if Store.exists(self.path):
-            return Parts([])
-        return Parts(b for n, b in parts if b is not None and not self._writer.has_part(n))
+        done = Store.exists(self.path)
+        missing = [b for n, b in parts if not (b is None or done or self._writer.has_part(n))]
+        return Parts(missing or [None])
 
     def write(self, batch: Any, output: Any) -> None:
         """Store what the policy made of a part."""
@@ -106,7 +114,8 @@ def run_pass(store_pass: StorePass, trainer: Any) -> None:
     store_pass.trainer = trainer
     module = trainer.lightning_module
     for batch in store_pass.predict_dataloader():
-        store_pass.write(batch, module.predict_step(batch.to(module.device), 0))
+        if batch is not None:
+            store_pass.write(batch, module.predict_step(batch.to(module.device), 0))
     store_pass.finish()
 
 
@@ -133,14 +142,14 @@ class SamplingPass(StorePass):
 
 @dataclass(frozen=True)
 class ScoringPart:
-    """Some rollouts to score, and the number of the part that they make."""
+    """Some rollouts to score, in batches that fit in memory, and the number of the part that they make."""
 
     index: int
-    rollouts: RolloutBatch
+    batches: list[RolloutBatch]
 
     def to(self, device: torch.device) -> "ScoringPart":
         """The same part on a device."""
-        return ScoringPart(self.index, self.rollouts.to(device))
+        return ScoringPart(self.index, [batch.to(device) for batch in self.batches])
 
 
 class ScoringPass(StorePass):
@@ -164,38 +173,37 @@ class ScoringPass(StorePass):
         return settings
 
     def batches(self, rank: int, world_size: int) -> Iterator[tuple[int, ScoringPart | None]]:
-        """See `StorePass`. Responses of similar length make a part, as many as `max_tokens` allows."""
+        """See `StorePass`. Responses of similar length make a part, whatever `max_tokens` is."""
         rollouts = self._rollouts()
         lengths = rollouts.lengths
-        pieces = cut_step(lengths, pieces_needed(lengths, len(lengths), self.data.max_tokens))
-        for index, rows in enumerate(pieces):
-            if index % world_size != rank:
-                yield index, None
-                continue
-            batch = rollouts.batch(
-                rows,
-                torch.zeros(len(lengths)),
-                step_tokens=int(rollouts.response_lengths[rows].sum()),
-                step_responses=len(rows),
+        tokens = max(PART_TOKENS, int(lengths.max()))
+        parts = cut_step(lengths, pieces_needed(lengths, len(lengths), tokens))
+        for index, rows in enumerate(parts):
+            mine = index % world_size == rank
+            yield index, ScoringPart(index, self._cut(rollouts, rows)) if mine else None
+
+    def columns(self, batch: ScoringPart, output: list[Scores]) -> pa.Table:
+        """See `StorePass`: the rows of the `SCORES` schema."""
+        rows = [
+            pa.Table.from_pydict(_score_columns(rollouts, scores), schema=SCORES)
+            for rollouts, scores in zip(batch.batches, output, strict=True)
+        ]
+        return pa.concat_tables(rows)
+
+    def _cut(self, rollouts: RolloutTable, rows: Tensor) -> list[RolloutBatch]:
+        """The batches of a part, within `max_tokens` each."""
+        lengths = rollouts.lengths[rows]
+        return [
+            rollouts.batch(
+                rows[piece],
+                torch.zeros(len(rollouts.lengths)),
+                step_tokens=int(rollouts.response_lengths[rows[piece]].sum()),
+                step_responses=len(piece),
                 micro_batches=1,
                 last=True,
             )
-            yield index, ScoringPart(index, batch)
-
-    def columns(self, batch: ScoringPart, output: Scores) -> dict[str, Any]:
-        """See `StorePass`: the ragged columns of the `SCORES` schema."""
-        mask = batch.rollouts.mask.cpu()
-        sizes = (output.support_ids >= 0).sum(-1).cpu()
-        used = (output.support_ids >= 0).cpu()
-        tokens, entries = mask.sum(-1), (sizes * mask).sum(-1)
-        return {
-            "row": batch.rollouts.rows.cpu().numpy(),
-            "logps": _lists(output.logps.cpu()[mask], tokens),
-            "support_size": _lists(sizes[mask].to(torch.int16), tokens),
-            "support_ids": _lists(output.support_ids.cpu()[used].to(torch.int32), entries),
-            "support_logps": _lists(output.support_logps[..., :-1].cpu()[used], entries),
-            "tail_logps": _lists(output.support_logps[..., -1].cpu()[mask], tokens),
-        }
+            for piece in cut_step(lengths, pieces_needed(lengths, len(rows), self.data.max_tokens))
+        ]
 
     def _rollouts(self) -> RolloutTable:
         """The rollouts, with the base's support for everyone but the base."""
@@ -205,6 +213,22 @@ class ScoringPass(StorePass):
         assert self.data.scores is not None
         base = Store.open(self.data.scores / "base", verify=False).table()
         return RolloutTable.from_arrow(table, {"base": ScoreTable.from_arrow(base)})
+
+
+def _score_columns(rollouts: RolloutBatch, scores: Scores) -> dict[str, Any]:
+    """The ragged columns of the `SCORES` schema."""
+    mask = rollouts.mask.cpu()
+    used = (scores.support_ids >= 0).cpu()
+    sizes = used.sum(-1)
+    tokens, entries = mask.sum(-1), (sizes * mask).sum(-1)
+    return {
+        "row": rollouts.rows.cpu().numpy(),
+        "logps": _lists(scores.logps.cpu()[mask], tokens),
+        "support_size": _lists(sizes[mask].to(torch.int16), tokens),
+        "support_ids": _lists(scores.support_ids.cpu()[used].to(torch.int32), entries),
+        "support_logps": _lists(scores.support_logps[..., :-1].cpu()[used], entries),
+        "tail_logps": _lists(scores.support_logps[..., -1].cpu()[mask], tokens),
+    }
 
 
 def ranks(trainer: Any) -> tuple[int, int]:

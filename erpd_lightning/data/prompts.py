@@ -65,6 +65,8 @@ class PromptBatch:
             model: The language model to sample from.
             seed: Another seed than the batch's own.
         """
+        if not self.prompts:
+            return ROLLOUTS.empty_table()
         repeated = [i for i in range(len(self.prompts)) for _ in range(self.samples)]
         responses = self.sampler.sample(
             model,
@@ -128,13 +130,28 @@ def read_prompts(source: str | Path) -> list[Prompt]:
 
 
 def tokenize(tokenizer: Any, prompt: str | list[Message]) -> list[int]:
-    """Token ids of a prompt; chat messages go through the tokenizer's chat template."""
+    """Token ids of a prompt; chat messages go through the tokenizer's chat template.
+
+    Raises:
+        UserError: If the prompt has no tokens, or the tokenizer has no template or refuses the messages.
+    """
     if isinstance(prompt, str):
         ids: list[int] = tokenizer(prompt).input_ids
-        return ids
-    text = tokenizer.apply_chat_template(prompt, add_generation_prompt=True, tokenize=False)
-    ids = tokenizer(text, add_special_tokens=False).input_ids
+    else:
+        try:
+            text = tokenizer.apply_chat_template(prompt, add_generation_prompt=True, tokenize=False)
+        except Exception as error:  # Templates are programs: they raise what they like.
+            raise UserError(f"the tokenizer's chat template takes no prompt {shorten(prompt)}: {error}") from error
+        ids = tokenizer(text, add_special_tokens=False).input_ids
+    if not ids:
+        raise UserError(f"prompt {shorten(prompt)} has no tokens: there must be one to predict a response from")
     return ids
+
+
+def shorten(prompt: str | list[Message], most: int = 60) -> str:
+    """The beginning of a prompt, for a message about it."""
+    text = repr(as_text(prompt))
+    return text if len(text) <= most else f"{text[:most]}…"
 
 
 def load_tokenizer(path: str | Path) -> Any:
@@ -146,7 +163,9 @@ def load_tokenizer(path: str | Path) -> Any:
     from transformers import AutoTokenizer
 
     with loading(path, "tokenizer"):
-        tokenizer = AutoTokenizer.from_pretrained(str(path), padding_side="left")
+        tokenizer = AutoTokenizer.from_pretrained(
+            str(path), padding_side="left", trust_remote_code=False
+        )
     if tokenizer.eos_token_id is None:
         raise UserError(f"tokenizer {path} has no end-of-sequence token: responses would never end")
     if tokenizer.pad_token_id is None:
@@ -159,7 +178,7 @@ def context_length(path: str | Path) -> int | None:
     from transformers import AutoConfig
 
     with loading(path, "policy"):
-        config = AutoConfig.from_pretrained(str(path)).get_text_config()
+        config = AutoConfig.from_pretrained(str(path), trust_remote_code=False).get_text_config()
     length: int | None = getattr(config, "max_position_embeddings", None)
     return length
 
@@ -169,18 +188,19 @@ def loading(path: str | Path, kind: str) -> Iterator[None]:
     """Turn what `transformers` raises for an unusable path into one clear line.
 
     Raises:
-        UserError: Instead of its `OSError` or `ValueError`.
+        UserError: Instead of its error.
     """
     try:
         yield
-    except (OSError, ValueError) as error:
+    except Exception as error:  # A damaged file or an odd configuration raises errors of many libraries.
         reason = next(iter(str(error).strip().splitlines()), type(error).__name__)
         raise UserError(f"no {kind} can be loaded from {path}: {reason}") from error
 
 
 def _read_jsonl(path: Path) -> Iterator[Prompt]:
     try:
-        lines = path.read_text(encoding="utf-8").splitlines()
+        # Not splitlines: it also cuts at characters that may stand in a JSON string, such as U+2028.
+        lines = path.read_text(encoding="utf-8").split("\n")
     except FileNotFoundError:
         raise UserError(f"{path} is missing: a JSONL file of prompts is expected there") from None
     except (OSError, UnicodeDecodeError) as error:

@@ -129,18 +129,22 @@ class RolloutDataModule(LightningDataModule):
         return RolloutTable.from_arrow(store.table(), scores)
 
     @cached_property
+    def checked(self) -> Tensor:
+        """`(N,)` bool, whether the answer could be checked."""
+        return torch.tensor(Store.open(self.store, verify=False).table()["checked"].to_numpy())
+
+    @cached_property
     def advantages(self) -> Tensor:
         """`(N,)` group advantages; 0 for what could not be checked, which its group leaves out."""
-        checked = torch.tensor(Store.open(self.store, verify=False).table()["checked"].to_numpy())
-        advantages = torch.zeros(len(checked))
-        advantages[checked] = group_advantages(
-            self.rollouts.rewards[checked], self.rollouts.groups[checked]
+        advantages = torch.zeros(len(self.checked))
+        advantages[self.checked] = group_advantages(
+            self.rollouts.rewards[self.checked], self.rollouts.groups[self.checked]
         )
         return advantages
 
     def forget(self) -> None:
         """Read the stores again when they are next needed: one of them has changed."""
-        for name in ("rollouts", "advantages"):
+        for name in ("rollouts", "checked", "advantages"):
             self.__dict__.pop(name, None)
 
     def sampling(self) -> SamplingPass:
@@ -170,7 +174,9 @@ class RolloutDataModule(LightningDataModule):
                 )
             run_pass(self.sampling(), self.trainer)
         rollouts = self.rollouts
-        rows = module.select(rollouts.rewards, self.advantages).nonzero()[:, 0]
+        # Neither right nor wrong: a flipped reward must not turn what could not be checked into either.
+        rewards = rollouts.rewards.where(self.checked, torch.nan)
+        rows = module.select(rewards, self.advantages).nonzero()[:, 0]
         if len(rows) == 0:
             right = float((rollouts.rewards == 1).float().mean())
             raise UserError(
@@ -229,11 +235,7 @@ class RolloutDataModule(LightningDataModule):
         Raises:
             UserError: If there is no file of prompts.
         """
-        if self.prompts is None:
-            raise UserError(
-                f"{self.store} holds no finished rollouts, and data.prompts names no file to sample from"
-            )
-        prompts = read_prompts(self.prompts)
+        prompts = read_prompts(self._prompt_source())
         return [prompts[i] for i in self._round_indices(len(prompts))]
 
     def unused_prompts(self) -> list[Prompt]:
@@ -244,6 +246,13 @@ class RolloutDataModule(LightningDataModule):
         used = self._round_indices(len(prompts))
         later = (i % len(prompts) for i in range(used[-1] + 1, used[-1] + 1 + len(prompts) - len(used)))
         return [prompts[i] for i in later]
+
+    def _prompt_source(self) -> str | Path:
+        if self.prompts is None:
+            raise UserError(
+                f"{self.store} holds no finished rollouts, and data.prompts names no file to sample from"
+            )
+        return self.prompts
 
     def _round_indices(self, available: int) -> list[int]:
         count = self.prompts_per_round or available
@@ -265,14 +274,15 @@ class RolloutDataModule(LightningDataModule):
         ids = [tokenize(self.tokenizer, prompt.prompt) for prompt in prompts]
         self._check_context(ids, purpose)
         size = max(1, self.sampler.batch_size // samples)
-        for index, first in enumerate(range(0, len(prompts), size)):
-            if index % world_size != rank:
-                continue
+        count = -(-len(prompts) // size)
+        # A rank without prompts of its own still gets a batch, an empty one, to take part in the reductions.
+        for index in range(rank, max(count, rank + 1), world_size):
+            chosen = range(index * size, min((index + 1) * size, len(prompts)))
             yield PromptBatch(
                 index=index,
-                prompts=prompts[first : first + size],
-                prompt_ids=ids[first : first + size],
-                groups=range(first, min(first + size, len(prompts))),
+                prompts=[prompts[i] for i in chosen],
+                prompt_ids=[ids[i] for i in chosen],
+                groups=chosen,
                 samples=samples,
                 seed=derive_seed(self.seed, purpose, index),
                 max_tokens=self.max_tokens,
@@ -283,9 +293,9 @@ class RolloutDataModule(LightningDataModule):
 
     def sampling_settings(self) -> dict[str, Any]:
         """All that the rollouts depend on, apart from the policy."""
-        assert self.prompts is not None
+        source = self._prompt_source()
         return {
-            "prompts": sha256_file(self.prompts) if Path(str(self.prompts)).is_file() else self.prompts,
+            "prompts": sha256_file(source) if Path(source).is_file() else str(source),
             "prompts_per_round": self.prompts_per_round,
             "round": self.round,
             "group_size": self.group_size,

@@ -9,6 +9,8 @@ from multiprocessing.process import BaseProcess
 
 from ..errors import UserError
 
+START_SECONDS = 120
+
 
 class Verifier(ABC):
     """Checks responses against reference answers."""
@@ -45,6 +47,8 @@ class ExactMatch(Verifier):
 
 class MathVerify(Verifier):
     """Compares mathematical answers with the package math-verify, in a process that can be killed.
+
+    A reference answer is the answer alone, in LaTeX (with or without `$`) or as a number.
 
     Args:
         timeout: Seconds that one answer may take; a check that takes longer counts as not checked.
@@ -84,9 +88,16 @@ class MathVerify(Verifier):
             self._process.start()
             child.close()
             # Importing the checker is not part of any answer's time.
-            if not self._connection.poll(120) or self._connection.recv() != "ready":
+            try:
+                ready = self._connection.poll(START_SECONDS) and self._connection.recv()
+            except (EOFError, OSError):
+                ready = False
+            if not ready:
                 self._stop()
-                raise UserError("the math-verify checker did not start within 120 seconds")
+                raise UserError(
+                    f"the math-verify checker did not start within {START_SECONDS} seconds: is math-verify "
+                    'installed, and is the script that starts it guarded by `if __name__ == "__main__"`?'
+                )
         return self._connection
 
     def _stop(self) -> None:
@@ -97,6 +108,14 @@ class MathVerify(Verifier):
         self._process = self._connection = None
 
 
+def as_latex(answer: str) -> str:
+    """A reference answer as math-verify has to be given it: outside of delimiters it sees no more than numbers.
+
+    Of a bare `2\\sqrt{3}+1` it would take the 2 for the answer, and reward it.
+    """
+    return answer if any(mark in answer for mark in ("$", "\\(", "\\[", "\\boxed")) else f"${answer.strip()}$"
+
+
 def _serve_math(connection: Connection) -> None:
     """Answer `(response, answer)` pairs until the other end closes."""
     from math_verify import parse, verify
@@ -105,7 +124,7 @@ def _serve_math(connection: Connection) -> None:
     while True:
         response, answer = connection.recv()
         try:
-            gold = parse(answer, parsing_timeout=None)
+            gold = parse(as_latex(answer), parsing_timeout=None)
             found = parse(response, parsing_timeout=None)
             result = float(verify(gold, found, timeout_seconds=None)) if gold else None
         except Exception:  # Whatever the parser trips over, the answer could not be checked.

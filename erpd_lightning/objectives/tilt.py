@@ -19,8 +19,11 @@ LOG_ZERO = -100.0
 # the upper end spends about 1e-12 nats per token.
 BETA_MIN, BETA_MAX = 1e-4, 1e6
 
-# Halvings of that range, in log beta, after which float64 resolves no more.
-MAX_HALVINGS = 60
+# From beta = 1, how far the search goes at a time until it has the budget between two betas.
+STRIDE = math.log(8.0)
+
+# More than the search can take: every other step halves the bracket, and float64 resolves no more.
+MAX_STEPS = 140
 
 
 class UnreachableBudget(ValueError):
@@ -78,7 +81,8 @@ def solve_beta(
 ) -> BetaSolution:
     """The beta whose tilted policy spends `budget` nats per token on the given states. Ours.
 
-    The weighted mean of `tilted_kl` falls monotonically in beta: bisection on log beta, in float64.
+    The weighted mean of `tilted_kl` falls monotonically in beta. It is bracketed from beta = 1 on and closed in
+    on by turns of bisection and of interpolation in log beta and log KL, in float64.
 
     Args:
         base: `(N, K+1)` log-probs of the base policy, in nats.
@@ -105,17 +109,33 @@ def solve_beta(
         kls = [w.double() @ tilted_kl(b.double(), s.double(), beta) for b, s, w in chunks]
         return float(torch.stack(kls).sum()) / total
 
-    least, most = mean_kl(BETA_MAX), mean_kl(BETA_MIN)
-    if not least <= budget <= most:
-        raise UnreachableBudget(
-            f"a KL budget of {budget:g} nats per token is out of reach: the signal spends at most "
-            f"{most:.4g} and at least {least:.4g} (a constant signal, such as zero, spends nothing)"
-        )
-    low, high = math.log(BETA_MIN), math.log(BETA_MAX)
-    for _ in range(MAX_HALVINGS):
-        middle = (low + high) / 2
-        kl = mean_kl(math.exp(middle))
+    low = high = None  # (log beta, KL) on either side: the KL at low is above the budget
+    log_beta = 0.0
+    for step in range(MAX_STEPS):
+        kl = mean_kl(math.exp(log_beta))
         if abs(kl - budget) <= tolerance * budget:
             break
-        low, high = (middle, high) if kl > budget else (low, middle)
-    return BetaSolution(beta=math.exp(middle), kl=kl)
+        low, high = ((log_beta, kl), high) if kl > budget else (low, (log_beta, kl))
+        if low is None or high is None:
+            log_beta = _further(log_beta, -1 if low is None else 1, kl, budget)
+        elif step % 2 or not 0 < high[1] < low[1]:
+            log_beta = (low[0] + high[0]) / 2
+        else:
+            share = math.log(low[1] / budget) / math.log(low[1] / high[1])
+            log_beta = low[0] + share * (high[0] - low[0])
+    return BetaSolution(beta=math.exp(log_beta), kl=kl)
+
+
+def _further(log_beta: float, direction: int, kl: float, budget: float) -> float:
+    """The next log beta to try while the budget lies beyond all that were tried.
+
+    Raises:
+        UnreachableBudget: at the end of the range.
+    """
+    end = math.log(BETA_MAX if direction > 0 else BETA_MIN)
+    if log_beta == end:
+        raise UnreachableBudget(
+            f"a KL budget of {budget:g} nats per token is out of reach: this signal can spend at "
+            f"{'least' if direction > 0 else 'most'} {kl:.4g} (a constant signal, such as zero, spends nothing)"
+        )
+    return min(log_beta + STRIDE, end) if direction > 0 else max(log_beta - STRIDE, end)

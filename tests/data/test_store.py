@@ -115,7 +115,7 @@ def test_a_directory_like_a_partition_adds_no_column(tmp_path: Path) -> None:
 
 
 def test_lists_arrays_and_tables_give_the_same_bytes(tmp_path: Path) -> None:
-    whole = columns(0, rows=3000)
+    whole = columns(0, rows=6)
     arrays = {
         name: [np.asarray(v, np.int64 if name.endswith("ids") else np.float32) for v in values]
         if isinstance(values[0], list)
@@ -124,12 +124,24 @@ def test_lists_arrays_and_tables_give_the_same_bytes(tmp_path: Path) -> None:
     }
     table = pa.Table.from_pydict(whole)
     assert not table.schema.equals(ROLLOUTS)
-    chunked = pa.concat_tables([table.slice(i, 37) for i in range(0, 3000, 37)])
+    chunked = pa.concat_tables([table.slice(0, 2), table.slice(2)])
     reordered = table.select(list(reversed(ROLLOUTS.names)))
     forms = {"lists": whole, "arrays": arrays, "chunked": chunked, "reordered": reordered}
     stores = [write(tmp_path / name, form) for name, form in forms.items()]
     assert len({(s.path / "part-00000.parquet").read_bytes() for s in stores}) == 1
     assert len({s.fingerprint for s in stores}) == 1
+
+
+def test_chunks_do_not_show_in_the_bytes_of_several_pages(tmp_path: Path) -> None:
+    rows, tokens = 2000, 200
+    offsets = pa.array(np.arange(rows + 1, dtype=np.int32) * tokens)
+    logps = np.random.default_rng(0).random(rows * tokens, dtype=np.float32)
+    part = {**columns(0, rows), "logps": pa.ListArray.from_arrays(offsets, pa.array(logps))}
+    table = pa.Table.from_pydict(part, schema=ROLLOUTS)
+    chunked = pa.concat_tables([table.slice(i, 33) for i in range(0, rows, 33)])
+    whole = write(tmp_path / "whole", table)
+    assert whole.parts[0]["bytes"] > 2**20
+    assert write(tmp_path / "chunked", chunked).parts == whole.parts
 
 
 @pytest.mark.parametrize("name", ROLLOUTS.names)
