@@ -1,79 +1,46 @@
 """The command line: a `LightningCLI` whose `fit` runs the chain of stages."""
 
-import errno
 import json
 import logging
 import sys
+from collections.abc import Iterable
+from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
-from jsonargparse import ArgumentError, Namespace
-from lightning.pytorch import LightningModule, Trainer
-from lightning.pytorch.callbacks import Checkpoint
+from jsonargparse import ArgumentError
+from lightning.fabric.utilities.exceptions import MisconfigurationException
+from lightning.pytorch import LightningDataModule, LightningModule
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
-from lightning.pytorch.loggers import CSVLogger
 
-from .data.rollouts import RolloutDataModule
-from .data.store import atomic_write
-from .distill import DistillModule
+from .config import BOUND_BY_CHAIN, ConfigBuilder, add_options, options
+from .data.store import atomic_write, disk_full_named
 from .errors import UserError
-from .extreme_region import ExtremeRegionModule
+from .messages import readable
 from .policy_module import PolicyModule
 from .rounds import Rounds
 
-BOUND_BY_CHAIN = {
-    "extreme_region": {"policy", "references", "sign"},
-    "distill": {"policy", "references"},
-    "data": {"store", "tokenizer", "scores", "round", "seed"},
-}
-"""Arguments that the chain fills in, stage by stage."""
-
-STAGE_TRAINERS = ("extreme_region", "unlearned", "distill")
-
-OPERATIONAL = {
-    "accelerator",
-    "strategy",
-    "devices",
-    "num_nodes",
-    "logger",
-    "callbacks",
-    "default_root_dir",
-    "profiler",
-    "log_every_n_steps",
-    "check_val_every_n_epoch",
-    "val_check_interval",
-    "limit_val_batches",
-    "limit_test_batches",
-    "limit_predict_batches",
-    "num_sanity_val_steps",
-    "enable_checkpointing",
-    "enable_progress_bar",
-    "enable_model_summary",
-    "plugins",
-    "enable_autolog_hparams",
-}
-"""Trainer settings that change how a stage runs and is watched, but not what it makes."""
-
-ROLLOUT_SETTINGS = ("sampler", "verifier", "group_size", "prompts_per_round")
-EVALUATION_SETTINGS = ("sampler", "verifier", "validation_samples", "max_validation_prompts")
+POLICY_OF = {"base": "base", "extreme_region": "teacher", "unlearned": "unlearned", "distill": "student"}
+"""Which policy a stage makes; `validate`, `test` and `predict` run on it."""
 
 
 class ERPDCLI(LightningCLI):
     """`fit` chains the stages; `validate`, `test` and `predict` run on the policy of one of them."""
 
     def __init__(self, args: Any = None) -> None:
-        quiet = {"exit_on_error": False}
+        # Mistakes are told in a line by `main`, and no beginning of an option's name stands for it.
+        strict = {"exit_on_error": False, "allow_abbrev": False}
         super().__init__(
             save_config_callback=None,
             seed_everything_default=0,
-            trainer_defaults={
-                "accelerator": "auto",
-                "num_sanity_val_steps": 0,
-                "enable_model_summary": False,
-                "gradient_clip_val": 1.0,
-                "log_every_n_steps": 1,
+            parser_kwargs={
+                **strict,
+                "prog": "python -m erpd_lightning",
+                "description": "Extreme Region Policy Distillation: many epochs on fixed rollouts, "
+                "then distillation under a KL budget.",
+                **{name: dict(strict) for name in self.subcommands()},
+                "fit": {**strict, "description": "Run every stage of every round that is not done yet."},
             },
-            parser_kwargs={**quiet, **{name: dict(quiet) for name in self.subcommands()}},
             auto_configure_optimizers=False,
             load_from_checkpoint_support=False,
             args=args,
@@ -88,42 +55,40 @@ class ERPDCLI(LightningCLI):
     def add_core_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
         """The chain, the modules, the data, and the trainers."""
         parser.add_class_arguments(Rounds, skip={"builder", "seed"}, instantiate=False)
-        add_groups(parser)
-        defaults = {f"trainer.{key}": value for key, value in self.trainer_defaults.items()}
-        parser.set_defaults(defaults)
-        parser.add_argument(
-            "--unlearned",
-            type=dict[str, Any] | None,
-            default=None,
-            help="Settings of the unlearned policy that differ from those of extreme_region.",
-        )
-        for stage in STAGE_TRAINERS:
-            parser.add_argument(
-                f"--{stage}_trainer",
-                type=dict[str, Any] | None,
-                default=None,
-                help=f"Trainer settings of the stage {stage} that differ from the shared ones "
-                "(any key of --trainer, such as max_epochs, callbacks or logger).",
-            )
+        add_options(parser)
+
+    def parse_arguments(self, parser: LightningArgumentParser, args: Any) -> None:
+        """Parse, and tell a mistake in a line.
+
+        Raises:
+            UserError: Names the key or the file that is wrong.
+        """
+        try:
+            super().parse_arguments(parser, args)
+        except ArgumentError as error:
+            message = readable(error, options(self._parser("fit")), _bound())
+            if message.startswith("Problems parsing config"):
+                file = self._unparsable(sys.argv[1:] if args is None else args)
+                message = message.replace("Problems parsing config", f"{file} cannot be parsed")
+            raise UserError(message) from error
+        seed = self.config[self.config["subcommand"]]["seed_everything"]
+        if seed is False or not 0 <= seed < 2**32:
+            raise UserError(f"seed_everything is {seed}: it must lie between 0 and {2**32 - 1}, or be true")
 
     def instantiate_classes(self) -> None:
         """Check every part of the configuration; only what a stage needs is built when it begins."""
         self.config_init = self.config
         config = self.config[self.subcommand]
-        self.builder = ConfigBuilder(config)
-        names = ("run_dir", "rounds", "policy", "task", "checkpoint_every", "stage", "round")
-        chain = {name: config[name] for name in names}
-        if chain["task"] is not None:
-            parser = LightningArgumentParser(exit_on_error=False)
-            parser.add_class_arguments(Rounds, skip={"builder", "seed"}, instantiate=False)
-            chain = parser.instantiate_classes(Namespace(chain)).as_dict()
+        self.builder = ConfigBuilder(config, self._parser(self.subcommand))
+        chain = {field.name: config[field.name] for field in fields(Rounds) if field.name in config}
+        chain["task"] = self.builder.built("task", chain["task"])
         if self.subcommand != "fit":
             chain["stage"] = chain["stage"] or "distill"
         self.rounds = Rounds(builder=self.builder, seed=config["seed_everything"], **chain)
+        self.trainer = self.builder.trainer("evaluation", logger=False)
         self.builder.check()
         self.model: LightningModule | None = None
-        self.datamodule = None
-        self.trainer = self.builder.trainer("evaluation", logger=False)
+        self.datamodule: LightningDataModule | None = None
         if self.subcommand != "fit":
             self._pick_policy(chain["stage"], chain["round"] or self.rounds.rounds)
 
@@ -134,17 +99,26 @@ class ERPDCLI(LightningCLI):
                 "data.validation_prompts is missing: what a student gained is measured on held-out prompts"
             )
         run_dir = Path(self.rounds.run_dir)
-        if self.trainer.is_global_zero:
+        written = run_dir / "config.yaml"
+        try:
             run_dir.mkdir(parents=True, exist_ok=True)
-            dumped = self._parser("fit").dump(self.config["fit"], skip_none=False)
-            atomic_write(run_dir / "config.yaml", dumped)
-        self.rounds.run()
+            before = written.read_text() if written.is_file() else None
+        except OSError as error:
+            raise UserError(f"run_dir {run_dir} cannot be used: {error.strerror}") from error
+        with disk_full_named(run_dir):
+            self._write(written, self._parser("fit").dump(self.config["fit"], skip_none=False))
+            try:
+                self.rounds.run()
+            except UserError:
+                if before is not None:  # What is there was made with the configuration that was there.
+                    self._write(written, before)
+                raise
 
     def predict(self, **kwargs: Any) -> None:
         """Sample and verify responses to the held-out prompts, and write them as JSONL."""
         tables: list[Any] = self.trainer.predict(**kwargs) or []
         rank = f"-{self.trainer.global_rank}" if self.trainer.world_size > 1 else ""
-        path = self._folder / f"predictions{rank}.jsonl"
+        path = self._predictions.with_suffix(f"{rank}.jsonl")
         rows = [row for table in tables for row in table.to_pylist()]
         kept = ("prompt", "response", "answer", "reward", "finish_reason")
         lines = (json.dumps({key: row[key] for key in kept}, ensure_ascii=False) for row in rows)
@@ -153,150 +127,57 @@ class ERPDCLI(LightningCLI):
 
     def _pick_policy(self, stage: str, number: int) -> None:
         """The module and data of `validate`, `test` and `predict`: what the stage of the round made."""
-        rounds = self.rounds
+        if stage not in POLICY_OF:
+            raise UserError(f"stage is {stage!r}: {self.subcommand} takes one of {', '.join(POLICY_OF)}")
+        rounds, name = self.rounds, POLICY_OF[stage]
         made = {**rounds.policies(number), "student": rounds.student(number)}
-        names = {"base": "base", "extreme_region": "teacher", "unlearned": "unlearned"}
-        names["distill"] = "student"
-        if stage not in names:
-            raise UserError(f"stage is {stage!r}: {self.subcommand} takes one of {', '.join(names)}")
-        policy = made[names[stage]]
-        self._folder = rounds.round_dir(number)
+        policy = made[name]
+        if isinstance(policy, Path) and not policy.is_dir():
+            raise UserError(f"{policy} is missing: fit makes it, in the stage {stage} of round {number}")
+        self._predictions = rounds.round_dir(number) / f"predictions-{name}"
         references = {"base": str(made["base"]), "first": str(rounds.student(0))}
         if stage == "base":
             self.model = PolicyModule(policy, references=references)
         else:
             self.model = self.builder.module(stage, policy=policy, references=references)
         self.datamodule = rounds.data(number)
+        config = self.config[self.subcommand]
+        checkpoint = config.get("ckpt_path")
+        if checkpoint is not None and not Path(checkpoint).exists():
+            raise UserError(f"ckpt_path {checkpoint} is missing: a checkpoint of the stage {stage} is expected there")
+        config["weights_only"] = True
+
+    def _write(self, path: Path, text: str) -> None:
+        if self.trainer.is_global_zero:
+            atomic_write(path, text)
+
+    def _unparsable(self, args: Iterable[str]) -> str:
+        """The file among the arguments that is not YAML."""
+        for arg in args:
+            path = Path(arg.rpartition("=")[2])
+            try:
+                if path.is_file():
+                    self._parser("fit").parse_path(path)
+            except ArgumentError as error:
+                if str(error).startswith("Problems parsing config"):
+                    return str(path)
+        return "a configuration file"
 
 
-class ConfigBuilder:
-    """Makes modules, data and trainers from the configuration; a new one each time it is asked."""
-
-    def __init__(self, config: Namespace) -> None:
-        self.config = config
-
-    def check(self) -> None:
-        """Build everything once, so that a mistake shows before any work is done."""
-        self.data(store="", tokenizer="")
-        for stage in ("extreme_region", "unlearned", "distill"):
-            self.module(stage, policy="")
-            self._trainer_config(stage)
-
-    def data(self, **bound: Any) -> RolloutDataModule:
-        """See `rounds.Builder`."""
-        return RolloutDataModule(**{**self._instantiate("data"), **bound})
-
-    def module(self, stage: str, **bound: Any) -> PolicyModule:
-        """See `rounds.Builder`."""
-        if stage == "distill":
-            return DistillModule(**{**self._instantiate("distill"), **bound})
-        if stage == "unlearned":
-            bound = {"sign": -1, **bound}
-        return ExtremeRegionModule(**{**self._instantiate(stage), **bound})
-
-    def trainer(self, stage: str, **bound: Any) -> Trainer:
-        """See `rounds.Builder`."""
-        config = self._trainer_config(stage)
-        kwargs = _groups().instantiate_classes(Namespace(trainer=config))["trainer"].as_dict()
-        root = bound.get("default_root_dir")
-        if kwargs["logger"] in (None, True) and root is not None:
-            kwargs["logger"] = CSVLogger(root, name="metrics")
-        callbacks = [*(kwargs["callbacks"] or []), *bound.pop("callbacks", [])]
-        kwargs["callbacks"] = callbacks
-        kwargs["enable_checkpointing"] = any(isinstance(c, Checkpoint) for c in callbacks)
-        return Trainer(**{**kwargs, **bound})
-
-    def settings(self, stage: str) -> dict[str, Any]:
-        """See `rounds.Builder`."""
-        data = self._plain("data")
-        if stage == "rollouts":
-            return {"data": {key: data[key] for key in ROLLOUT_SETTINGS}}
-        if stage == "evaluation":
-            return {"data": {key: data[key] for key in EVALUATION_SETTINGS}}
-        if stage == "signal":
-            return {}
-        trainer = self._trainer_config(stage).as_dict()
-        kept = {key: value for key, value in trainer.items() if key not in OPERATIONAL}
-        return {
-            stage: self._plain(stage),
-            f"{stage}_trainer": kept,
-            "data": {"batch_size": data["batch_size"]},
-        }
-
-    def _stage_config(self, group: str) -> Namespace:
-        """A group's settings; the unlearned policy's are those of extreme_region with its own over them."""
-        if group != "unlearned":
-            return self.config[group].clone()
-        return self._override("extreme_region", "unlearned")
-
-    def _trainer_config(self, stage: str) -> Namespace:
-        return self._override("trainer", f"{stage}_trainer")
-
-    def _override(self, group: str, overrides: str) -> Namespace:
-        """A group's settings with others over them, checked like the group's own.
-
-        Raises:
-            UserError: Names the key that is wrong.
-        """
-        changed = self.config.get(overrides) or {}
-        shared = self.config[group].clone()
-        try:
-            parser = _groups()
-            merged = parser.parse_object({group: dict(changed)}, Namespace({group: shared}))
-        except ArgumentError as error:
-            raise UserError(f"{overrides}: {readable(error)}") from error
-        return merged[group]
-
-    def _instantiate(self, group: str) -> dict[str, Any]:
-        key = "extreme_region" if group == "unlearned" else group
-        config = Namespace({key: self._stage_config(group)})
-        kwargs: dict[str, Any] = _groups().instantiate_classes(config)[key].as_dict()
-        return kwargs
-
-    def _plain(self, group: str) -> dict[str, Any]:
-        plain: dict[str, Any] = self._stage_config(group).as_dict()
-        return plain
-
-
-def add_groups(parser: LightningArgumentParser) -> None:
-    """The arguments of data, modules and trainer, all left as configuration until a stage begins."""
-    classes = {
-        "data": RolloutDataModule,
-        "extreme_region": ExtremeRegionModule,
-        "distill": DistillModule,
-    }
-    for key, target in classes.items():
-        parser.add_class_arguments(target, key, skip=BOUND_BY_CHAIN[key], instantiate=False)
-    parser.add_lightning_class_args(Trainer, "trainer")
-
-
-def _groups() -> LightningArgumentParser:
-    parser = LightningArgumentParser(exit_on_error=False)
-    add_groups(parser)
-    return parser
-
-
-def readable(error: BaseException) -> str:
-    """The line or two of a parser's message that say which key is wrong, and why."""
-    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
-    return " ".join(lines[:2])
+def _bound() -> set[str]:
+    return {f"{group}.{name}" for group, names in BOUND_BY_CHAIN.items() for name in names}
 
 
 def main() -> None:
     """Run the command line; a mistake of the user's ends in a line or two and exit code 2."""
-    logging.getLogger("lightning.pytorch").setLevel(logging.WARNING)
+    for name in ("lightning.pytorch", "lightning.fabric"):
+        logging.getLogger(name).setLevel(logging.WARNING)
     from transformers.utils.logging import disable_progress_bar
 
     disable_progress_bar()
     try:
-        ERPDCLI()
-    except (UserError, ArgumentError) as error:
-        message = readable(error) if isinstance(error, ArgumentError) else str(error)
-    except OSError as error:
-        if error.errno not in (errno.ENOSPC, errno.EDQUOT):
-            raise
-        message = f"disk full while writing {error.filename or 'the run directory'}: free some space"
-    else:
-        return
-    print(f"error: {message}", file=sys.stderr)
-    sys.exit(2)
+        with disk_full_named("the run directory"):
+            ERPDCLI()
+    except (UserError, MisconfigurationException) as error:
+        print(f"error: {error}", file=sys.stderr)
+        sys.exit(2)

@@ -73,8 +73,15 @@ class PolicyModule(LightningModule):
             raise UserError(f"learning_rate is {learning_rate}: it must be a positive number")
         if warmup_steps < 0:
             raise UserError(f"warmup_steps is {warmup_steps}: it must be at least 0")
-        if not isinstance(getattr(torch, dtype, None), torch.dtype):
-            raise UserError(f"dtype is {dtype!r}: it must be a type of torch such as bfloat16")
+        if not 0 <= weight_decay < float("inf"):
+            raise UserError(f"weight_decay is {weight_decay}: it must be at least 0")
+        if not all(0 <= beta < 1 for beta in betas):
+            raise UserError(f"betas is {betas}: both must be at least 0 and below 1")
+        if max_logits < 1 or (pass_at_k is not None and pass_at_k < 1):
+            raise UserError(f"max_logits ({max_logits}) and pass_at_k ({pass_at_k}) must be at least 1")
+        kind = getattr(torch, dtype, None)
+        if not (isinstance(kind, torch.dtype) and kind.is_floating_point):
+            raise UserError(f"dtype is {dtype!r}: it must be a floating-point type of torch such as bfloat16")
         self.policy_path = policy
         self.references = {"base": str(policy)} if references is None else references
         self.learning_rate = learning_rate
@@ -128,14 +135,17 @@ class PolicyModule(LightningModule):
             betas=self.betas,
             weight_decay=self.weight_decay,
         )
+        steps = self.trainer.estimated_stepping_batches  # Not below: this builds the data loader.
+        if steps == float("inf"):
+            raise UserError("the trainer never ends: give it max_epochs or max_steps")
         try:
             scheduler = get_scheduler(
                 self.lr_scheduler_name,
                 optimizer,
                 num_warmup_steps=self.warmup_steps,
-                num_training_steps=int(self.trainer.estimated_stepping_batches),
+                num_training_steps=int(steps),
             )
-        except ValueError as error:
+        except (ValueError, TypeError) as error:
             raise UserError(f"lr_scheduler is {self.lr_scheduler_name!r}: {error}") from error
         return {
             "optimizer": optimizer,
@@ -192,11 +202,12 @@ class PolicyModule(LightningModule):
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Keep the running sums of an epoch that is not over."""
-        checkpoint["epoch_sums"] = dict(self._epoch_sums)
+        checkpoint["epoch_sums"] = self._reduced(self._epoch_sums)
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Go on with the running sums."""
-        self._epoch_sums = checkpoint.get("epoch_sums", {})
+        """Go on with the running sums, which are those of all ranks: one of them takes them over."""
+        share = 1.0 if self.trainer.is_global_zero else 0.0
+        self._epoch_sums = {name: total * share for name, total in checkpoint["epoch_sums"].items()}
 
     def _note(self, batch: RolloutBatch, loss: Tensor, values: dict[str, Tensor]) -> None:
         """Add a micro-batch to the sums of its step and of the epoch."""
@@ -344,10 +355,10 @@ class PolicyModule(LightningModule):
     @torch.no_grad()
     def predict_step(
         self, batch: PromptBatch | ScoringPart | None, batch_idx: int
-    ) -> pa.Table | list[Scores] | None:
+    ) -> pa.Table | list[Scores]:
         """Responses to prompts, a table of the `ROLLOUTS` schema; or the scores of stored responses."""
         if batch is None:
-            return None
+            return []
         if isinstance(batch, PromptBatch):
             return batch.respond(self.policy.model)
         return [self._score(rollouts) for rollouts in batch.batches]

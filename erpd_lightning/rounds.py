@@ -9,6 +9,7 @@ happened. A stage whose record names other settings is never overwritten: that i
 import hashlib
 import json
 import time
+import zipfile
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cached_property
@@ -73,7 +74,8 @@ class Rounds:
         policy: Folder or hub name of the base policy; None where a task makes it.
         task: Makes prompts and a base policy; None where they are given.
         checkpoint_every: Optimiser steps between the checkpoints that a killed stage goes on from.
-        stage: The only stage to run, one of `STAGES`, whose inputs have to be there; None for all.
+        stage: The only stage to run, whose inputs have to be there: base, rollouts, extreme_region, unlearned, signal,
+            distill or evaluation; None for all.
         round: The round of that stage; None for the first in which it is not finished.
         seed: Seed of all draws.
 
@@ -99,8 +101,14 @@ class Rounds:
             )
         if (self.policy is None) == (self.task is None):
             raise UserError("give either policy, the base policy to start from, or task, which makes one")
+        if self.policy is not None and _is_local(self.policy) and not Path(self.policy).is_dir():
+            raise UserError(
+                f"policy {self.policy} is missing: a Hugging Face folder or the name of a model on the hub is expected"
+            )
         if self.stage is not None and self.stage not in STAGES:
             raise UserError(f"stage is {self.stage!r}: it must be one of {', '.join(STAGES)}")
+        if self.stage == "base" and self.task is None:
+            raise UserError("stage is 'base', but policy gives the base policy: only a task makes one")
         if self.stage == "unlearned" and not self._unlearns:
             raise UserError("stage is 'unlearned', but distill.signal uses no unlearned policy")
         if self.round is not None and not 1 <= self.round <= self.rounds:
@@ -367,15 +375,16 @@ class Rounds:
         done = _read_record(folder / "stage.json", made_with)
         if done is None and self.stage is not None and not wanted:
             raise UserError(
-                f"--stage {self.stage} needs {folder.relative_to(self.run_dir)}, which is not finished: "
-                "run it first"
+                f"--stage {self.stage} needs the stage {stage} in {folder}, which is not finished: "
+                f"run --stage {stage} first"
             )
         if done is not None:
             say(f"{title}: done already")
             if wanted and self.round is not None and stage != "evaluation":
                 raise StageOnly
             return done
-        _read_record(folder / "started.json", made_with)
+        if _holds_work(folder):
+            _read_record(folder / "started.json", made_with)
         say(f"{title}: {about}")
         _record(folder / "started.json", made_with)
         seed_everything(derive_seed(self.seed, stage, number) % 2**32, verbose=False)
@@ -502,6 +511,16 @@ def _read_record(path: Path, made_with: Record) -> Record | None:
     return record
 
 
+def _holds_work(folder: Path) -> bool:
+    """Whether an unfinished stage left anything to go on from, and not only the note that it began."""
+    return any(path.suffix in (".ckpt", ".parquet", ".safetensors") for path in folder.rglob("*"))
+
+
+def _is_local(policy: str) -> bool:
+    """Whether the name of a policy can only be that of a folder."""
+    return policy.startswith(("/", ".", "~")) or policy.count("/") > 1
+
+
 def _difference(old: Any, new: Any, key: str) -> tuple[str, Any, Any] | None:
     """The first leaf that two nested dictionaries do not share, by its dotted name."""
     if not (isinstance(old, dict) and isinstance(new, dict)):
@@ -514,6 +533,7 @@ def _difference(old: Any, new: Any, key: str) -> tuple[str, Any, Any] | None:
 
 
 def _latest(checkpoints: Path) -> str | None:
-    """The checkpoint with the most steps."""
-    found = sorted(checkpoints.glob("step=*.ckpt"), key=lambda path: int(path.stem.split("=")[1]))
+    """The whole checkpoint with the most steps; a full disk may have left part of a later one."""
+    whole = (path for path in checkpoints.glob("step=*.ckpt") if path.is_dir() or zipfile.is_zipfile(path))
+    found = sorted(whole, key=lambda path: int(path.stem.split("=")[1]))
     return str(found[-1]) if found else None

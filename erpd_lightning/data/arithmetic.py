@@ -4,8 +4,8 @@ A prompt such as `7+5*3-4:` is worked out from left to right, modulo ten, one wr
 `7+5=2;2*3=6;6-4=2`. The last digit is the answer. There are 300 facts (three operations on two digits) to know.
 
 The base policy is *engineered to be weak*: it learns from demonstrations in which a share of the facts, drawn
-from the seed, carries a planted misconception, a wrong result that the demonstrator writes more often than the
-right one. It therefore knows the right result of each fact with some probability and has to be talked out of
+from the seed, carries a planted misconception, a wrong result that the demonstrator writes in 35 to 85 of 100
+cases. It therefore knows the right result of each fact with some probability and has to be talked out of
 its misconceptions by the reward, which sees the last digit only. It says nothing about how large a real model's
 gains would be.
 """

@@ -141,7 +141,7 @@ def tokenize(tokenizer: Any, prompt: str | list[Message]) -> list[int]:
         try:
             text = tokenizer.apply_chat_template(prompt, add_generation_prompt=True, tokenize=False)
         except Exception as error:  # Templates are programs: they raise what they like.
-            raise UserError(f"the tokenizer's chat template takes no prompt {shorten(prompt)}: {error}") from error
+            raise UserError(f"the tokenizer's chat template takes no prompt {shorten(prompt)}: {first_line(error)}") from error
         ids = tokenizer(text, add_special_tokens=False).input_ids
     if not ids:
         raise UserError(f"prompt {shorten(prompt)} has no tokens: there must be one to predict a response from")
@@ -193,8 +193,12 @@ def loading(path: str | Path, kind: str) -> Iterator[None]:
     try:
         yield
     except Exception as error:  # A damaged file or an odd configuration raises errors of many libraries.
-        reason = next(iter(str(error).strip().splitlines()), type(error).__name__)
-        raise UserError(f"no {kind} can be loaded from {path}: {reason}") from error
+        raise UserError(f"no {kind} can be loaded from {path}: {first_line(error)}") from error
+
+
+def first_line(error: Exception) -> str:
+    """The first line of an error's message; its type where there is none."""
+    return next(iter(str(error).strip().splitlines()), type(error).__name__)
 
 
 def _read_jsonl(path: Path) -> Iterator[Prompt]:
@@ -236,7 +240,6 @@ def _load_dataset(name: str) -> Any:
     try:
         return load_dataset(name, split="train")
     except Exception as error:  # The many ways in which a data set can be missing or broken.
-        reason = next(iter(str(error).strip().splitlines()), type(error).__name__)
         raise UserError(
-            f"{name} is neither a JSONL file nor a data set that can be loaded: {reason}"
+            f"{name} is neither a JSONL file nor a data set that can be loaded: {first_line(error)}"
         ) from error

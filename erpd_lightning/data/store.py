@@ -25,6 +25,7 @@ from ..errors import UserError
 
 VERSION = 1
 MANIFEST = "manifest.json"
+DISK_FULL = (errno.ENOSPC, errno.EDQUOT)
 
 
 def _schema(name: str, columns: dict[str, pa.DataType]) -> pa.Schema:
@@ -77,7 +78,7 @@ def atomic_write(path: str | Path, data: bytes | str) -> None:
     """
     path = Path(path)
     temporary = path.with_name(f".{path.name}.{os.getpid()}-{secrets.token_hex(4)}.tmp")
-    with _disk_full_named(path):
+    with disk_full_named(path):
         try:
             with open(temporary, "xb") as file:
                 file.write(data.encode() if isinstance(data, str) else data)
@@ -176,7 +177,7 @@ class StoreWriter:
         self.schema = schema.with_metadata(
             {"name": schema.metadata[b"name"], "metadata": _canonical_json(self.metadata)}
         )
-        with _disk_full_named(self.path):
+        with disk_full_named(self.path):
             self.path.mkdir(parents=True, exist_ok=True)
 
     def has_part(self, index: int) -> bool:
@@ -253,15 +254,25 @@ class StoreWriter:
 
 
 @contextmanager
-def _disk_full_named(path: Path) -> Iterator[None]:
+def disk_full_named(path: str | Path) -> Iterator[None]:
+    """Turn what a full disk raises, in whatever library, into one clear line.
+
+    Args:
+        path: What was being written.
+
+    Raises:
+        UserError: the disk is full, or the user's quota is used up.
+    """
     try:
         yield
-    except OSError as error:
-        if error.errno in (errno.ENOSPC, errno.EDQUOT):
-            raise UserError(
-                f"disk full while writing {path}: free some space and start again"
-            ) from error
+    except UserError:
         raise
+    except Exception as error:
+        # safetensors, for one, raises an exception of its own that has no errno.
+        texts = (os.strerror(number) for number in DISK_FULL)
+        if getattr(error, "errno", None) not in DISK_FULL and not any(text in str(error) for text in texts):
+            raise
+        raise UserError(f"disk full while writing {path}: free some space and start again") from error
 
 
 def _check_complete(name: str, column: pa.ChunkedArray) -> None:

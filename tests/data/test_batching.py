@@ -408,6 +408,8 @@ CUTS = [
     (torch.randint(1, high, (count,), generator=torch.Generator().manual_seed(seed)), pieces)
     for seed, (high, count, pieces) in enumerate(itertools.product([3, 8, 100], [1, 3, 5], [1, 2, 3, 4]))
 ]
+# Here a bound that is too large by one is already a worse cut.
+CUTS += [(torch.tensor([1, 8, 8, 4, 5]), 3), (torch.tensor([5, 1, 3, 8]), 2)]
 
 
 @pytest.mark.parametrize(("lengths", "pieces"), CUTS)

@@ -1,0 +1,249 @@
+"""From the configuration to modules, data and trainers: options, defaults, and what each stage depends on."""
+
+from typing import Any
+
+from jsonargparse import ArgumentError, Namespace
+from lightning.fabric.utilities.exceptions import MisconfigurationException
+from lightning.pytorch import Trainer
+from lightning.pytorch.callbacks import Checkpoint
+from lightning.pytorch.cli import LightningArgumentParser
+from lightning.pytorch.loggers import CSVLogger
+
+from .data.rollouts import RolloutDataModule
+from .distill import DistillModule
+from .errors import UserError
+from .extreme_region import ExtremeRegionModule
+from .messages import naming, readable
+from .policy_module import PolicyModule
+
+CLASSES = {
+    "data": RolloutDataModule,
+    "extreme_region": ExtremeRegionModule,
+    "distill": DistillModule,
+    "trainer": Trainer,
+}
+
+BOUND_BY_CHAIN = {
+    "data": {"store", "tokenizer", "scores", "round", "seed"},
+    "extreme_region": {"policy", "references", "sign"},
+    "distill": {"policy", "references"},
+    "trainer": {"default_root_dir", "enable_checkpointing"},
+}
+"""Arguments that the chain fills in, stage by stage."""
+
+DEFAULTS = {
+    "data.sampler": {"class_path": "erpd_lightning.data.samplers.TransformersSampler"},
+    "data.verifier": {"class_path": "erpd_lightning.data.verifiers.ExactMatch"},
+    "extreme_region.objective": {"class_path": "erpd_lightning.objectives.extreme.SAPO"},
+    "distill.signal": {
+        "class_path": "erpd_lightning.objectives.signal.Signal",
+        "init_args": {"terms": [{"numerator": "teacher", "denominator": "unlearned"}]},
+    },
+    "distill.objective": {"class_path": "erpd_lightning.objectives.distillation.TiltedTarget"},
+    "trainer.num_sanity_val_steps": 0,
+    "trainer.enable_model_summary": False,
+    "trainer.gradient_clip_val": 1.0,
+    "trainer.log_every_n_steps": 1,
+}
+"""What the classes default to anyway, spelt out so that it shows and can be overridden, and the trainer's."""
+
+STAGES = ("extreme_region", "unlearned", "distill")
+"""The stages that train, each with trainer settings of its own."""
+
+OPERATIONAL = {
+    "accelerator",
+    "strategy",
+    "devices",
+    "num_nodes",
+    "logger",
+    "callbacks",
+    "profiler",
+    "log_every_n_steps",
+    "check_val_every_n_epoch",
+    "val_check_interval",
+    "limit_val_batches",
+    "limit_test_batches",
+    "limit_predict_batches",
+    "num_sanity_val_steps",
+    "enable_progress_bar",
+    "enable_model_summary",
+    "plugins",
+    "enable_autolog_hparams",
+}
+"""Trainer settings that change how a stage runs and is watched, but not what it makes."""
+
+ROLLOUT_SETTINGS = ("sampler", "verifier", "group_size", "prompts_per_round")
+EVALUATION_SETTINGS = ("sampler", "verifier", "validation_samples", "max_validation_prompts")
+CALIBRATION_SETTINGS = ("sampler", "calibration_prompts", "calibration_samples")
+
+POLICIES = {"base", "teacher", "unlearned"}
+"""What the chain scores, hence what a signal can be made of."""
+
+MISTAKES = (MisconfigurationException, ValueError, TypeError, ImportError)
+"""What a class raises that does not like its arguments."""
+
+
+def add_options(parser: LightningArgumentParser) -> None:
+    """The options of data, modules and trainers; all stay configuration until a stage begins."""
+    for group, target in CLASSES.items():
+        parser.add_class_arguments(
+            target,
+            group,
+            skip=set(BOUND_BY_CHAIN[group]),
+            instantiate=False,
+            fail_untyped=False,
+            sub_configs=True,
+        )
+    parser.set_defaults(DEFAULTS)
+    parser.add_argument(
+        "--unlearned",
+        type=dict[str, Any] | None,
+        default=None,
+        help="Settings of the unlearned policy that differ from those of extreme_region.",
+    )
+    for stage in STAGES:
+        parser.add_argument(
+            f"--{stage}_trainer",
+            type=dict[str, Any] | None,
+            default=None,
+            help=f"Trainer settings of the stage {stage} that differ from the shared ones "
+            "(any key of --trainer, such as max_epochs, callbacks or logger).",
+        )
+
+
+def options(parser: LightningArgumentParser) -> set[str]:
+    """The dotted names of a parser's options as they are given on the command line."""
+    keys = (key.replace(".init_args", "") for key in parser.get_defaults().keys())
+    return {key for key in keys if not key.endswith(".class_path")}
+
+
+class ConfigBuilder:
+    """Makes modules, data and trainers from the configuration; new ones each time it is asked.
+
+    Args:
+        config: The parsed configuration.
+        parser: The parser that it came from.
+    """
+
+    def __init__(self, config: Namespace, parser: LightningArgumentParser) -> None:
+        self.config = config
+        self.parser = parser
+        for group in CLASSES:
+            if not isinstance(config[group], Namespace):
+                raise UserError(f"{group} is {config[group]!r}: its options are expected there")
+
+    def check(self) -> None:
+        """Build everything once, so that a mistake shows before any work is done.
+
+        Raises:
+            UserError: Names the key that is wrong.
+        """
+        data = self.data(store="", tokenizer="")
+        for stage in STAGES:
+            module = self.module(stage, policy="")
+            self.trainer(stage)
+            if module.needs_groups and data.group_size < 2:
+                raise UserError(
+                    f"data.group_size is {data.group_size}: {stage}.objective compares the responses of a group, "
+                    "which takes at least 2"
+                )
+            if isinstance(module, DistillModule) and (unknown := {*module.signal.policies} - POLICIES):
+                raise UserError(
+                    f"distill.signal: no policy is called {', '.join(sorted(unknown))}; "
+                    f"there are {', '.join(sorted(POLICIES))}"
+                )
+
+    def data(self, **bound: Any) -> RolloutDataModule:
+        """See `rounds.Builder`."""
+        return RolloutDataModule(**{**self._arguments("data", "data"), **bound})
+
+    def module(self, stage: str, **bound: Any) -> PolicyModule:
+        """See `rounds.Builder`."""
+        kind = DistillModule if stage == "distill" else ExtremeRegionModule
+        if stage == "unlearned":
+            bound = {"sign": -1, **bound}
+        try:
+            return kind(**{**self._arguments(_group(stage), stage), **bound})
+        except UserError as error:
+            message = str(error).removeprefix("extreme_region.")
+            raise UserError(message if f"{stage}." in message else f"{stage}.{message}") from error
+
+    def trainer(self, stage: str, **bound: Any) -> Trainer:
+        """See `rounds.Builder`."""
+        kwargs = self._arguments("trainer", f"{stage}_trainer")
+        root = bound.get("default_root_dir")
+        if kwargs["logger"] in (None, True) and root is not None:
+            kwargs["logger"] = CSVLogger(root, name="metrics")
+        callbacks = kwargs["callbacks"] or []
+        callbacks = callbacks if isinstance(callbacks, list) else [callbacks]
+        kwargs["callbacks"] = [*callbacks, *bound.pop("callbacks", [])]
+        saves = any(isinstance(callback, Checkpoint) for callback in kwargs["callbacks"])
+        if stage in ("rollouts", "signal"):  # Part of a store is none, however short the run is meant to be.
+            bound = {**bound, "fast_dev_run": False, "limit_predict_batches": None}
+        try:
+            return Trainer(**{**kwargs, "enable_checkpointing": saves, **bound})
+        except MISTAKES as error:
+            key = f"{stage}_trainer" if self.config.get(f"{stage}_trainer") else "trainer"
+            raise UserError(f"{key}: {readable(error)}") from error
+
+    def settings(self, stage: str) -> dict[str, Any]:
+        """See `rounds.Builder`."""
+        data = self.config["data"].as_dict()
+
+        def of_data(*keys: str) -> dict[str, Any]:
+            return {"data": {key: data[key] for key in keys}}
+
+        if stage == "signal":
+            return {}
+        if stage == "rollouts":
+            return of_data(*ROLLOUT_SETTINGS)
+        if stage == "evaluation":
+            return of_data(*EVALUATION_SETTINGS)
+        trainer = self._settings("trainer", f"{stage}_trainer").as_dict()
+        calibration = CALIBRATION_SETTINGS if stage == "distill" else ()
+        return {
+            stage: self._settings(_group(stage), stage).as_dict(),
+            f"{stage}_trainer": {key: value for key, value in trainer.items() if key not in OPERATIONAL},
+            **of_data("batch_size", *calibration),
+        }
+
+    def built(self, key: str, value: Any, name: str | None = None) -> Any:
+        """The value of an option with its classes instantiated.
+
+        Raises:
+            UserError: If a class does not like its arguments; calls the option by its `name`.
+        """
+        try:
+            return self.parser.instantiate_classes(Namespace({key: value}))[key]
+        except MISTAKES as error:
+            raise UserError(naming(name or key, readable(error))) from error
+
+    def _arguments(self, group: str, own: str) -> dict[str, Any]:
+        """The arguments of a group's class, with the classes among them instantiated."""
+        changed = self.config.get(own) or {}
+        return {
+            name: self.built(f"{group}.{name}", value, f"{own if name in changed else group}.{name}")
+            for name, value in vars(self._settings(group, own)).items()
+        }
+
+    def _settings(self, group: str, own: str) -> Namespace:
+        """A group's settings with a stage's `own` over them, checked like the group's.
+
+        Raises:
+            UserError: Names the key that is wrong.
+        """
+        shared = self.config[group].clone()
+        changed = self.config.get(own)
+        if own == group or not changed:
+            return shared
+        try:
+            return self.parser.parse_object({group: dict(changed)}, Namespace({group: shared}))[group]
+        except ArgumentError as error:
+            known = {key for key in options(self.parser) if key.startswith(f"{group}.")}
+            bound = {f"{group}.{name}" for name in BOUND_BY_CHAIN[group]}
+            raise UserError(readable(error, known, bound).replace(f"{group}.", f"{own}.")) from error
+
+
+def _group(stage: str) -> str:
+    """Where a stage's settings are; `unlearned` has only those that differ."""
+    return "extreme_region" if stage == "unlearned" else stage

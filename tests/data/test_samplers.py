@@ -1,0 +1,161 @@
+"""Samples against the policy's own probabilities: their log-probs, their frequencies, their ends."""
+
+import random
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from tiny import TASK, VOCABULARY_SIZE, make_model, token_logps
+from transformers import GenerationConfig
+
+from erpd_lightning.data.samplers import Response, TransformersSampler
+from erpd_lightning.errors import UserError
+
+EOS = 2
+# Of unequal length: sampled together, the shorter ones are padded on the left.
+PROMPTS = [[3, 13, 4], [5], [6, 14, 7, 15, 8, 13, 9], [4, 13, 10, 18]]
+
+
+@pytest.fixture(scope="module")
+def tokenizer() -> Any:
+    return TASK.tokenizer()
+
+
+@pytest.fixture
+def model() -> Any:
+    return make_model()
+
+
+def check_logps(
+    model: Any, prompts: list[list[int]], responses: list[Response], temperature: float
+) -> None:
+    for prompt, response in zip(prompts, responses, strict=True):
+        logps = token_logps(model, prompt, response.ids, temperature)
+        expected = logps.gather(1, torch.tensor(response.ids)[:, None])[:, 0]
+        assert response.logps == pytest.approx(expected.tolist(), abs=1e-5)
+
+
+@pytest.mark.parametrize("temperature", [1.0, 0.7])
+@pytest.mark.parametrize("batch_size", [3, 256])
+def test_logps_are_those_of_teacher_forcing(
+    model: Any, tokenizer: Any, temperature: float, batch_size: int
+) -> None:
+    sampler = TransformersSampler(12, temperature, batch_size)
+    prompts = PROMPTS * 5
+    responses = sampler.sample(model, tokenizer, prompts, seed=1)
+    check_logps(model, prompts, responses, temperature)
+    assert len({tuple(response.ids) for response in responses}) > 10
+
+
+@pytest.mark.parametrize("temperature", [1.0, 0.7])
+def test_frequencies_are_the_probabilities(model: Any, tokenizer: Any, temperature: float) -> None:
+    draws = 3000
+    prompts = [PROMPTS[0], PROMPTS[2]] * draws
+    sampler = TransformersSampler(1, temperature, batch_size=1000)
+    responses = sampler.sample(model, tokenizer, prompts, seed=2)
+    for first in range(2):
+        logps = token_logps(model, prompts[first], [EOS], temperature)[0].detach()
+        expected = draws * logps.exp().double().numpy()
+        tokens = [response.ids[0] for response in responses[first::2]]
+        counts = np.bincount(tokens, minlength=VOCABULARY_SIZE)
+        # A chi-square statistic has mean k and variance 2k; rare tokens count as one.
+        rare = expected <= max(5, expected.min())
+        observed = np.append(counts[~rare], counts[rare].sum())
+        wanted = np.append(expected[~rare], expected[rare].sum())
+        assert np.max(expected) < 0.9 * draws
+        degrees = len(wanted) - 1
+        statistic = float(((observed - wanted) ** 2 / wanted).sum())
+        assert statistic < degrees + 4 * (2 * degrees) ** 0.5
+
+
+def test_what_a_checkpoint_ships_does_not_count(model: Any, tokenizer: Any) -> None:
+    sampler = TransformersSampler(10)
+    plain = sampler.sample(model, tokenizer, PROMPTS, seed=3)
+    shipped = GenerationConfig(
+        do_sample=False,
+        top_k=2,
+        top_p=0.3,
+        min_p=0.2,
+        temperature=0.1,
+        repetition_penalty=5.0,
+        no_repeat_ngram_size=1,
+        max_length=3,
+        min_new_tokens=9,
+        suppress_tokens=[5],
+        eos_token_id=EOS,
+    )
+    model.generation_config = shipped
+    assert sampler.sample(model, tokenizer, PROMPTS, seed=3) == plain
+    assert model.generation_config is shipped
+
+
+def test_what_a_checkpoint_ships_is_back_after_an_error(
+    model: Any, tokenizer: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    shipped = model.generation_config
+
+    def fail(**_: Any) -> None:
+        raise RuntimeError("out of memory")
+
+    monkeypatch.setattr(model, "generate", fail)
+    with pytest.raises(RuntimeError, match="out of memory"):
+        TransformersSampler(4).sample(model, tokenizer, PROMPTS, seed=0)
+    assert model.generation_config is shipped
+
+
+@pytest.mark.parametrize("pad", ["<pad>", "<eos>"])
+def test_a_response_ends_with_its_first_end_token(model: Any, pad: str) -> None:
+    tokenizer = TASK.tokenizer()
+    tokenizer.pad_token = pad
+    model.generation_config.eos_token_id = [EOS, 7]
+    responses = TransformersSampler(4).sample(model, tokenizer, PROMPTS * 50, seed=4)
+    check_logps(model, PROMPTS * 50, responses, 1.0)
+    for response in responses:
+        assert len(response.ids) == len(response.logps)
+        assert not {EOS, 7} & set(response.ids[:-1])
+        ended = response.ids[-1] in (EOS, 7)
+        assert response.finish_reason == ("stop" if ended else "length")
+        assert ended or len(response.ids) == 4
+    ends = [response.ids[-1] for response in responses]
+    lengths = [len(response.ids) for response in responses]
+    assert {EOS, 7} <= set(ends)
+    assert len(set(ends)) > 2
+    assert min(lengths) == 1
+    assert any(n == 4 and r.finish_reason == "stop" for n, r in zip(lengths, responses, strict=True))
+
+
+def test_a_seed_fixes_the_samples(model: Any, tokenizer: Any) -> None:
+    sampler = TransformersSampler(8)
+    first = sampler.sample(model, tokenizer, PROMPTS, seed=5)
+    torch.rand(3)
+    assert sampler.sample(model, tokenizer, PROMPTS, seed=5) == first
+    assert sampler.sample(model, tokenizer, PROMPTS, seed=6) != first
+    assert sampler.sample(model, tokenizer, PROMPTS, seed=2**63 - 1) != first
+
+
+def test_random_state_and_mode_stay(model: Any, tokenizer: Any) -> None:
+    model.train()
+    states = torch.get_rng_state(), random.getstate(), np.random.get_state()[1].copy()  # type: ignore[index, union-attr]
+    TransformersSampler(8).sample(model, tokenizer, PROMPTS, seed=5)
+    assert torch.equal(torch.get_rng_state(), states[0])
+    assert random.getstate() == states[1]
+    assert np.array_equal(np.random.get_state()[1], states[2])  # type: ignore[index]
+    assert model.training
+    assert all(parameter.requires_grad for parameter in model.parameters())
+
+
+@pytest.mark.parametrize(
+    ("settings", "key"),
+    [
+        ({"max_new_tokens": 0}, "max_new_tokens"),
+        ({"batch_size": 0}, "batch_size"),
+        ({"temperature": 0.0}, "temperature"),
+        ({"temperature": -1.0}, "temperature"),
+        ({"temperature": float("nan")}, "temperature"),
+        ({"temperature": float("inf")}, "temperature"),
+    ],
+)
+def test_settings_out_of_range(settings: dict[str, Any], key: str) -> None:
+    with pytest.raises(UserError, match=key):
+        TransformersSampler(**settings)

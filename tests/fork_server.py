@@ -1,0 +1,132 @@
+"""The command line in forked children that are killed where a test says so; `test_resume` starts it.
+
+Importing takes longer than a tiny run, so one process imports everything and forks a child for each run. It reads
+a JSON object a line: `argv`, the file `output` for what the child prints, the file `steps` for the optimiser
+steps that it trains, `environment`, and `kill`, which is null or one of
+
+- `{"event": NAME, "path": PATTERN, "count": N}`: just before the N-th audit event of that name (`open`,
+  `os.rename`, ...) one of whose arguments the pattern is found in; with `"after": true` at the event that follows;
+- `{"call": "module:Class.method", "count": N}`: just before the N-th call.
+
+It answers with the child's exit code, negative for a signal.
+"""
+
+import functools
+import importlib
+import json
+import os
+import re
+import signal
+import sys
+import traceback
+from collections.abc import Callable
+from typing import Any
+
+
+def kill_self() -> None:
+    """No `finally`, no `atexit`, no flush."""
+    os.kill(os.getpid(), signal.SIGKILL)
+
+
+def kill_at_event(name: str, pattern: str, count: int, after: bool) -> None:
+    """Watch what Python reports of itself (`sys.addaudithook`)."""
+    seen = 0
+
+    def watch(event: str, arguments: tuple[Any, ...]) -> None:
+        nonlocal seen
+        if event == "os.kill":  # Its own.
+            return
+        if seen == count:
+            kill_self()
+        if event == name and any(re.search(pattern, str(argument)) for argument in arguments):
+            seen += 1
+            if seen == count and not after:
+                kill_self()
+
+    sys.addaudithook(watch)
+
+
+def before_call(target: str, act: Callable[..., None]) -> None:
+    """Run `act` with the arguments of every call of a method, first."""
+    module, _, path = target.partition(":")
+    owner, name = path.split(".")
+    cls = getattr(importlib.import_module(module), owner)
+    original = getattr(cls, name)
+
+    @functools.wraps(original)
+    def wrapped(*args: Any, **kwargs: Any) -> Any:
+        act(*args)
+        return original(*args, **kwargs)
+
+    setattr(cls, name, wrapped)
+
+
+def kill_at_call(target: str, count: int) -> None:
+    """Count calls."""
+    left = count
+
+    def act(*_: Any) -> None:
+        nonlocal left
+        left -= 1
+        if left == 0:
+            kill_self()
+
+    before_call(target, act)
+
+
+def run(case: dict[str, Any]) -> None:
+    """The whole life of a child."""
+    output = os.open(case["output"], os.O_CREAT | os.O_WRONLY | os.O_APPEND)
+    os.dup2(output, 1)
+    os.dup2(output, 2)
+    os.environ.update(case["environment"])
+    kill = case["kill"]
+    if kill is None:
+        pass
+    elif "event" in kill:
+        kill_at_event(kill["event"], kill["path"], kill["count"], kill.get("after", False))
+    else:
+        kill_at_call(kill["call"], kill["count"])
+
+    def note_step(module: Any, *_: Any) -> None:
+        with open(case["steps"], "a") as file:
+            print(module.global_step, file=file)
+
+    before_call("erpd_lightning.policy_module:PolicyModule.training_step", note_step)
+    sys.argv = ["erpd_lightning", *case["argv"]]
+    from erpd_lightning.cli import main
+
+    main()
+
+
+def serve() -> None:
+    """Fork a child for each line."""
+    import torch
+    import transformers.models.qwen3.modeling_qwen3  # noqa: F401
+
+    import erpd_lightning.cli  # noqa: F401
+
+    torch.set_num_threads(1)
+    answers = os.fdopen(os.dup(1), "w")
+    for line in sys.stdin:
+        case = json.loads(line)
+        child = os.fork()
+        if child == 0:
+            code = 1
+            try:
+                run(case)
+                code = 0
+            except SystemExit as error:
+                code = error.code if isinstance(error.code, int) else 1
+            except BaseException:
+                traceback.print_exc()
+            finally:
+                sys.stdout.flush()
+                sys.stderr.flush()
+                os._exit(code)
+        _, status = os.waitpid(child, 0)
+        print(os.waitstatus_to_exitcode(status), file=answers, flush=True)
+
+
+if __name__ == "__main__":
+    serve()
