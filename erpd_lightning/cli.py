@@ -2,7 +2,9 @@
 
 import json
 import logging
+import re
 import sys
+import zipfile
 from collections.abc import Iterable
 from dataclasses import fields
 from pathlib import Path
@@ -22,6 +24,9 @@ from .rounds import Rounds
 
 POLICY_OF = {"base": "base", "extreme_region": "teacher", "unlearned": "unlearned", "distill": "student"}
 """Which policy a stage makes; `validate`, `test` and `predict` run on it."""
+
+UNREADABLE = re.compile("Problems parsing config:|Unexpected config:")
+"""How jsonargparse begins a message about a file whose name it does not tell."""
 
 
 class ERPDCLI(LightningCLI):
@@ -67,13 +72,18 @@ class ERPDCLI(LightningCLI):
             super().parse_arguments(parser, args)
         except ArgumentError as error:
             message = readable(error, options(self._parser("fit")), _bound())
-            if message.startswith("Problems parsing config"):
-                file = self._unparsable(sys.argv[1:] if args is None else args)
-                message = message.replace("Problems parsing config", f"{file} cannot be parsed")
+            if UNREADABLE.match(message):
+                file = self._unreadable(sys.argv[1:] if args is None else args)
+                message = UNREADABLE.sub(f"{file} cannot be read as options:", message)
             raise UserError(message) from error
-        seed = self.config[self.config["subcommand"]]["seed_everything"]
+        config = self.config[self.config["subcommand"]]
+        seed, checkpoint = config["seed_everything"], config.get("ckpt_path")
         if seed is False or not 0 <= seed < 2**32:
             raise UserError(f"seed_everything is {seed}: it must lie between 0 and {2**32 - 1}, or be true")
+        if checkpoint and not (Path(checkpoint).is_dir() or zipfile.is_zipfile(checkpoint)):
+            raise UserError(f"ckpt_path {checkpoint} is missing or damaged: a checkpoint of Lightning's is expected")
+        if "weights_only" in config and config["weights_only"] is None:
+            config["weights_only"] = True  # Lightning would unpickle whatever is in a local file.
 
     def instantiate_classes(self) -> None:
         """Check every part of the configuration; only what a stage needs is built when it begins."""
@@ -94,10 +104,13 @@ class ERPDCLI(LightningCLI):
 
     def fit(self, **_: Any) -> None:
         """Run the chain; the configuration lies in the run directory first."""
-        if self.rounds.task is None and self.config["fit"]["data"]["validation_prompts"] is None:
-            raise UserError(
-                "data.validation_prompts is missing: what a student gained is measured on held-out prompts"
-            )
+        if self.rounds.task is None:
+            data = self.rounds.data(1)
+            data.round_prompts()
+            if not data.held_out_prompts():
+                raise UserError(
+                    "data.validation_prompts is missing: what a student gained is measured on held-out prompts"
+                )
         run_dir = Path(self.rounds.run_dir)
         written = run_dir / "config.yaml"
         try:
@@ -106,7 +119,7 @@ class ERPDCLI(LightningCLI):
         except OSError as error:
             raise UserError(f"run_dir {run_dir} cannot be used: {error.strerror}") from error
         with disk_full_named(run_dir):
-            self._write(written, self._parser("fit").dump(self.config["fit"], skip_none=False))
+            self._write(written, self._parser("fit").dump(self.config["fit"], skip_unset=False))
             try:
                 self.rounds.run()
             except UserError:
@@ -141,25 +154,20 @@ class ERPDCLI(LightningCLI):
         else:
             self.model = self.builder.module(stage, policy=policy, references=references)
         self.datamodule = rounds.data(number)
-        config = self.config[self.subcommand]
-        checkpoint = config.get("ckpt_path")
-        if checkpoint is not None and not Path(checkpoint).exists():
-            raise UserError(f"ckpt_path {checkpoint} is missing: a checkpoint of the stage {stage} is expected there")
-        config["weights_only"] = True
 
     def _write(self, path: Path, text: str) -> None:
         if self.trainer.is_global_zero:
             atomic_write(path, text)
 
-    def _unparsable(self, args: Iterable[str]) -> str:
-        """The file among the arguments that is not YAML."""
+    def _unreadable(self, args: Iterable[str]) -> str:
+        """The file among the arguments that holds no options."""
         for arg in args:
             path = Path(arg.rpartition("=")[2])
             try:
                 if path.is_file():
                     self._parser("fit").parse_path(path)
             except ArgumentError as error:
-                if str(error).startswith("Problems parsing config"):
+                if UNREADABLE.match(str(error)):
                     return str(path)
         return "a configuration file"
 

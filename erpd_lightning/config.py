@@ -1,5 +1,6 @@
 """From the configuration to modules, data and trainers: options, defaults, and what each stage depends on."""
 
+from importlib import import_module
 from typing import Any
 
 from jsonargparse import ArgumentError, Namespace
@@ -72,9 +73,21 @@ OPERATIONAL = {
 }
 """Trainer settings that change how a stage runs and is watched, but not what it makes."""
 
-ROLLOUT_SETTINGS = ("sampler", "verifier", "group_size", "prompts_per_round")
-EVALUATION_SETTINGS = ("sampler", "verifier", "validation_samples", "max_validation_prompts")
-CALIBRATION_SETTINGS = ("sampler", "calibration_prompts", "calibration_samples")
+NOT_TRAINED: dict[str, tuple[tuple[str, ...], tuple[str, ...]]] = {
+    "rollouts": (("sampler", "verifier", "group_size", "prompts_per_round"), ("precision",)),
+    "signal": ((), ("precision",)),
+    "evaluation": (
+        ("sampler", "verifier", "validation_samples", "max_validation_prompts"),
+        ("precision", "limit_test_batches", "fast_dev_run"),
+    ),
+}
+"""Stages that train nothing: what of `data` and of `trainer` their result depends on."""
+
+CALIBRATION = {
+    "data": ("sampler", "calibration_prompts", "calibration_samples"),
+    "trainer": ("check_val_every_n_epoch", "val_check_interval", "limit_val_batches"),
+}
+"""What a student depends on that other trained policies do not: beta is corrected in validation."""
 
 POLICIES = {"base", "teacher", "unlearned"}
 """What the chain scores, hence what a signal can be made of."""
@@ -128,6 +141,7 @@ class ConfigBuilder:
     def __init__(self, config: Namespace, parser: LightningArgumentParser) -> None:
         self.config = config
         self.parser = parser
+        self._merged: dict[str, Namespace] = {}
         for group in CLASSES:
             if not isinstance(config[group], Namespace):
                 raise UserError(f"{group} is {config[group]!r}: its options are expected there")
@@ -178,8 +192,11 @@ class ConfigBuilder:
         callbacks = callbacks if isinstance(callbacks, list) else [callbacks]
         kwargs["callbacks"] = [*callbacks, *bound.pop("callbacks", [])]
         saves = any(isinstance(callback, Checkpoint) for callback in kwargs["callbacks"])
-        if stage in ("rollouts", "signal"):  # Part of a store is none, however short the run is meant to be.
-            bound = {**bound, "fast_dev_run": False, "limit_predict_batches": None}
+        if stage == "base":  # The task says how it is trained.
+            defaults = vars(self.parser.get_defaults()["trainer"])
+            kwargs = {key: value if key in OPERATIONAL else defaults[key] for key, value in kwargs.items()}
+        if stage in ("rollouts", "signal"):  # Other stages build on these: part of a store is none.
+            bound = {"fast_dev_run": False, "limit_predict_batches": None, **bound}
         try:
             return Trainer(**{**kwargs, "enable_checkpointing": saves, **bound})
         except MISTAKES as error:
@@ -188,24 +205,20 @@ class ConfigBuilder:
 
     def settings(self, stage: str) -> dict[str, Any]:
         """See `rounds.Builder`."""
-        data = self.config["data"].as_dict()
-
-        def of_data(*keys: str) -> dict[str, Any]:
-            return {"data": {key: data[key] for key in keys}}
-
-        if stage == "signal":
-            return {}
-        if stage == "rollouts":
-            return of_data(*ROLLOUT_SETTINGS)
-        if stage == "evaluation":
-            return of_data(*EVALUATION_SETTINGS)
+        data = _canonical(self.config["data"].as_dict())
         trainer = self._settings("trainer", f"{stage}_trainer").as_dict()
-        calibration = CALIBRATION_SETTINGS if stage == "distill" else ()
-        return {
-            stage: self._settings(_group(stage), stage).as_dict(),
-            f"{stage}_trainer": {key: value for key, value in trainer.items() if key not in OPERATIONAL},
-            **of_data("batch_size", *calibration),
-        }
+        if stage in NOT_TRAINED:
+            of_data, of_trainer = NOT_TRAINED[stage]
+            own = {"trainer": {key: trainer[key] for key in of_trainer}}
+        else:
+            calibration = CALIBRATION if stage == "distill" else {"data": (), "trainer": ()}
+            of_data = ("batch_size", *calibration["data"])
+            ignored = OPERATIONAL.difference(calibration["trainer"])
+            own = {
+                stage: _canonical(self._settings(_group(stage), stage).as_dict()),
+                f"{stage}_trainer": {key: value for key, value in trainer.items() if key not in ignored},
+            }
+        return {**own, "data": {key: data[key] for key in of_data}}
 
     def built(self, key: str, value: Any, name: str | None = None) -> Any:
         """The value of an option with its classes instantiated.
@@ -214,7 +227,7 @@ class ConfigBuilder:
             UserError: If a class does not like its arguments; calls the option by its `name`.
         """
         try:
-            return self.parser.instantiate_classes(Namespace({key: value}))[key]
+            return self.parser.instantiate(Namespace({key: value}))[key]
         except MISTAKES as error:
             raise UserError(naming(name or key, readable(error))) from error
 
@@ -232,12 +245,16 @@ class ConfigBuilder:
         Raises:
             UserError: Names the key that is wrong.
         """
-        shared = self.config[group].clone()
-        changed = self.config.get(own)
+        if own not in self._merged:
+            self._merged[own] = self._merge(group, own)
+        return self._merged[own].clone()
+
+    def _merge(self, group: str, own: str) -> Namespace:
+        shared, changed = self.config[group], self.config.get(own)
         if own == group or not changed:
             return shared
         try:
-            return self.parser.parse_object({group: dict(changed)}, Namespace({group: shared}))[group]
+            return self.parser.parse_object({group: dict(changed)}, Namespace({group: shared.clone()}))[group]
         except ArgumentError as error:
             known = {key for key in options(self.parser) if key.startswith(f"{group}.")}
             bound = {f"{group}.{name}" for name in BOUND_BY_CHAIN[group]}
@@ -247,3 +264,15 @@ class ConfigBuilder:
 def _group(stage: str) -> str:
     """Where a stage's settings are; `unlearned` has only those that differ."""
     return "extreme_region" if stage == "unlearned" else stage
+
+
+def _canonical(settings: Any) -> Any:
+    """Nested settings in which every class has one name, whichever of its import paths the user gave."""
+    if not isinstance(settings, dict):
+        return settings
+    named = {key: _canonical(value) for key, value in settings.items()}
+    if "class_path" in named:
+        module, _, name = named["class_path"].rpartition(".")
+        found = getattr(import_module(module), name)
+        named["class_path"] = f"{found.__module__}.{found.__qualname__}"
+    return named

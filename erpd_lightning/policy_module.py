@@ -68,6 +68,8 @@ class PolicyModule(LightningModule):
         max_logits: int = MAX_LOGITS,
         pass_at_k: int | None = None,
     ) -> None:
+        from transformers.trainer_utils import SchedulerType
+
         super().__init__()
         if not 0 < learning_rate < float("inf"):
             raise UserError(f"learning_rate is {learning_rate}: it must be a positive number")
@@ -79,6 +81,8 @@ class PolicyModule(LightningModule):
             raise UserError(f"betas is {betas}: both must be at least 0 and below 1")
         if max_logits < 1 or (pass_at_k is not None and pass_at_k < 1):
             raise UserError(f"max_logits ({max_logits}) and pass_at_k ({pass_at_k}) must be at least 1")
+        if lr_scheduler not in [kind.value for kind in SchedulerType]:
+            raise UserError(f"lr_scheduler is {lr_scheduler!r}: it must be one of {', '.join(SchedulerType)}")
         kind = getattr(torch, dtype, None)
         if not (isinstance(kind, torch.dtype) and kind.is_floating_point):
             raise UserError(f"dtype is {dtype!r}: it must be a floating-point type of torch such as bfloat16")

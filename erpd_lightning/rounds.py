@@ -9,7 +9,6 @@ happened. A stage whose record names other settings is never overwritten: that i
 import hashlib
 import json
 import time
-import zipfile
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cached_property
@@ -18,9 +17,9 @@ from typing import Any, Protocol
 
 import torch
 from lightning.pytorch import Trainer, seed_everything
-from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.utilities import rank_zero_only
 
+from .callbacks import ResumeCheckpoint
 from .data.arithmetic import Arithmetic
 from .data.batching import RolloutTable
 from .data.demonstrations import write_demonstrations
@@ -221,6 +220,7 @@ class Rounds:
         inputs["student"] = student["outcome"]["policy"]
         self._evaluate(number, inputs)
         self._summarise(number)
+        barrier()
         if self.stage == "evaluation" and (self._ran or self.round == number):
             raise StageOnly
 
@@ -338,15 +338,9 @@ class Rounds:
         **bound: Any,
     ) -> None:
         """Train from the last checkpoint of an earlier attempt, or from the start."""
-        checkpoints = folder / "checkpoints"
-        saver = ModelCheckpoint(
-            dirpath=checkpoints,
-            filename="{step}",
-            every_n_train_steps=self.checkpoint_every,
-            enable_version_counter=False,
-        )
+        saver = ResumeCheckpoint(folder / "checkpoints", self.checkpoint_every)
         trainer = self.builder.trainer(stage, default_root_dir=folder, callbacks=[saver], **bound)
-        trainer.fit(module, datamodule=data, ckpt_path=_latest(checkpoints), weights_only=True)
+        trainer.fit(module, datamodule=data, ckpt_path=saver.latest(), weights_only=True)
 
     def _predict(self, stage: str, folder: Path, policy: Path | str, data: Any) -> None:
         trainer = self.builder.trainer(stage, default_root_dir=folder, logger=False)
@@ -437,13 +431,16 @@ class Rounds:
 
     @rank_zero_only
     def _summarise(self, number: int) -> None:
-        """Write `summary.json` from the records of the rounds that are done."""
+        """Write `summary.json` from the records of the rounds that are done, unless it holds them already."""
         rounds = [self._round_summary(n) for n in range(1, number + 1)]
         total = 0
         for summary in rounds:
             total += summary["rollouts"]
             summary["rollouts_total"] = total
-        atomic_write(self.run_dir / "summary.json", json.dumps({"rounds": rounds}, indent=2) + "\n")
+        path = self.run_dir / "summary.json"
+        known = json.loads(path.read_text())["rounds"] if path.is_file() else []
+        if known[:number] != rounds:
+            atomic_write(path, json.dumps({"rounds": rounds}, indent=2) + "\n")
 
     def _round_summary(self, number: int) -> Record:
         folder = self.round_dir(number)
@@ -530,10 +527,3 @@ def _difference(old: Any, new: Any, key: str) -> tuple[str, Any, Any] | None:
         if found is not None:
             return found
     return None
-
-
-def _latest(checkpoints: Path) -> str | None:
-    """The whole checkpoint with the most steps; a full disk may have left part of a later one."""
-    whole = (path for path in checkpoints.glob("step=*.ckpt") if path.is_dir() or zipfile.is_zipfile(path))
-    found = sorted(whole, key=lambda path: int(path.stem.split("=")[1]))
-    return str(found[-1]) if found else None

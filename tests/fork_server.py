@@ -2,7 +2,7 @@
 
 Importing takes longer than a tiny run, so one process imports everything and forks a child for each run. It reads
 a JSON object a line: `argv`, the file `output` for what the child prints, the file `steps` for the optimiser
-steps that it trains, `environment`, and `kill`, which is null or one of
+steps that it trains, and `kill`, which is null or one of
 
 - `{"event": NAME, "path": PATTERN, "count": N}`: just before the N-th audit event of that name (`open`,
   `os.rename`, ...) one of whose arguments the pattern is found in; with `"after": true` at the event that follows;
@@ -79,7 +79,6 @@ def run(case: dict[str, Any]) -> None:
     output = os.open(case["output"], os.O_CREAT | os.O_WRONLY | os.O_APPEND)
     os.dup2(output, 1)
     os.dup2(output, 2)
-    os.environ.update(case["environment"])
     kill = case["kill"]
     if kill is None:
         pass
@@ -104,9 +103,11 @@ def serve() -> None:
     import torch
     import transformers.models.qwen3.modeling_qwen3  # noqa: F401
 
-    import erpd_lightning.cli  # noqa: F401
+    import erpd_lightning.cli
+    import erpd_lightning.data.passes
 
     torch.set_num_threads(1)
+    erpd_lightning.data.passes.PART_TOKENS = 512  # several parts in a small store of scores
     answers = os.fdopen(os.dup(1), "w")
     for line in sys.stdin:
         case = json.loads(line)

@@ -1,3 +1,4 @@
+import inspect
 from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -14,12 +15,19 @@ from torch.multiprocessing.reductions import StorageWeakRef
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from erpd_lightning.head import Head, divergence, select_support, support_logps, token_logps
+from erpd_lightning.head import (
+    MAX_LOGITS,
+    Head,
+    divergence,
+    select_support,
+    support_logps,
+    token_logps,
+)
 from erpd_lightning.objectives.tilt import LOG_ZERO
 
 N, V, D = 7, 11, 5
 # one token a chunk (also when not even one fits), 2 (rest 1), 3 (rest 1), 6 (rest 1), exactly all
-MAX_LOGITS = pytest.mark.parametrize("max_logits", [1, 11, 22, 35, 76, 77, 10**6])
+CUTS = pytest.mark.parametrize("max_logits", [1, 11, 22, 35, 76, 77, 10**6])
 HEADS = pytest.mark.parametrize(
     "options",
     [
@@ -190,7 +198,7 @@ def test_token_logps_by_hand() -> None:
 
 
 @HEADS
-@MAX_LOGITS
+@CUTS
 def test_token_logps_agree_with_full_logits(max_logits: int, options: dict[str, Any]) -> None:
     head, hidden = some_head(**options), some_hidden()
     targets = torch.randint(0, V, (N,))
@@ -207,7 +215,7 @@ def test_token_logps_agree_with_full_logits(max_logits: int, options: dict[str, 
 
 
 @pytest.mark.parametrize("trained", ["hidden", "weight"])
-@MAX_LOGITS
+@CUTS
 def test_token_logps_with_only_some_leaves_trained(max_logits: int, trained: str) -> None:
     head, hidden = some_head(), some_hidden()
     leaf, frozen = (hidden, head.weight) if trained == "hidden" else (head.weight, hidden)
@@ -220,7 +228,7 @@ def test_token_logps_with_only_some_leaves_trained(max_logits: int, trained: str
     assert frozen.grad is None
 
 
-@MAX_LOGITS
+@CUTS
 def test_token_logps_without_autograd(max_logits: int) -> None:
     head, hidden = some_head(), some_hidden()
     targets = torch.randint(0, V, (N,))
@@ -268,7 +276,7 @@ def test_select_support_by_hand() -> None:
 
 
 @HEADS
-@MAX_LOGITS
+@CUTS
 @pytest.mark.parametrize("mass", [0.3, 0.9, 0.999])
 @pytest.mark.parametrize("max_size", [1, 3, 64])
 def test_select_support_is_the_smallest_set(
@@ -317,6 +325,32 @@ def test_select_support_of_ties_and_of_everything() -> None:
     assert len(row) == 2
 
 
+def test_select_support_stops_as_soon_as_the_mass_is_reached() -> None:
+    # exp(-200) is 0 in float32: the first entry has all the mass, and reaching it is enough
+    head, hidden = as_logits([[0.0, -200.0]])
+    assert select_support(head, hidden, mass=1.0).tolist() == [[0]]
+
+
+@pytest.mark.parametrize("mass", [0.0, -0.5, 1.5, float("nan")])
+def test_select_support_refuses_a_mass_that_is_no_probability(mass: float) -> None:
+    with pytest.raises(ValueError, match="mass"):
+        select_support(some_head(), some_hidden(), mass=mass)
+
+
+def test_select_support_refuses_an_empty_support() -> None:
+    with pytest.raises(ValueError, match="max_size"):
+        select_support(some_head(), some_hidden(), max_size=0)
+
+
+def test_select_support_builds_no_graph() -> None:
+    saved: list[Tensor] = []
+    with torch.autograd.graph.saved_tensors_hooks(saved.append, lambda packed: packed):
+        select_support(some_head(), some_hidden(), max_logits=2 * V)
+        assert not saved
+        use_token_logps(some_head(), some_hidden(), N * V)
+        assert saved  # the hook works
+
+
 def test_select_support_has_no_gradient_and_survives_extremes() -> None:
     head, hidden = as_logits([[1e4, -1e4, 0.0], [1e4, 1e4, 0.0]])
     ids = select_support(head, hidden)
@@ -335,7 +369,7 @@ def test_support_logps_by_hand() -> None:
 
 
 @HEADS
-@MAX_LOGITS
+@CUTS
 def test_support_logps_agree_with_full_logits(max_logits: int, options: dict[str, Any]) -> None:
     head, hidden, ids = some_head(**options), some_hidden(), some_ids()
     result = support_logps(head, hidden, ids, max_logits=max_logits)
@@ -423,7 +457,7 @@ def test_divergence_by_hand() -> None:
 
 
 @HEADS
-@MAX_LOGITS
+@CUTS
 def test_divergence_agrees_with_exact_sums(max_logits: int, options: dict[str, Any]) -> None:
     head_p, hidden_p = some_head(**options), some_hidden()
     head_q, hidden_q = some_head(), torch.randn(N, 3, requires_grad=True)
@@ -457,7 +491,7 @@ def test_divergence_of_extreme_logits_stays_finite(max_logits: int) -> None:
     assert torch.isfinite(grad(head.weight)).all()
 
 
-@MAX_LOGITS
+@CUTS
 def test_divergence_of_a_policy_from_itself_is_zero(max_logits: int) -> None:
     head, hidden = some_head(), some_hidden()
     result = divergence(head, hidden, head, hidden, max_logits=max_logits)
@@ -487,8 +521,9 @@ def use_support_logps(head: Head, hidden: Tensor, max_logits: int) -> Tensor:
 
 
 def use_divergence(head: Head, hidden: Tensor, max_logits: int) -> Tensor:
-    other = Head(weight=head.weight.detach() + 1.0)
-    return divergence(head, hidden, other, hidden.detach(), max_logits=max_logits).kl
+    size, dtype = head.weight.numel(), head.weight.dtype
+    other = Head(weight=torch.linspace(-1, 1, size, dtype=dtype).view_as(head.weight))
+    return divergence(head, hidden, other, torch.ones_like(hidden), max_logits=max_logits).kl
 
 
 DIFFERENTIABLE: list[Differentiable] = [use_token_logps, use_support_logps, use_divergence]
@@ -573,6 +608,17 @@ def test_the_meter_sees_what_it_should() -> None:
 
 
 @pytest.mark.parametrize("use", DIFFERENTIABLE)
+@pytest.mark.parametrize("max_logits", [2 * V, N * V])
+def test_gradcheck_in_float64(use: Differentiable, max_logits: int) -> None:
+    def run(hidden: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
+        return use(Head(weight, bias, scale=0.7, softcap=3.0), hidden, max_logits)
+
+    shapes = [(N, D), (V, D), (V,)]
+    leaves = [torch.randn(shape, dtype=torch.float64, requires_grad=True) for shape in shapes]
+    assert torch.autograd.gradcheck(run, leaves, fast_mode=True)
+
+
+@pytest.mark.parametrize("use", DIFFERENTIABLE)
 def test_chunks_are_recomputed_only_if_there_are_several(use: Differentiable) -> None:
     """Matrix products: one forward (two with another policy's), two backward, one recomputed."""
     forward = 2 if use is use_divergence else 1
@@ -592,6 +638,12 @@ def test_chunks_without_autograd(use: Use, max_logits: int, pieces: int) -> None
     with torch.no_grad(), metered() as meter:
         use(head, hidden, max_logits)
     assert meter.products == pieces * (2 if use is use_divergence else 1)
+
+
+def test_chunks_hold_32_million_logits_by_default() -> None:
+    assert MAX_LOGITS == 2**25
+    for function in (token_logps, select_support, support_logps, divergence):
+        assert inspect.signature(function).parameters["max_logits"].default == MAX_LOGITS
 
 
 # --- no tokens ------------------------------------------------------------------------------

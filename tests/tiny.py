@@ -16,7 +16,7 @@ TASK = Arithmetic(operations=2, hidden_size=16, layers=1)
 VOCABULARY_SIZE = 19
 
 
-def sharpen(model: Any, factor: float = 4.0) -> Any:
+def sharpen(model: Any, factor: float = 8.0) -> Any:
     """Scale a fresh model's matrices: its distributions are far from uniform, and differ from state to state."""
     with torch.no_grad():
         for parameter in model.parameters():

@@ -280,19 +280,19 @@ class RolloutTable:
         attention_mask = column < prompt + response
         in_prompt = column < prompt
         starts = self.response_offsets[rows][:, None]
-        prompt_index = (self.prompt_offsets[rows][:, None] + column).where(in_prompt, 0)
-        column_index = (starts - prompt + column).where(attention_mask & ~in_prompt, 0)
-        token_index = (starts + token).where(mask, 0)
-        prompt_ids = self.prompt_ids.take(prompt_index)
-        input_ids = prompt_ids.where(in_prompt, self.response_ids.take(column_index))
+        prompt_index = (self.prompt_offsets[rows][:, None] + column) * in_prompt
+        column_index = (starts - prompt + column) * (attention_mask & ~in_prompt)
+        token_index = (starts + token) * mask
+        prompt_ids = _take(self.prompt_ids, prompt_index)
+        input_ids = prompt_ids.where(in_prompt, _take(self.response_ids, column_index))
         scores, support_ids = self._batch_scores(rows, token, mask)
         return RolloutBatch(
             input_ids=input_ids.where(attention_mask, 0).long(),
             attention_mask=attention_mask,
             positions=(prompt + token - 1).where(mask, 0),
-            response_ids=self.response_ids.take(token_index).where(mask, 0).long(),
+            response_ids=_take(self.response_ids, token_index).where(mask, 0).long(),
             mask=mask,
-            anchor_logps=self.logps.take(token_index).where(mask, 0.0),
+            anchor_logps=_take(self.logps, token_index).where(mask, 0.0),
             rewards=self.rewards[rows],
             advantages=advantages[rows],
             rows=rows,
@@ -311,17 +311,17 @@ class RolloutTable:
         if reference is None:
             return None, None
         # All policies share rows and supports: one index serves them all.
-        token_index = (reference.token_starts(rows)[:, None] + token).where(mask, 0)
-        sizes = reference.sizes.take(token_index).where(mask, 0)[..., None]
+        token_index = (reference.token_starts(rows)[:, None] + token) * mask
+        sizes = _take(reference.sizes, token_index).where(mask, 0)[..., None]
         slot = torch.arange(int(sizes.max()) if sizes.numel() else 0)
         used = slot < sizes
-        index = (reference.support_offsets.take(token_index)[..., None] + slot).where(used, 0)
+        index = (_take(reference.support_offsets, token_index)[..., None] + slot) * used
         scores = {}
         for name, score in self.scores.items():
-            support = score.support_logps.take(index).where(used, LOG_ZERO)
-            tail = score.tail_logps.take(token_index).where(mask, 0.0)
+            support = _take(score.support_logps, index).where(used, LOG_ZERO)
+            tail = _take(score.tail_logps, token_index).where(mask, 0.0)
             scores[name] = torch.cat([support, tail[..., None]], dim=-1)
-        return scores, reference.support_ids.take(index).where(used, -1).long()
+        return scores, _take(reference.support_ids, index).where(used, -1).long()
 
     def _check_scores(self, name: str, score: ScoreTable, reference: ScoreTable) -> None:
         fits = len(score.rows) > 0 and score.rows[0] >= 0 and score.rows[-1] < len(self.rewards)
@@ -545,6 +545,11 @@ def _greedy_cut(descending: list[int], bound: int) -> list[int]:
         counts.append(count)
         start += count
     return counts
+
+
+def _take(flat: Tensor, index: Tensor) -> Tensor:
+    """`flat[index]` for an index of any shape, faster than written so."""
+    return flat.index_select(0, index.flatten()).view(index.shape)
 
 
 def _flat(column: pa.ChunkedArray) -> Tensor:

@@ -47,7 +47,7 @@ class RolloutDataModule(LightningDataModule):
         validation_prompts: Held-out prompts in the same format; None for no validation.
         scores: Directory with the stored scores of policies on the rollouts, for distillation.
         sampler: Draws the responses.
-        verifier: Checks them.
+        verifier: Checks the responses against the answers.
         group_size: Responses to each prompt, the group whose mean reward is the baseline.
         prompts_per_round: Prompts to sample from in a round; None for all of them. Each round takes the next ones.
         round: The round, from 1, that says which prompts are next.
@@ -115,6 +115,8 @@ class RolloutDataModule(LightningDataModule):
         self.calibration_prompts = calibration_prompts
         self.calibration_samples = calibration_samples
         self.seed = seed
+        self._loader: StepLoader | None = None
+        self._resumed: dict[str, int] | None = None
 
     @cached_property
     def tokenizer(self) -> Any:
@@ -189,7 +191,7 @@ class RolloutDataModule(LightningDataModule):
         needed = pieces_needed(lengths[rows], self.batch_size, self.max_tokens)
         pieces = max(-(-needed // world_size), self.trainer.accumulate_grad_batches)
         self.trainer.accumulate_grad_batches = pieces
-        return StepLoader(
+        self._loader = StepLoader(
             partial(rollouts.batch, advantages=self.advantages),
             lengths,
             rollouts.response_lengths,
@@ -201,6 +203,39 @@ class RolloutDataModule(LightningDataModule):
             seed=derive_seed(self.seed, "shuffle"),
             shuffle=True,
         )
+        self._go_on()
+        return self._loader
+
+    def state_dict(self) -> dict[str, Any]:
+        """How far into the epoch training is; Lightning keeps it in its checkpoints.
+
+        Lightning would keep the loader's own state too, but it restores that only if nothing has asked for the
+        loader before, and the learning rate's schedule does.
+        """
+        loader = self._loader
+        return {} if loader is None else {**loader.state_dict(), "pieces": loader.pieces_per_rank}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Go on from there."""
+        self._resumed = state_dict
+        self._go_on()
+
+    def _go_on(self) -> None:
+        """Put the loader where the checkpoint was saved, once both are there.
+
+        Raises:
+            UserError: If steps were cut into another number of micro-batches then.
+        """
+        if self._loader is None or self._resumed is None:
+            return
+        state, self._resumed = self._resumed, None
+        if state["pieces"] != self._loader.pieces_per_rank:
+            raise UserError(
+                f"the checkpoint was saved with {state['pieces']} micro-batches of a process in a step, there are "
+                f"{self._loader.pieces_per_rank} now: go on with the same data.max_tokens, accumulate_grad_batches "
+                "and number of processes, or delete the stage's checkpoints"
+            )
+        self._loader.load_state_dict(state)
 
     def val_dataloader(self) -> list[Parts]:
         """This rank's held-out prompts and, where a student is calibrated on them, unused training prompts."""

@@ -270,9 +270,13 @@ def disk_full_named(path: str | Path) -> Iterator[None]:
     except Exception as error:
         # safetensors, for one, raises an exception of its own that has no errno.
         texts = (os.strerror(number) for number in DISK_FULL)
-        if getattr(error, "errno", None) not in DISK_FULL and not any(text in str(error) for text in texts):
+        if getattr(error, "errno", None) not in DISK_FULL and not any(
+            text in str(error) for text in texts
+        ):
             raise
-        raise UserError(f"disk full while writing {path}: free some space and start again") from error
+        raise UserError(
+            f"disk full while writing {path}: free some space and start again"
+        ) from error
 
 
 def _check_complete(name: str, column: pa.ChunkedArray) -> None:

@@ -300,13 +300,12 @@ def test_a_prompt_too_long_for_the_context(
     long = "1+" * 20 + "1:"
     rows = [{"prompt": "1+1:", "answer": "2"}, {"prompt": long, "answer": "1"}]
     (tmp_path / "long.jsonl").write_text("\n".join(json.dumps(row) for row in rows))
-    data = make_data(**{"prompts" if purpose == "rollouts" else "validation_prompts": tmp_path / "long.jsonl"})
+    key = "prompts" if purpose == "rollouts" else "validation_prompts"
+    data = make_data(**{key: tmp_path / "long.jsonl"})
     message = rf"{purpose} prompt 2 has 42 tokens.*max_new_tokens \(8\).*context of {TASK.context}"
+    run = make_trainer().predict if purpose == "rollouts" else make_trainer().test
     with pytest.raises(UserError, match=message):
-        if purpose == "rollouts":
-            sample(data, policy)
-        else:
-            make_trainer().test(PolicyModule(policy), datamodule=data)
+        run(PolicyModule(policy), datamodule=data.sampling() if purpose == "rollouts" else data)
 
 
 def test_sampling_without_prompts(make_data: Callable[..., RolloutDataModule], policy: Path) -> None:
@@ -613,8 +612,8 @@ def test_scoring_goes_on_within_less_memory(
     scores = tmp_path / "scores"
     interrupted(make_data(scores=scores, max_tokens=80).scoring("base"), policy, parts=1)
     data = make_data(scores=scores, max_tokens=20)
-    sizes = [batch.input_ids.numel() for _, part in data.scoring("base").batches(0, 1) for batch in part.batches]
-    assert max(sizes) <= 20
+    parts = [part for _, part in data.scoring("base").batches(0, 1) if part is not None]
+    assert max(batch.input_ids.numel() for part in parts for batch in part.batches) <= 20
     score(data, "base", policy)
     assert data.rollouts.scores["base"].rows.tolist() == list(range(len(rows)))
     # Nor is a finished store in the way of another memory limit.

@@ -136,7 +136,7 @@ def test_a_seed_fixes_the_samples(model: Any, tokenizer: Any) -> None:
 
 def test_random_state_and_mode_stay(model: Any, tokenizer: Any) -> None:
     model.train()
-    states = torch.get_rng_state(), random.getstate(), np.random.get_state()[1].copy()  # type: ignore[index, union-attr]
+    states = torch.get_rng_state(), random.getstate(), np.random.get_state()[1].copy()  # type: ignore[index]
     TransformersSampler(8).sample(model, tokenizer, PROMPTS, seed=5)
     assert torch.equal(torch.get_rng_state(), states[0])
     assert random.getstate() == states[1]

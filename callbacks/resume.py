@@ -1,0 +1,63 @@
+"""Checkpoints that a killed run goes on from, bit for bit."""
+
+from pathlib import Path
+from typing import Any
+
+from lightning.pytorch import LightningModule, Trainer
+from lightning.pytorch.callbacks import Checkpoint
+
+
+class ResumeCheckpoint(Checkpoint):
+    """Keeps the latest state of training in a folder, as `step=N.ckpt`.
+
+    It saves every so many optimiser steps and at the end of each epoch, once validation has had its say, but never
+    between a step and the validation that follows it: Lightning skips that validation when it resumes from there,
+    and with it what a module learns by it. A checkpoint appears whole or not at all (Lightning moves it over from
+    the system's temporary directory, which takes a while between file systems), and only then the earlier one goes.
+
+    Args:
+        folder: Where the checkpoints lie, and nothing else.
+        every_n_steps: Optimiser steps between checkpoints within an epoch.
+    """
+
+    def __init__(self, folder: str | Path, every_n_steps: int) -> None:
+        self.folder = Path(folder)
+        self.every_n_steps = every_n_steps
+        self._steps = 0
+
+    def latest(self) -> Path | None:
+        """The checkpoint with the most steps, or None if there is none."""
+        found = self.folder.glob("step=*.ckpt")
+        return max(found, key=lambda path: int(path.stem.removeprefix("step=")), default=None)
+
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        self._steps = trainer.global_step
+
+    def on_train_batch_end(
+        self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
+        stepped, self._steps = trainer.global_step > self._steps, trainer.global_step
+        due = stepped and self._steps % self.every_n_steps == 0
+        if due and not _validation_follows(trainer, batch_idx):
+            self._save(trainer)
+
+    def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        self._save(trainer)
+
+    def _save(self, trainer: Trainer) -> None:
+        path = self.folder / f"step={trainer.global_step}.ckpt"
+        partial = path.with_name(path.name + ".partial")
+        trainer.save_checkpoint(partial)
+        if trainer.is_global_zero:
+            partial.replace(path)
+            for other in self.folder.glob("step=*.ckpt*"):
+                if other != path:
+                    trainer.strategy.remove_checkpoint(other)
+        trainer.strategy.barrier()
+
+
+def _validation_follows(trainer: Trainer, batch_idx: int) -> bool:
+    """Whether the epoch ends with this batch or validation is due after it."""
+    batches = batch_idx if trainer.check_val_every_n_epoch is not None else trainer.fit_loop.total_batch_idx
+    interval = trainer.val_check_batch
+    return trainer.is_last_batch or (interval is not None and (batches + 1) % interval == 0)

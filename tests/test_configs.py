@@ -1,0 +1,49 @@
+"""Every file in configs/ is one that the command line takes."""
+
+import sys
+from pathlib import Path
+
+import pytest
+import yaml
+from small import DEMO
+
+from erpd_lightning.cli import main
+from erpd_lightning.rounds import Rounds
+
+CONFIGS = DEMO.parent
+FILES = sorted(CONFIGS.rglob("*.yaml"))
+OVERRIDES = {CONFIGS / "smoke.yaml"}
+"""What only goes on top of the demo."""
+
+
+def fit(monkeypatch: pytest.MonkeyPatch, *args: object) -> Rounds:
+    """The chain that `fit` would run."""
+    found: list[Rounds] = []
+    monkeypatch.setattr(Rounds, "run", lambda self: found.append(self))
+    monkeypatch.setattr(sys, "argv", ["erpd_lightning", "fit", *map(str, args)])
+    main()
+    return found[0]
+
+
+@pytest.mark.parametrize("path", FILES, ids=lambda path: str(path.relative_to(CONFIGS)))
+def test_a_shipped_configuration_is_complete(path: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    base = ["--config", DEMO] if path in OVERRIDES else []
+    rounds = fit(monkeypatch, *base, "--config", path, "--run_dir", tmp_path)
+    assert "seed_everything" in yaml.safe_load((DEMO if base else path).read_text())
+    for stage in ("extreme_region", "unlearned", "distill"):
+        # Lightning's own default would be 1,000 epochs.
+        epochs = rounds.builder.trainer(stage).max_epochs
+        assert epochs is not None
+        assert 1 <= epochs < 100
+
+
+def test_the_smoke_run_is_the_demo_made_short(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    demo = fit(monkeypatch, "--config", DEMO, "--run_dir", tmp_path / "demo")
+    smoke = fit(monkeypatch, "--config", DEMO, "--config", CONFIGS / "smoke.yaml", "--run_dir", tmp_path / "smoke")
+    assert smoke.rounds == demo.rounds
+    kinds = [type(rounds.builder.module("distill", policy="")) for rounds in (demo, smoke)]
+    assert kinds[0] is kinds[1]
+    sizes = [rounds.builder.data(store="", tokenizer="") for rounds in (demo, smoke)]
+    rollouts = [(data.prompts_per_round or 0) * data.group_size for data in sizes]
+    assert rollouts[0] == 4096
+    assert 0 < rollouts[1] <= 512
