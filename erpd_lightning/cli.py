@@ -183,6 +183,8 @@ def main() -> None:
     from transformers.utils.logging import disable_progress_bar
 
     disable_progress_bar()
+    # Lightning asks torch in a way that torch 2.13 frowns at; nobody who runs a chain can do anything about it.
+    warnings.filterwarnings("ignore", message=r"`isinstance\(treespec, LeafSpec\)` is deprecated")
     try:
         with disk_full_named("the run directory"):
             ERPDCLI()

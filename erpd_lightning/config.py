@@ -126,7 +126,8 @@ def add_options(parser: LightningArgumentParser) -> None:
 
 def options(parser: LightningArgumentParser) -> set[str]:
     """The dotted names of a parser's options as they are given on the command line."""
-    keys = (key.replace(".init_args", "") for key in parser.get_defaults().keys())
+    defaults = parser.get_defaults()
+    keys = (key.replace(".init_args", "") for key, _ in defaults.items())
     return {key for key in keys if not key.endswith(".class_path")}
 
 
@@ -226,6 +227,8 @@ class ConfigBuilder:
         Raises:
             UserError: If a class does not like its arguments; calls the option by its `name`.
         """
+        if not isinstance(value, Namespace | list | dict):
+            return value
         try:
             return self.parser.instantiate(Namespace({key: value}))[key]
         except MISTAKES as error:

@@ -202,7 +202,8 @@ class PolicyModule(LightningModule):
         self._epoch_sums = {}
         for kind in ("right", "wrong"):
             if sums and sums[f"{kind}_tokens"] > 0:
-                self.log(f"train/logp_{kind}", sums[f"{kind}_logp"] / sums[f"{kind}_tokens"])
+                mean = sums[f"{kind}_logp"] / sums[f"{kind}_tokens"]
+                self.log(f"train/logp_{kind}", mean, sync_dist=True)
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Keep the running sums of an epoch that is not over."""

@@ -18,8 +18,8 @@ LAYERS: list[set[str]] = [
     {"policy"},
     {"policy_module"},
     {"extreme_region", "distill"},
-    {"callbacks"},
-    {"rounds"},
+    {"callbacks", "report", "messages"},
+    {"rounds", "config"},
     {"cli"},
     {"__main__"},
 ]

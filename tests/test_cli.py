@@ -429,7 +429,7 @@ def test_predict_writes_checked_responses(finished: tuple[Path, str], run: Run) 
         for row in rows:
             assert set(row) == {"prompt", "response", "answer", "reward", "finish_reason"}
             found = re.search(r"=\s*(-?\d+)\s*$", row["response"])
-            assert row["reward"] == float(bool(found) and found[1] == row["answer"])
+            assert row["reward"] == float(found is not None and found[1] == row["answer"])
         path.unlink()
     assert written["student"] != written["base"]
 
@@ -502,7 +502,8 @@ def test_a_mistake_in_a_process_of_its_own(tmp_path: Path) -> None:
         ),
         (
             "--extreme_region.objective=erpd_lightning.TiltedTarget",
-            "extreme_region.objective: expected a subclass of ExtremeObjective or null, not erpd_lightning.TiltedTarget",
+            "extreme_region.objective: expected a subclass of ExtremeObjective or null, "
+            "not erpd_lightning.TiltedTarget",
         ),
         ("--trainer.logger=foo", "trainer.logger: foo is no class path"),
         ("--extreme_region.objective.tau=1", "extreme_region.objective: class_path "),
@@ -692,15 +693,20 @@ def test_settings_that_make_no_difference_are_not_compared(finished: tuple[Path,
     assert run(*arguments(finished[0]), *more).count("done already") == 10
 
 
-@pytest.mark.parametrize("store", ["rollouts", "signal/base", "signal/unlearned"])
-@pytest.mark.parametrize("damage", ["altered", "truncated", "lost"])
+@pytest.mark.parametrize(
+    ("store", "damage"),
+    [("rollouts", "altered"), ("rollouts", "truncated"), ("signal/base", "lost"), ("signal/unlearned", "altered")],
+)
 def test_a_damaged_store(refused: Run, copy: Callable[..., Path], store: str, damage: str) -> None:
     run_dir = copy("distill", "evaluation")
     part = run_dir / "round-1" / store / "part-00000.parquet"
-    content = bytearray(part.read_bytes())
-    content[len(content) // 2] ^= 1
-    part.write_bytes(content if damage == "altered" else content[:-50])
-    if damage == "lost":
+    content = part.read_bytes()
+    middle = len(content) // 2
+    if damage == "altered":
+        part.write_bytes(content[:middle] + bytes([content[middle] ^ 1]) + content[middle + 1 :])
+    elif damage == "truncated":
+        part.write_bytes(content[:-50])
+    else:
         part.unlink()
     expected = f"{part} is missing" if damage == "lost" else f"{part} was altered or truncated"
     assert refused(*arguments(run_dir)).startswith(expected)
@@ -825,7 +831,7 @@ def test_a_fast_dev_run_goes_through_all_stages(run: Run, copy: Callable[..., Pa
         stage: [path.name for path in (run_dir / "round-1" / stage / "checkpoints").glob("*.ckpt")]
         for stage in ("extreme_region", "unlearned", "distill")
     }
-    assert steps == dict.fromkeys(steps, ["step=1.ckpt"])
+    assert list(steps.values()) == [["step=1.ckpt"]] * 3
     # What the stages share is whole: the two parts that 128 rollouts make.
     assert len(list((run_dir / "round-1" / "rollouts").glob("part-*.parquet"))) == 2
 
