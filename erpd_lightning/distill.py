@@ -86,11 +86,11 @@ class DistillModule(PolicyModule):
         """Correct beta by what the student spends on fresh samples of the calibration prompts."""
         super().on_validation_epoch_end()
         metrics: Any = self.metrics["calibration"]
-        if len(metrics) == 0 or self.trainer.sanity_checking:
+        if len(metrics) == 0:
             return
         spent = float(metrics["kl_per_token/base"].compute().value)
         self._log_metrics("calibration")
-        if spent > 0:
+        if spent > 0 and not self.trainer.sanity_checking:
             self._correct(spent)
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:

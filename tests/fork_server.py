@@ -8,7 +8,8 @@ steps that it trains, and `kill`, which is null or one of
   `os.rename`, ...) one of whose arguments the pattern is found in; with `"after": true` at the event that follows;
 - `{"call": "module:Class.method", "count": N}`: just before the N-th call.
 
-It answers with the child's exit code, negative for a signal.
+With `ranks` above 1 there are as many children of a run, and `kill` and `steps` are the first one's; once it has
+failed, the others are killed too. The answer is the exit code, negative for a signal.
 """
 
 import functools
@@ -17,6 +18,7 @@ import json
 import os
 import re
 import signal
+import socket
 import sys
 import traceback
 from collections.abc import Callable
@@ -98,8 +100,52 @@ def run(case: dict[str, Any]) -> None:
     main()
 
 
+def fork(case: dict[str, Any], environment: dict[str, str]) -> int:
+    """Run a case in a child; returns its process id."""
+    child = os.fork()
+    if child != 0:
+        return child
+    code = 1
+    try:
+        os.environ.update(environment)
+        run(case)
+        code = 0
+    except SystemExit as error:
+        code = error.code if isinstance(error.code, int) else 1
+    except BaseException:
+        traceback.print_exc()
+    finally:
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(code)
+
+
+def exit_code(child: int) -> int:
+    """Wait for a child to end."""
+    _, status = os.waitpid(child, 0)
+    return os.waitstatus_to_exitcode(status)
+
+
+def free_port() -> int:
+    """A port that nobody listens at."""
+    with socket.socket() as listener:
+        listener.bind(("127.0.0.1", 0))
+        port: int = listener.getsockname()[1]
+    return port
+
+
+def ranks(case: dict[str, Any]) -> list[int]:
+    """Run a case in one process or, as `torchrun` starts them, in several; returns their ids."""
+    if case["ranks"] == 1:
+        return [fork(case, {})]
+    meeting = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port()), "NODE_RANK": "0"}
+    first = fork(case, {**meeting, "LOCAL_RANK": "0"})
+    others = {**case, "kill": None, "steps": os.devnull}
+    return [first, *(fork(others, {**meeting, "LOCAL_RANK": str(rank)}) for rank in range(1, case["ranks"]))]
+
+
 def serve() -> None:
-    """Fork a child for each line."""
+    """Fork children for each line."""
     import peft  # noqa: F401
     import torch
     import transformers.models.qwen3.modeling_qwen3  # noqa: F401
@@ -111,23 +157,13 @@ def serve() -> None:
     erpd_lightning.data.passes.PART_TOKENS = 512  # several parts in a small store of scores
     answers = os.fdopen(os.dup(1), "w")
     for line in sys.stdin:
-        case = json.loads(line)
-        child = os.fork()
-        if child == 0:
-            code = 1
-            try:
-                run(case)
-                code = 0
-            except SystemExit as error:
-                code = error.code if isinstance(error.code, int) else 1
-            except BaseException:
-                traceback.print_exc()
-            finally:
-                sys.stdout.flush()
-                sys.stderr.flush()
-                os._exit(code)
-        _, status = os.waitpid(child, 0)
-        print(os.waitstatus_to_exitcode(status), file=answers, flush=True)
+        first, *others = ranks(json.loads(line))
+        code = exit_code(first)
+        for child in others:
+            if code != 0:
+                os.kill(child, signal.SIGKILL)
+            code = code or exit_code(child)
+        print(code, file=answers, flush=True)
     os._exit(0)  # Leaving in order takes seconds.
 
 

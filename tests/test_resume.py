@@ -5,23 +5,14 @@ points listed, and must end up with the very files that the uninterrupted run ma
 same by the cases before; a last test kills one whole run of two rounds.
 """
 
-import hashlib
 import json
-import os
-import re
 import shutil
-import signal
-import subprocess
-import sys
 from collections.abc import Iterator
-from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
 
 import pytest
+from runs import CHECKPOINT, MODULE, Kill, Runs, after, contents, without_seconds, written
 from small import arguments
-
-ROOT = Path(__file__).parents[1]
 
 STAGES = {
     "base": "prepare",
@@ -40,46 +31,8 @@ OVERRIDES = {
     "data.sampler.batch_size": 32,  # four parts in a store of rollouts
     "data.max_tokens": 96,  # two micro-batches or more in a step
     "distill_trainer": "{max_epochs: 2, val_check_interval: 0.5}",  # beta is corrected in the middle of epochs too
+    "trainer.num_sanity_val_steps": 1,
 }
-
-
-@dataclass(frozen=True)
-class Kill:
-    """Where a run is killed, as `fork_server` takes it.
-
-    Attributes:
-        what: Name of an audit event or, with a colon, of a method.
-        path: Pattern of the event's file.
-        count: Which of the events or calls it is.
-        after: Kill right after the event instead of right before.
-        trains: Whether the next run goes on in the middle of training, from a checkpoint.
-    """
-
-    what: str
-    path: str = ""
-    count: int = 1
-    after: bool = False
-    trains: bool = False
-
-    def spec(self) -> dict[str, Any]:
-        name = "call" if ":" in self.what else "event"
-        return {name: self.what, "path": self.path, "count": self.count, "after": self.after}
-
-
-MODULE = "erpd_lightning.policy_module:PolicyModule"
-
-
-def written(path: str, count: int = 1, trains: bool = False) -> Kill:
-    """Right before a file appears under its name: all of its content lies beside it."""
-    return Kill("os.rename", f"{path}$", count, trains=trains)
-
-
-def after(kill: Kill) -> Kill:
-    """Right after instead."""
-    return replace(kill, after=True)
-
-
-CHECKPOINT = r"step=\d+\.ckpt"
 
 KILLS = {
     "base": [
@@ -127,46 +80,6 @@ KILLS = {
 """For each stage where it is killed, in this order, before it is let be."""
 
 
-class Runs:
-    """Runs of the command line in children of one process that has imported everything."""
-
-    def __init__(self, folder: Path) -> None:
-        self.folder = folder
-        path = os.pathsep.join([str(ROOT), *sys.path])
-        self.server = subprocess.Popen(
-            [sys.executable, str(ROOT / "tests" / "fork_server.py")],
-            stdin=subprocess.PIPE,
-            stdout=subprocess.PIPE,
-            text=True,
-            env={**os.environ, "PYTHONPATH": path},
-        )
-
-    def run(self, run_dir: Path, kill: Kill | None = None) -> tuple[list[int], str]:
-        """The optimiser step of each micro-batch that was trained, and what was printed."""
-        steps, output = self.folder / "steps", self.folder / "output"
-        steps.write_text("")
-        output.write_text("")
-        case = {
-            "argv": arguments(run_dir, **OVERRIDES),
-            "steps": str(steps),
-            "output": str(output),
-            "kill": None if kill is None else kill.spec(),
-        }
-        assert self.server.stdin is not None
-        assert self.server.stdout is not None
-        print(json.dumps(case), file=self.server.stdin, flush=True)
-        code = int(self.server.stdout.readline())
-        printed = output.read_text()
-        assert code == (0 if kill is None else -signal.SIGKILL), f"{kill}: exit code {code}\n{printed}"
-        return [int(step) for step in steps.read_text().split()], printed
-
-    def close(self) -> None:
-        """The server ends with its input."""
-        assert self.server.stdin is not None
-        self.server.stdin.close()
-        assert self.server.wait(30) == 0
-
-
 @pytest.fixture(scope="module")
 def runs(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Runs]:
     server = Runs(tmp_path_factory.mktemp("server"))
@@ -174,40 +87,18 @@ def runs(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Runs]:
     server.close()
 
 
+def command(run_dir: Path) -> list[str]:
+    """What starts the run, the first time and after every kill."""
+    return arguments(run_dir, **OVERRIDES)
+
+
 @pytest.fixture(scope="module")
 def reference(runs: Runs, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A run that nobody interrupted; what it printed lies beside it."""
     run_dir = tmp_path_factory.mktemp("reference") / "run"
-    _, printed = runs.run(run_dir)
+    _, printed = runs.run(command(run_dir))
     run_dir.with_name("printed").write_text(printed)
     return run_dir
-
-
-def contents(run_dir: Path) -> dict[str, str]:
-    """What a run has made: digests of its files by name, records without the time that they took.
-
-    Left out are checkpoints and logs, which no one reads once a stage is done, the configuration, which names the
-    run directory, and what a killed writer leaves under a temporary name.
-    """
-    made = {}
-    for path in sorted(run_dir.rglob("*")):
-        name = str(path.relative_to(run_dir))
-        if not path.is_file() or re.search(r"/(checkpoints|metrics)/|config\.yaml$|/\.[^/]*\.tmp$", f"/{name}"):
-            continue
-        content = path.read_bytes()
-        if path.name in ("stage.json", "summary.json"):
-            content = json.dumps(without_seconds(json.loads(content))).encode()
-        made[name] = hashlib.sha256(content).hexdigest()
-    return made
-
-
-def without_seconds(record: Any) -> Any:
-    """The same without the time that it took."""
-    if isinstance(record, list):
-        return [without_seconds(entry) for entry in record]
-    if isinstance(record, dict):
-        return {key: without_seconds(v) for key, v in record.items() if key not in ("seconds", "cpu_seconds")}
-    return record
 
 
 def follows(stage: str) -> list[str]:
@@ -250,7 +141,7 @@ def test_a_stage_killed_at_any_point_ends_the_same(
     record = rf"{STAGES[stage]}/(student/)?stage\.json"
     resumed, kept = None, {}
     for kill in [*KILLS[stage], written(record), after(written(record))]:
-        steps, _ = runs.run(run_dir, kill)
+        steps, _ = runs.run(command(run_dir), kill)
         if resumed is not None:
             assert steps[0] == resumed, f"began with step {steps[0]}, not with the checkpoint's, before {kill}"
         resumed = saved_steps(run_dir, stage) if kill.trains else None
@@ -265,13 +156,12 @@ def test_a_stage_killed_at_any_point_ends_the_same(
 
 def test_two_rounds_killed_between_and_within_end_the_same(runs: Runs, reference: Path, tmp_path: Path) -> None:
     run_dir = tmp_path / "run"
-    runs.run(run_dir, written("round-1/evaluation/student/stage.json"))
-    runs.run(run_dir, written("summary.json"))
-    runs.run(run_dir, written("round-2/rollouts/started.json"))
-    runs.run(run_dir, written("round-2/distill/checkpoints/" + CHECKPOINT))
-    runs.run(run_dir, written("summary.json", count=2))
-    assert "round-2" not in (run_dir / "summary.json").read_text()
-    _, printed = runs.run(run_dir)
+    runs.run(command(run_dir), written("summary.json"))
+    runs.run(command(run_dir), after(written("summary.json")))
+    runs.run(command(run_dir), written("round-2/distill/checkpoints/" + CHECKPOINT))
+    runs.run(command(run_dir), written("summary.json"))
+    assert len(json.loads((run_dir / "summary.json").read_text())["rounds"]) == 1
+    _, printed = runs.run(command(run_dir))
     assert "[round 2/2] evaluation" in printed
     assert contents(run_dir) == contents(reference)
     summaries = [json.loads((path / "summary.json").read_text()) for path in (run_dir, reference)]
@@ -284,7 +174,7 @@ def test_a_finished_run_is_left_alone(runs: Runs, reference: Path) -> None:
         return {path: (path.stat().st_mtime_ns, path.stat().st_size) for path in files}
 
     before = state()
-    steps, printed = runs.run(reference)
+    steps, printed = runs.run(command(reference))
     assert state() == before
     assert steps == []
     table = printed[printed.index("KL/token") :]
