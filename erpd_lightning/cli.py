@@ -4,6 +4,7 @@ import json
 import logging
 import re
 import sys
+import warnings
 import zipfile
 from collections.abc import Iterable
 from dataclasses import fields

@@ -66,6 +66,7 @@ class DistillModule(PolicyModule):
         self.solution: BetaSolution | None = None
         self.calibrates = calibrate and beta is None
         self._log_gains: list[float] = []
+        self._due = False
 
     def setup(self, stage: str) -> None:
         """Solve beta for the budget on the stored states."""
@@ -83,7 +84,7 @@ class DistillModule(PolicyModule):
             self._solve(rollouts, self.kl_budget)
 
     def on_validation_epoch_end(self) -> None:
-        """Correct beta by what the student spends on fresh samples of the calibration prompts."""
+        """Note what the student spends on fresh samples of the calibration prompts."""
         super().on_validation_epoch_end()
         metrics: Any = self.metrics["calibration"]
         if len(metrics) == 0:
@@ -91,24 +92,36 @@ class DistillModule(PolicyModule):
         spent = float(metrics["kl_per_token/base"].compute().value)
         self._log_metrics("calibration")
         if spent > 0 and not self.trainer.sanity_checking:
-            self._correct(spent)
+            assert self.solution is not None
+            self._log_gains.append(math.log(spent / self.solution.kl))
+            self._due = True
+
+    def on_train_epoch_start(self) -> None:
+        """Correct beta, once there is an epoch to train with it: what is reported is what was trained with."""
+        if self._due:
+            self._due = False
+            self._correct()
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Keep beta and what calibration found so far."""
         super().on_save_checkpoint(checkpoint)
         solution = None if self.solution is None else (self.solution.beta, self.solution.kl)
-        checkpoint["calibration"] = {"solution": solution, "log_gains": list(self._log_gains)}
+        checkpoint["calibration"] = {
+            "solution": solution,
+            "log_gains": list(self._log_gains),
+            "due": self._due,
+        }
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Go on with them."""
         super().on_load_checkpoint(checkpoint)
         calibration = checkpoint["calibration"]
-        self._log_gains = calibration["log_gains"]
+        self._log_gains, self._due = calibration["log_gains"], calibration["due"]
         if calibration["solution"] is not None:
             self.solution = BetaSolution(*calibration["solution"])
             self.beta = self.solution.beta
 
-    def _correct(self, spent: float) -> None:
+    def _correct(self) -> None:
         """Solve beta again for the share of the budget that, at the gain seen lately, spends all of it.
 
         The gain is the student's KL on fresh samples over its target's on the stored states. The geometric mean of
@@ -116,9 +129,7 @@ class DistillModule(PolicyModule):
         counts only while there is no other.
         """
         assert self.kl_budget is not None
-        assert self.solution is not None
         data: Any = self.trainer.datamodule  # type: ignore[attr-defined]
-        self._log_gains.append(math.log(spent / self.solution.kl))
         recent = self._log_gains[1:][-2:] or self._log_gains
         gain = min(max(math.exp(sum(recent) / len(recent)), 1 / MAX_CORRECTION), MAX_CORRECTION)
         try:

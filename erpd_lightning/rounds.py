@@ -31,13 +31,11 @@ from .extreme_region import ExtremeRegionModule
 from .objectives.extreme import CrossEntropy
 from .policy import export_policy, policy_fingerprint
 from .policy_module import PolicyModule
+from .records import Record, holds_work, read_record, round_summary, write_record
 from .report import format_summary
 from .seeds import derive_seed
 
 STAGES = ("base", "rollouts", "extreme_region", "unlearned", "signal", "distill", "evaluation")
-
-Record = dict[str, Any]
-
 
 class Builder(Protocol):
     """Makes what a stage needs from the user's settings and what the chain binds."""
@@ -294,9 +292,11 @@ class Rounds:
             module.export(self.student(number), tokenizer=self.student(0))
             return {
                 "policy": policy_fingerprint(self.student(number)),
-                "budget": module.kl_budget,
-                "beta": module.beta,
-                "kl_on_stored_states": None if module.solution is None else module.solution.kl,
+                "spending": {
+                    "budget": module.kl_budget,
+                    "beta": module.beta,
+                    "kl_on_stored_states": None if module.solution is None else module.solution.kl,
+                },
             }
 
         about = "distilling the signal back into the base policy under the KL budget"
@@ -366,7 +366,7 @@ class Rounds:
         made_with = json.loads(json.dumps(made_with, default=str))
         wanted = self.stage == stage and self.round in (None, number)
         title = f"[round {number}/{self.rounds}] {stage}" if number else f"[base] {stage}"
-        done = _read_record(folder / "stage.json", made_with)
+        done = read_record(folder / "stage.json", made_with)
         if done is None and self.stage is not None and not wanted:
             raise UserError(
                 f"--stage {self.stage} needs the stage {stage} in {folder}, which is not finished: "
@@ -377,10 +377,10 @@ class Rounds:
             if wanted and self.round is not None and stage != "evaluation":
                 raise StageOnly
             return done
-        if _holds_work(folder):
-            _read_record(folder / "started.json", made_with)
+        if holds_work(folder):
+            read_record(folder / "started.json", made_with)
         say(f"{title}: {about}")
-        _record(folder / "started.json", made_with)
+        write_record(folder / "started.json", made_with)
         seed_everything(derive_seed(self.seed, stage, number) % 2**32, verbose=False)
         wall, cpu = time.perf_counter(), time.process_time()
         outcome = body()
@@ -392,7 +392,7 @@ class Rounds:
             "cpu_seconds": round(time.process_time() - cpu, 3),
             "outcome": outcome,
         }
-        _record(folder / "stage.json", record)
+        write_record(folder / "stage.json", record)
         barrier()
         self._ran = True
         if wanted and stage != "evaluation":
@@ -432,7 +432,10 @@ class Rounds:
     @rank_zero_only
     def _summarise(self, number: int) -> None:
         """Write `summary.json` from the records of the rounds that are done, unless it holds them already."""
-        rounds = [self._round_summary(n) for n in range(1, number + 1)]
+        rounds = [
+            round_summary(self.round_dir(n), n, [*self.policies(n), "student"])
+            for n in range(1, number + 1)
+        ]
         total = 0
         for summary in rounds:
             total += summary["rollouts"]
@@ -441,28 +444,6 @@ class Rounds:
         known = json.loads(path.read_text())["rounds"] if path.is_file() else []
         if known[:number] != rounds:
             atomic_write(path, json.dumps({"rounds": rounds}, indent=2) + "\n")
-
-    def _round_summary(self, number: int) -> Record:
-        folder = self.round_dir(number)
-        names = [*self.policies(number), "student"]
-        stages = ["rollouts", "extreme_region", "unlearned", "signal", "distill"]
-        paths = [folder / stage / "stage.json" for stage in stages]
-        evaluations = {name: folder / "evaluation" / name / "stage.json" for name in names}
-        records = [json.loads(path.read_text()) for path in paths if path.is_file()]
-        measured = {name: json.loads(path.read_text()) for name, path in evaluations.items()}
-        outcomes = {record["stage"]: record["outcome"] for record in records}
-        everything = [*records, *measured.values()]
-        return {
-            "round": number,
-            "budget": outcomes["distill"]["budget"],
-            "beta": outcomes["distill"]["beta"],
-            "kl_on_stored_states": outcomes["distill"]["kl_on_stored_states"],
-            "rollouts": outcomes["rollouts"]["rollouts"],
-            "rollouts_total": 0,
-            "seconds": round(sum(record["seconds"] for record in everything), 1),
-            "cpu_seconds": round(sum(record["cpu_seconds"] for record in everything), 1),
-            "policies": {name: record["outcome"] for name, record in measured.items()},
-        }
 
 
 def barrier() -> None:
@@ -477,53 +458,6 @@ def say(text: str) -> None:
     print(text, flush=True)
 
 
-@rank_zero_only
-def _record(path: Path, content: Record) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    atomic_write(path, json.dumps(content, indent=2) + "\n")
-
-
-def _read_record(path: Path, made_with: Record) -> Record | None:
-    """A record that fits `made_with`, or None if there is none.
-
-    Raises:
-        UserError: Names the first setting or input that differs.
-    """
-    if not path.is_file():
-        return None
-    try:
-        record: Record = json.loads(path.read_text())
-    except ValueError as error:
-        raise UserError(f"{path} is no readable record of a stage: {error}") from error
-    for part in ("settings", "inputs", "seed"):
-        difference = _difference(record.get(part), made_with[part], "")
-        if difference is None:
-            continue
-        key, old, new = difference
-        name = "seed_everything" if part == "seed" else key
-        raise UserError(
-            f"{path.parent} was made with {name}: {old}, not {new}. "
-            "Give another run_dir, or delete that folder and what follows from it"
-        )
-    return record
-
-
-def _holds_work(folder: Path) -> bool:
-    """Whether an unfinished stage left anything to go on from, and not only the note that it began."""
-    return any(path.suffix in (".ckpt", ".parquet", ".safetensors") for path in folder.rglob("*"))
-
-
 def _is_local(policy: str) -> bool:
     """Whether the name of a policy can only be that of a folder."""
     return policy.startswith(("/", ".", "~")) or policy.count("/") > 1
-
-
-def _difference(old: Any, new: Any, key: str) -> tuple[str, Any, Any] | None:
-    """The first leaf that two nested dictionaries do not share, by its dotted name."""
-    if not (isinstance(old, dict) and isinstance(new, dict)):
-        return None if old == new else (key, old, new)
-    for name in sorted({*old, *new}):
-        found = _difference(old.get(name), new.get(name), f"{key}.{name}" if key else name)
-        if found is not None:
-            return found
-    return None

@@ -18,7 +18,7 @@ LAYERS: list[set[str]] = [
     {"policy"},
     {"policy_module"},
     {"extreme_region", "distill"},
-    {"callbacks", "report", "messages"},
+    {"callbacks", "records", "report", "messages"},
     {"rounds", "config"},
     {"cli"},
     {"__main__"},

@@ -141,7 +141,9 @@ def tokenize(tokenizer: Any, prompt: str | list[Message]) -> list[int]:
         try:
             text = tokenizer.apply_chat_template(prompt, add_generation_prompt=True, tokenize=False)
         except Exception as error:  # Templates are programs: they raise what they like.
-            raise UserError(f"the tokenizer's chat template takes no prompt {shorten(prompt)}: {first_line(error)}") from error
+            raise UserError(
+                f"the tokenizer's chat template takes no prompt {shorten(prompt)}: {first_line(error)}"
+            ) from error
         ids = tokenizer(text, add_special_tokens=False).input_ids
     if not ids:
         raise UserError(f"prompt {shorten(prompt)} has no tokens: there must be one to predict a response from")
