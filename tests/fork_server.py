@@ -8,7 +8,7 @@ steps that it trains, and `kill`, which is null or one of
   `os.rename`, ...) one of whose arguments the pattern is found in; with `"after": true` at the event that follows;
 - `{"call": "module:Class.method", "count": N}`: just before the N-th call.
 
-With `ranks` above 1 there are as many children of a run, and `kill` and `steps` are the first one's; once it has
+With `processes` above 1 there are as many children of a run, and `kill` and `steps` are the first one's; once it has
 failed, the others are killed too. The answer is the exit code, negative for a signal.
 """
 
@@ -106,6 +106,7 @@ def fork(case: dict[str, Any], environment: dict[str, str]) -> int:
     if child != 0:
         return child
     code = 1
+    signal.alarm(300)  # A rank that waits for ever ends by this signal.
     try:
         os.environ.update(environment)
         run(case)
@@ -126,26 +127,26 @@ def exit_code(child: int) -> int:
     return os.waitstatus_to_exitcode(status)
 
 
-def free_port() -> int:
-    """A port that nobody listens at."""
+def meeting_place() -> dict[str, str]:
+    """What the processes of a group find one another by."""
     with socket.socket() as listener:
         listener.bind(("127.0.0.1", 0))
-        port: int = listener.getsockname()[1]
-    return port
+        port = listener.getsockname()[1]
+    return {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "NODE_RANK": "0"}
 
 
-def ranks(case: dict[str, Any]) -> list[int]:
+def start(case: dict[str, Any]) -> list[int]:
     """Run a case in one process or, as `torchrun` starts them, in several; returns their ids."""
-    if case["ranks"] == 1:
+    if case["processes"] == 1:
         return [fork(case, {})]
-    meeting = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port()), "NODE_RANK": "0"}
-    first = fork(case, {**meeting, "LOCAL_RANK": "0"})
-    others = {**case, "kill": None, "steps": os.devnull}
-    return [first, *(fork(others, {**meeting, "LOCAL_RANK": str(rank)}) for rank in range(1, case["ranks"]))]
+    place = meeting_place()
+    first = fork(case, {**place, "LOCAL_RANK": "0"})
+    other = {**case, "kill": None, "steps": os.devnull}
+    return [first, *(fork(other, {**place, "LOCAL_RANK": str(rank)}) for rank in range(1, case["processes"]))]
 
 
-def serve() -> None:
-    """Fork children for each line."""
+def serve(part_tokens: int | None) -> None:
+    """Fork children for each line. Parts of stores of scores may hold another number of tokens than they do."""
     import peft  # noqa: F401
     import torch
     import transformers.models.qwen3.modeling_qwen3  # noqa: F401
@@ -154,18 +155,20 @@ def serve() -> None:
     import erpd_lightning.data.passes
 
     torch.set_num_threads(1)
-    erpd_lightning.data.passes.PART_TOKENS = 512  # several parts in a small store of scores
+    if part_tokens is not None:
+        erpd_lightning.data.passes.PART_TOKENS = part_tokens
     answers = os.fdopen(os.dup(1), "w")
     for line in sys.stdin:
-        first, *others = ranks(json.loads(line))
+        first, *others = start(json.loads(line))
         code = exit_code(first)
         for child in others:
             if code != 0:
                 os.kill(child, signal.SIGKILL)
-            code = code or exit_code(child)
+            other = exit_code(child)
+            code = code or other
         print(code, file=answers, flush=True)
     os._exit(0)  # Leaving in order takes seconds.
 
 
 if __name__ == "__main__":
-    serve()
+    serve(int(sys.argv[1]) if len(sys.argv) > 1 else None)

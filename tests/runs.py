@@ -52,30 +52,37 @@ def after(kill: Kill) -> Kill:
 
 
 class Runs:
-    """Runs of the command line in children of one process that has imported everything."""
+    """Runs of the command line in children of one process that has imported everything.
 
-    def __init__(self, folder: Path) -> None:
+    Args:
+        folder: For what they say of themselves.
+        part_tokens: Tokens in a part of a store of scores, so that a small store has several; None for as many as
+            there are outside of tests.
+    """
+
+    def __init__(self, folder: Path, part_tokens: int | None = None) -> None:
         self.folder = folder
         path = os.pathsep.join([str(ROOT), *sys.path])
+        options = [] if part_tokens is None else [part_tokens]
         self.server = subprocess.Popen(
-            [sys.executable, str(ROOT / "tests" / "fork_server.py")],
+            [sys.executable, str(ROOT / "tests" / "fork_server.py"), *map(str, options)],
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             text=True,
             env={**os.environ, "PYTHONPATH": path},
         )
 
-    def run(self, argv: Sequence[str], kill: Kill | None = None, ranks: int = 1) -> tuple[list[int], str]:
+    def run(self, argv: Sequence[str], kill: Kill | None = None, processes: int = 1) -> tuple[list[int], str]:
         """The optimiser step of each micro-batch that was trained, and what was printed.
 
-        With several ranks all of this is about the first; the others die with it.
+        With several processes all of this is about the first; the others die with it.
         """
         steps, output = self.folder / "steps", self.folder / "output"
         steps.write_text("")
         output.write_text("")
         case = {
             "argv": list(argv),
-            "ranks": ranks,
+            "processes": processes,
             "steps": str(steps),
             "output": str(output),
             "kill": None if kill is None else kill.spec(),

@@ -628,7 +628,8 @@ class Validations(Callback):
         self.frozen |= {id(policy): weakref.ref(policy) for policy in module._frozen.values()}
         self.during.append(len(module._frozen))
 
-    on_test_batch_end = on_validation_batch_end
+    def on_test_batch_end(self, trainer: Any, module: Any, *_: Any) -> None:
+        self.on_validation_batch_end(trainer, module)
 
     def on_validation_end(self, trainer: Any, module: Any) -> None:
         self.found.append({name: float(value) for name, value in trainer.callback_metrics.items()})
@@ -668,7 +669,9 @@ def test_reference_policies_are_let_go(
     assert seen.alive == 0
     assert all(key.startswith("policy.model.") for key in module.state_dict())
     assert len(list(module.parameters())) == len(list(make_model().parameters()))
+    before = len(seen.during)
     trainer.test(module, datamodule=evaluation_data(scored), verbose=False)
+    assert len(seen.during) > before
     assert module._frozen == {}
     assert seen.alive == 0
 
@@ -690,6 +693,8 @@ def test_reference_policies_do_not_move(
 
 
 # Calibration
+
+BUDGET = 0.1
 
 
 class Betas(Callback):
@@ -714,10 +719,10 @@ def make_student(
     policies: dict[str, Path], data: RolloutDataModule, calibrate: bool
 ) -> tuple[DistillModule, Betas]:
     module = DistillModule(
-        policies["base"], kl_budget=0.1, calibrate=calibrate, learning_rate=0.01, warmup_steps=0
+        policies["base"], kl_budget=BUDGET, calibrate=calibrate, learning_rate=0.01, warmup_steps=0
     )
     seen = Betas()
-    make_trainer(max_epochs=4, callbacks=[seen], gradient_clip_val=1.0).fit(module, datamodule=data)
+    make_trainer(max_epochs=5, callbacks=[seen], gradient_clip_val=1.0).fit(module, datamodule=data)
     return module, seen
 
 
@@ -743,13 +748,17 @@ def test_calibration_spends_the_budget_on_fresh_samples(
     # The KL of the target in each epoch, and the gain that was seen at its end.
     targets = [own_spent(scored / "scores", beta, terms) for beta in seen.betas]
     gains = [spent / target for spent, target in zip(seen.spent, targets, strict=True)]
-    for epoch in range(1, len(targets)):
-        recent = gains[max(0, epoch - 2) : epoch]
+    used = [gains[:1], gains[1:2], gains[1:3], gains[2:4]]
+    for target, recent in zip(targets[1:], used, strict=True):
         gain = float(np.exp(np.mean(np.log(recent))))
-        expected = 0.1 / min(max(gain, 1 / MAX_CORRECTION), MAX_CORRECTION)
-        assert targets[epoch] == pytest.approx(expected, rel=5e-3)
-    assert len(set(seen.betas)) > 1
-    assert module.beta is not None
+        expected = BUDGET / min(max(gain, 1 / MAX_CORRECTION), MAX_CORRECTION)
+        assert target == pytest.approx(expected, rel=5e-3)
+    assert any(1.02 < max(gain, 1 / gain) < MAX_CORRECTION for gain in gains[1:3])
+    assert any(max(gain, 1 / gain) > MAX_CORRECTION for gain in gains[:4])
+    # What is reported is what the last epoch was trained with.
+    assert module.beta == seen.betas[-1]
+    assert module.solution is not None
+    assert module.solution.kl == pytest.approx(targets[-1], rel=2e-3)
 
 
 # Settings and export
@@ -764,6 +773,11 @@ def test_calibration_spends_the_budget_on_fresh_samples(
         (lambda: PolicyModule("p", dtype="float31"), "dtype"),
         (lambda: PolicyModule("p", dtype="int64"), "dtype"),
         (lambda: PolicyModule("p", dtype="nn"), "dtype"),
+        (lambda: PolicyModule("p", lr_scheduler="jagged"), "lr_scheduler"),
+        (lambda: PolicyModule("p", weight_decay=-0.1), "weight_decay"),
+        (lambda: PolicyModule("p", betas=(0.9, 1.0)), "betas"),
+        (lambda: PolicyModule("p", max_logits=0), "max_logits"),
+        (lambda: PolicyModule("p", pass_at_k=0), "pass_at_k"),
         (lambda: ExtremeRegionModule("p", sign=0), "sign"),
         (lambda: ExtremeRegionModule("p", kl_coef=-0.1), "kl_coef"),
         (lambda: ExtremeRegionModule("p", kl_coef=math.inf), "kl_coef"),
@@ -782,9 +796,9 @@ def test_settings_out_of_range(make: Callable[[], PolicyModule], key: str) -> No
         make()
 
 
-def test_an_unknown_schedule(scored: Path, policies: dict[str, Path]) -> None:
-    module = ExtremeRegionModule(policies["base"], lr_scheduler="jagged")
-    with pytest.raises(UserError, match="lr_scheduler is 'jagged'"):
+def test_a_schedule_that_needs_more_settings(scored: Path, policies: dict[str, Path]) -> None:
+    module = ExtremeRegionModule(policies["base"], lr_scheduler="cosine_with_min_lr")
+    with pytest.raises(UserError, match="lr_scheduler is 'cosine_with_min_lr'"):
         make_trainer(max_steps=1).fit(module, datamodule=make_data(scored, policies))
 
 

@@ -1,13 +1,11 @@
 """`Policy` against the model's own full logits, in several architectures; loading, dropout, export."""
 
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-import transformers
-from tiny import TASK, VOCABULARY_SIZE, make_model, make_rows, save_policy, sharpen, token_logps
+from tiny import ARCHITECTURES, TASK, VOCABULARY_SIZE, build, make_model, make_rows, save_policy, token_logps
 from torch import Tensor
 
 from erpd_lightning.data.batching import RolloutBatch, RolloutTable
@@ -15,64 +13,6 @@ from erpd_lightning.data.store import ROLLOUTS
 from erpd_lightning.errors import UserError
 from erpd_lightning.objectives.tilt import LOG_ZERO
 from erpd_lightning.policy import Policy, align, export_policy, load_policy, policy_fingerprint
-
-SMALL: dict[str, Any] = {
-    "vocab_size": VOCABULARY_SIZE,
-    "hidden_size": 16,
-    "intermediate_size": 24,
-    "num_hidden_layers": 2,
-    "num_attention_heads": 4,
-    "num_key_value_heads": 2,
-    "head_dim": 4,
-    "max_position_embeddings": 32,
-    "pad_token_id": 0,
-    "bos_token_id": 1,
-    "eos_token_id": 2,
-}
-GPT2: dict[str, Any] = {"n_embd": 16, "n_layer": 2, "n_head": 4, "n_positions": 32}
-TOKENS = {name: SMALL[name] for name in ("vocab_size", "pad_token_id", "bos_token_id", "eos_token_id")}
-
-CONFIGS: dict[str, Callable[[], Any]] = {
-    "llama": lambda: transformers.LlamaConfig(**SMALL),
-    "gpt2": lambda: transformers.GPT2Config(**GPT2, **TOKENS),
-    "gemma2": lambda: transformers.Gemma2Config(
-        **SMALL, final_logit_softcapping=1.5, attn_logit_softcapping=2.0, sliding_window=4
-    ),
-    "qwen3_moe": lambda: transformers.Qwen3MoeConfig(
-        **SMALL, num_experts=4, num_experts_per_tok=2, moe_intermediate_size=8, norm_topk_prob=True
-    ),
-    "cohere": lambda: transformers.CohereConfig(
-        **{key: value for key, value in SMALL.items() if key != "head_dim"}, logit_scale=0.3
-    ),
-    "granite": lambda: transformers.GraniteConfig(**SMALL, logits_scaling=3.0, embedding_multiplier=2.0),
-    "phi": lambda: transformers.PhiConfig(**SMALL),
-    "opt": lambda: transformers.OPTConfig(
-        hidden_size=16,
-        ffn_dim=24,
-        num_hidden_layers=2,
-        num_attention_heads=4,
-        word_embed_proj_dim=8,
-        max_position_embeddings=32,
-        **TOKENS,
-    ),
-    "falcon": lambda: transformers.FalconConfig(
-        hidden_size=16, num_hidden_layers=2, num_attention_heads=4, **TOKENS
-    ),
-    "gpt_bigcode": lambda: transformers.GPTBigCodeConfig(**GPT2, **TOKENS),
-}
-
-
-def build(name: str, dropout: float = 0.0) -> Any:
-    config = CONFIGS[name]()
-    for key, value in vars(config).copy().items():
-        if "drop" in key and isinstance(value, float):
-            setattr(config, key, dropout)
-    torch.manual_seed(0)
-    model = sharpen(transformers.AutoModelForCausalLM.from_config(config), 6.0)
-    for parameter_name, parameter in model.named_parameters():
-        if parameter_name.endswith("bias"):
-            torch.nn.init.normal_(parameter)
-    return model
 
 
 def make_table(rows: list[dict[str, Any]]) -> RolloutTable:
@@ -123,7 +63,7 @@ def check(aligned: Tensor, expected: list[Tensor], mask: Tensor, tolerance: floa
 # Questions
 
 
-@pytest.mark.parametrize("name", ["qwen3", *CONFIGS])
+@pytest.mark.parametrize("name", ["qwen3", *ARCHITECTURES])
 def test_log_probs_of_many_architectures(
     name: str, rows: list[dict[str, Any]], batch: RolloutBatch
 ) -> None:
@@ -219,7 +159,7 @@ def test_align() -> None:
 # Loading
 
 
-@pytest.mark.parametrize("name", CONFIGS)
+@pytest.mark.parametrize("name", ARCHITECTURES)
 def test_dropout_is_off_in_training(name: str, tmp_path: Path, batch: RolloutBatch) -> None:
     model = build(name, dropout=0.5)
     if "drop" in str(model.config):

@@ -82,7 +82,7 @@ KILLS = {
 
 @pytest.fixture(scope="module")
 def runs(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Runs]:
-    server = Runs(tmp_path_factory.mktemp("server"))
+    server = Runs(tmp_path_factory.mktemp("server"), part_tokens=512)
     yield server
     server.close()
 
@@ -139,7 +139,8 @@ def test_a_stage_killed_at_any_point_ends_the_same(
 ) -> None:
     run_dir = before(stage, reference, tmp_path / "run")
     record = rf"{STAGES[stage]}/(student/)?stage\.json"
-    resumed, kept = None, {}
+    resumed: int | None = None
+    kept: dict[Path, int] = {}
     for kill in [*KILLS[stage], written(record), after(written(record))]:
         steps, _ = runs.run(command(run_dir), kill)
         if resumed is not None:

@@ -1,11 +1,12 @@
 """Tiny policies and rollouts that several tests share, and what a policy says, the slow and obvious way."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
 import torch
+import transformers
 from torch import Tensor
 
 from erpd_lightning.data.arithmetic import Arithmetic
@@ -23,6 +24,66 @@ def sharpen(model: Any, factor: float = 8.0) -> Any:
             if parameter.dim() > 1:
                 parameter.mul_(factor)
     return model.eval()
+
+
+SMALL: dict[str, Any] = {
+    "vocab_size": VOCABULARY_SIZE,
+    "hidden_size": 16,
+    "intermediate_size": 24,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "head_dim": 4,
+    "max_position_embeddings": 32,
+    "pad_token_id": 0,
+    "bos_token_id": 1,
+    "eos_token_id": 2,
+}
+GPT2: dict[str, Any] = {"n_embd": 16, "n_layer": 2, "n_head": 4, "n_positions": 32}
+TOKENS: dict[str, Any] = {name: SMALL[name] for name in ("vocab_size", "pad_token_id", "bos_token_id", "eos_token_id")}
+
+ARCHITECTURES: dict[str, Callable[[], Any]] = {
+    "llama": lambda: transformers.LlamaConfig(**SMALL),
+    "gpt2": lambda: transformers.GPT2Config(**GPT2, **TOKENS),
+    "gemma2": lambda: transformers.Gemma2Config(
+        **SMALL, final_logit_softcapping=1.5, attn_logit_softcapping=2.0, sliding_window=4
+    ),
+    "qwen3_moe": lambda: transformers.Qwen3MoeConfig(
+        **SMALL, num_experts=4, num_experts_per_tok=2, moe_intermediate_size=8, norm_topk_prob=True
+    ),
+    "cohere": lambda: transformers.CohereConfig(
+        **{key: value for key, value in SMALL.items() if key != "head_dim"}, logit_scale=0.3
+    ),
+    "granite": lambda: transformers.GraniteConfig(**SMALL, logits_scaling=3.0, embedding_multiplier=2.0),
+    "phi": lambda: transformers.PhiConfig(**SMALL),
+    "opt": lambda: transformers.OPTConfig(
+        hidden_size=16,
+        ffn_dim=24,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        word_embed_proj_dim=8,
+        max_position_embeddings=32,
+        **TOKENS,
+    ),
+    "falcon": lambda: transformers.FalconConfig(
+        hidden_size=16, num_hidden_layers=2, num_attention_heads=4, **TOKENS
+    ),
+    "gpt_bigcode": lambda: transformers.GPTBigCodeConfig(**GPT2, **TOKENS),
+}
+
+
+def build(name: str, dropout: float = 0.0) -> Any:
+    """A model of one of `ARCHITECTURES`, with all dropout rates set to the same."""
+    config = ARCHITECTURES[name]()
+    for key, value in vars(config).copy().items():
+        if "drop" in key and isinstance(value, float):
+            setattr(config, key, dropout)
+    torch.manual_seed(0)
+    model = sharpen(transformers.AutoModelForCausalLM.from_config(config), 6.0)
+    for parameter_name, parameter in model.named_parameters():
+        if parameter_name.endswith("bias"):
+            torch.nn.init.normal_(parameter)
+    return model
 
 
 def make_model(seed: int = 0) -> Any:

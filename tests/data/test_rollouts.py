@@ -158,7 +158,10 @@ def test_the_store_holds_what_was_sampled(
 
 def test_the_store_depends_on_no_rank(make_data: Callable[..., RolloutDataModule], policy: Path) -> None:
     alone = sample(make_data("alone"), policy)
-    pair = sample(make_data("pair"), policy, ranks=(1, 0), world_size=2)
+    data = make_data("pair")
+    run_pass(data.sampling(), fake_trainer(make_module(policy), 1, 2))
+    assert [path.name for path in data.store.iterdir()] == ["part-00001.parquet"]
+    pair = sample(data, policy, ranks=(0,), world_size=2)
     # Three parts of two prompts each: one rank of four has nothing to do.
     four = sample(make_data("four"), policy, ranks=(3, 1, 2, 0), world_size=4)
     assert [part["rows"] for part in alone.parts] == [8, 8, 8]
@@ -297,15 +300,18 @@ def test_every_held_out_prompt_goes_to_one_rank(
 def test_a_prompt_too_long_for_the_context(
     make_data: Callable[..., RolloutDataModule], policy: Path, tmp_path: Path, purpose: str
 ) -> None:
-    long = "1+" * 20 + "1:"
-    rows = [{"prompt": "1+1:", "answer": "2"}, {"prompt": long, "answer": "1"}]
+    assert TASK.context == 32
+    # With 8 new tokens the second prompt just fits, the third does not.
+    rows = [{"prompt": "1+" * count + "1:", "answer": "1"} for count in (1, 11, 12)]
     (tmp_path / "long.jsonl").write_text("\n".join(json.dumps(row) for row in rows))
     key = "prompts" if purpose == "rollouts" else "validation_prompts"
     data = make_data(**{key: tmp_path / "long.jsonl"})
-    message = rf"{purpose} prompt 2 has 42 tokens.*max_new_tokens \(8\).*context of {TASK.context}"
+    message = rf"{purpose} prompt 3 has 26 tokens.*max_new_tokens \(8\).*context of {TASK.context}"
     run = make_trainer().predict if purpose == "rollouts" else make_trainer().test
     with pytest.raises(UserError, match=message):
         run(PolicyModule(policy), datamodule=data.sampling() if purpose == "rollouts" else data)
+    (tmp_path / "long.jsonl").write_text("\n".join(json.dumps(row) for row in rows[:2]))
+    run(PolicyModule(policy), datamodule=data.sampling() if purpose == "rollouts" else data)
 
 
 def test_sampling_without_prompts(make_data: Callable[..., RolloutDataModule], policy: Path) -> None:

@@ -6,7 +6,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from tiny import TASK, VOCABULARY_SIZE, make_model, token_logps
+from tiny import TASK, VOCABULARY_SIZE, build, make_model, token_logps
 from transformers import GenerationConfig
 
 from erpd_lightning.data.samplers import Response, TransformersSampler
@@ -46,6 +46,12 @@ def test_logps_are_those_of_teacher_forcing(
     responses = sampler.sample(model, tokenizer, prompts, seed=1)
     check_logps(model, prompts, responses, temperature)
     assert len({tuple(response.ids) for response in responses}) > 10
+
+
+@pytest.mark.parametrize("name", ["gpt2", "gemma2", "qwen3_moe"])
+def test_logps_of_other_architectures(tokenizer: Any, name: str) -> None:
+    model, prompts = build(name), PROMPTS * 3
+    check_logps(model, prompts, TransformersSampler(12).sample(model, tokenizer, prompts, seed=1), 1.0)
 
 
 @pytest.mark.parametrize("temperature", [1.0, 0.7])

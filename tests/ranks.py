@@ -1,0 +1,194 @@
+"""What each of two processes sees of training steps, validation and a gradient that is not finite.
+
+`test_distributed` starts this file (`python ranks.py FOLDER`), and calls the same functions itself for what one
+process sees. The processes are forked once everything is imported, and meet as `torchrun` would have them.
+"""
+
+import os
+import signal
+import sys
+import traceback
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from fork_server import exit_code, meeting_place
+from lightning.pytorch import Callback, Trainer
+from torch import Tensor
+
+from erpd_lightning.data.batching import RolloutBatch
+from erpd_lightning.data.rollouts import RolloutDataModule
+from erpd_lightning.data.samplers import TransformersSampler
+from erpd_lightning.data.verifiers import Verifier
+from erpd_lightning.distill import DistillModule
+from erpd_lightning.extreme_region import ExtremeRegionModule
+from erpd_lightning.objectives.extreme import CrossEntropy
+from erpd_lightning.policy_module import PolicyModule, TrainingDiverged
+
+STILL: dict[str, Any] = {"learning_rate": 1e-30, "warmup_steps": 0}
+"""Weights that do not move, so that every step compares with the same step elsewhere."""
+
+MODULES: dict[str, Callable[[Path], PolicyModule]] = {
+    "sapo": lambda folder: ExtremeRegionModule(folder / "base", **STILL),
+    "sapo with kl": lambda folder: ExtremeRegionModule(
+        folder / "teacher", references={"base": str(folder / "base")}, kl_coef=0.3, **STILL
+    ),
+    "unlearned": lambda folder: ExtremeRegionModule(folder / "base", sign=-1, **STILL),
+    "cross-entropy": lambda folder: ExtremeRegionModule(folder / "base", objective=CrossEntropy(), **STILL),
+    "distill": lambda folder: DistillModule(folder / "base", kl_budget=0.05, **STILL),
+}
+
+CUTS: dict[str, dict[str, int]] = {
+    "as few micro-batches as there can be": {"accumulate": 1, "max_tokens": 1000},
+    "two micro-batches": {"accumulate": 2, "max_tokens": 1000},
+    "three micro-batches": {"accumulate": 3, "max_tokens": 1000},
+    "small micro-batches": {"accumulate": 1, "max_tokens": 24},
+}
+
+BATCHES = {"several batches": 4, "one batch": 64}
+"""Responses that are sampled at a time in validation: with one batch the second process has none."""
+
+
+class Watch(Callback):
+    """Notes every optimiser step.
+
+    Attributes:
+        gradients: As the optimizer gets them, flat.
+        logged: The step's values, as loggers get them.
+        tokens: Of each micro-batch, 0 for a filler.
+    """
+
+    def __init__(self) -> None:
+        self.gradients: list[Tensor] = []
+        self.logged: list[dict[str, float]] = []
+        self.tokens: list[int] = []
+
+    def on_before_optimizer_step(self, trainer: Any, module: Any, optimizer: Any) -> None:
+        self.gradients.append(torch.cat([p.grad.flatten() for p in module.policy.parameters()]))
+
+    def on_train_batch_end(self, trainer: Any, module: Any, outputs: Any, batch: Any, batch_idx: int) -> None:
+        self.tokens.append(int(batch.mask.sum()))
+        if trainer.global_step > len(self.logged):
+            metrics = trainer.callback_metrics.items()
+            self.logged.append({name: float(value) for name, value in metrics if name.startswith("train/")})
+
+
+def make_trainer(processes: int, *callbacks: Callback, accumulate: int = 1) -> Trainer:
+    """A trainer that does nothing beyond one epoch."""
+    return Trainer(
+        max_epochs=1,
+        accelerator="cpu",
+        devices=processes,
+        strategy="ddp" if processes > 1 else "auto",
+        callbacks=list(callbacks),
+        accumulate_grad_batches=accumulate,
+        logger=False,
+        enable_checkpointing=False,
+        enable_progress_bar=False,
+        enable_model_summary=False,
+        limit_val_batches=0,
+    )
+
+
+def steps(folder: Path, module: PolicyModule, processes: int, accumulate: int, max_tokens: int) -> dict[str, Any]:
+    """What `Watch` notes in an epoch of several steps, the last of them small, and the epoch's own values."""
+    data = RolloutDataModule(
+        folder / "rollouts",
+        folder / "base",
+        scores=folder / "scores",
+        batch_size=7,
+        max_tokens=max_tokens,
+    )
+    watch = Watch()
+    trainer = make_trainer(processes, watch, accumulate=accumulate)
+    trainer.fit(module, datamodule=data)
+    epoch = {name: float(value) for name, value in trainer.callback_metrics.items()}
+    return {"gradients": watch.gradients, "logged": watch.logged, "tokens": watch.tokens, "epoch": epoch}
+
+
+class Short(Verifier):
+    """What random weights write is never right; that it is short will do."""
+
+    def __call__(self, responses: Sequence[str], answers: Sequence[str]) -> list[float | None]:
+        return [float(len(response) < 6) for response in responses]
+
+
+def validation(folder: Path, processes: int, batch_size: int) -> dict[str, float]:
+    """What validation says of a policy that is far from its base."""
+    data = RolloutDataModule(
+        folder / "rollouts",
+        folder / "base",
+        validation_prompts=folder / "prompts.jsonl",
+        sampler=TransformersSampler(max_new_tokens=6, batch_size=batch_size),
+        verifier=Short(),
+        validation_samples=2,
+    )
+    module = PolicyModule(folder / "teacher", references={"base": str(folder / "base")})
+    trainer = make_trainer(processes)
+    trainer.limit_val_batches = 1.0
+    trainer.validate(module, datamodule=data, verbose=False)
+    return {name: float(value) for name, value in trainer.callback_metrics.items()}
+
+
+class Broken(ExtremeRegionModule):
+    """Its second step is not finite, on one process alone."""
+
+    def terms(self, batch: RolloutBatch) -> tuple[Tensor, dict[str, Tensor]]:
+        terms, values = super().terms(batch)
+        return terms * (torch.nan if (self.global_step, self.global_rank) == (1, 1) else 1.0), values
+
+
+def divergence(folder: Path, processes: int) -> dict[str, Any]:
+    """Where a run ends that meets a gradient that is not finite, and with which weights."""
+    module = Broken(folder / "base", learning_rate=1e-3, warmup_steps=0)
+    watch = Watch()
+    trainer = make_trainer(processes, watch)
+    data = RolloutDataModule(folder / "rollouts", folder / "base", batch_size=7)
+    message = None
+    try:
+        trainer.fit(module, datamodule=data)
+    except TrainingDiverged as error:
+        message = str(error)
+    weights = torch.cat([p.detach().flatten() for p in module.policy.parameters()])
+    return {"message": message, "steps": trainer.global_step, "weights": weights}
+
+
+def see(folder: Path, processes: int) -> dict[str, Any]:
+    """All that there is to see."""
+    seen: dict[str, Any] = {
+        f"{name}, {cut}": steps(folder, make(folder), processes, **how)
+        for name, make in MODULES.items()
+        for cut, how in CUTS.items()
+    }
+    seen.update({name: validation(folder, processes, size) for name, size in BATCHES.items()})
+    if processes > 1:
+        seen["divergence"] = divergence(folder, processes)
+    return seen
+
+
+def main(folder: Path, processes: int = 2) -> int:
+    """Fork the processes, which write what they saw; returns 0 if all of them did."""
+    torch.set_num_threads(1)
+    place = meeting_place()
+    children = []
+    for rank in range(processes):
+        child = os.fork()
+        if child == 0:
+            code = 1
+            signal.alarm(200)  # A rank that waits for ever ends by this signal.
+            try:
+                os.environ.update({**place, "LOCAL_RANK": str(rank)})
+                torch.save(see(folder, processes), folder / f"rank-{rank}.pt")
+                code = 0
+            except BaseException:
+                traceback.print_exc()
+            finally:
+                sys.stderr.flush()
+                os._exit(code)
+        children.append(child)
+    return max(abs(exit_code(child)) for child in children)
+
+
+if __name__ == "__main__":
+    sys.exit(main(Path(sys.argv[1])))
