@@ -26,7 +26,7 @@ from .rounds import Rounds
 POLICY_OF = {"base": "base", "extreme_region": "teacher", "unlearned": "unlearned", "distill": "student"}
 """Which policy a stage makes; `validate`, `test` and `predict` run on it."""
 
-UNREADABLE = re.compile("Problems parsing config:|Unexpected config:")
+UNREADABLE = re.compile("Problems parsing config:|Unexpected config:|(?='utf-8' codec)")
 """How jsonargparse begins a message about a file whose name it does not tell."""
 
 
@@ -71,7 +71,7 @@ class ERPDCLI(LightningCLI):
         """
         try:
             super().parse_arguments(parser, args)
-        except ArgumentError as error:
+        except (ArgumentError, UnicodeDecodeError) as error:
             message = readable(error, options(self._parser("fit")), _bound())
             if UNREADABLE.match(message):
                 file = self._unreadable(sys.argv[1:] if args is None else args)
@@ -93,6 +93,9 @@ class ERPDCLI(LightningCLI):
         self.builder = ConfigBuilder(config, self._parser(self.subcommand))
         chain = {field.name: config[field.name] for field in fields(Rounds) if field.name in config}
         chain["task"] = self.builder.built("task", chain["task"])
+        given = [name for name in ("prompts", "validation_prompts") if config["data"][name] is not None]
+        if chain["task"] is not None and given:
+            raise UserError(f"data.{given[0]} is given, but task makes the prompts: leave one of them null")
         if self.subcommand != "fit":
             chain["stage"] = chain["stage"] or "distill"
         self.rounds = Rounds(builder=self.builder, seed=config["seed_everything"], **chain)
@@ -167,7 +170,7 @@ class ERPDCLI(LightningCLI):
             try:
                 if path.is_file():
                     self._parser("fit").parse_path(path)
-            except ArgumentError as error:
+            except (ArgumentError, UnicodeDecodeError) as error:
                 if UNREADABLE.match(str(error)):
                     return str(path)
         return "a configuration file"

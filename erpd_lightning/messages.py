@@ -14,11 +14,12 @@ WORDING = (
     (r"<class '(?:\w+\.)*(\w+)'>", r"\1"),
     (r"\bNoneType\b", "null"),
     (r"(?:typing\.)?Literal\[(.*?)\]", r"one of \1"),
+    (r"^Unable to load config '(.*?)'.*", r"\1 is no configuration file"),
     (r"^Expected a dot import path string: (.*)", r"\1 is no class path"),
     (r"^Import path does not correspond to a subclass of", "expected a subclass of"),
-    (r"^Problem with given class_path '(.*?)':", r"class_path \1:"),
+    (r"^Not a valid subclass of (\w+)", r"expected \1"),
     (r"^Expected an? ", "expected "),
-    (r"\. Got value: (.*)", r", not \1"),
+    (r"\. Got value: ?(.*)", r", not \1"),
 )
 """jsonargparse's words, and those of someone who writes a configuration file."""
 
@@ -39,9 +40,7 @@ def readable(error: BaseException, options: Iterable[str] = (), bound: Iterable[
         argument, group, nested, plain = unknown.groups()
         key = argument or plain or (f"{group}.{nested}" if group else nested)
         return unknown_option(key, options, bound)
-    found = re.match(r'Parser key "([^"]+)":\s*', text)
-    message = _reasons(text[found.end() :] if found else text)
-    return naming(found[1], message) if found else message
+    return _explain(text)
 
 
 def unknown_option(key: str, options: Iterable[str], bound: Iterable[str] = ()) -> str:
@@ -58,42 +57,48 @@ def unknown_option(key: str, options: Iterable[str], bound: Iterable[str] = ()) 
 
 def naming(key: str, message: str) -> str:
     """The message with the key in front, unless it names it already."""
-    return message if message.startswith(key) else f"{key}: {message}"
+    return message if not key or message.startswith(key) else f"{key}: {message}"
 
 
-def _reasons(text: str) -> str:
-    """What is wrong, out of a list with a bullet for each type that the value might have had."""
-    head, found, listed = text.partition("Errors:\n")
-    if not found:
-        return _plain(" ".join(head.split()))
-    listed, _, given = listed.partition("Given value type:")
-    reasons = [_plain(bullet) for bullet in _bullets(listed)]
-    in_class = [reason for reason in reasons if reason.startswith("class_path ")]
-    if in_class:  # A class was named: that it is not of the other types tells nothing.
-        return in_class[0]
-    others = [reason for reason in reasons if not reason.startswith("expected ")]
-    if others:
-        return "; ".join(dict.fromkeys(others))
+def _explain(text: str, key: str = "") -> str:
+    """What is wrong with the value of a key; the reasons nest as classes and their arguments do."""
+    if found := re.match(r'\s*Parser key "([^"]+)":\s*', text):
+        return _explain(text[found.end() :], f"{key}.{found[1]}" if key else found[1])
+    _, _, reasons = text.partition("Errors:\n")
+    if not re.match(r"\s*- ", reasons):
+        return naming(key, _plain(text))
+    reasons, _, given = reasons.rpartition("Given value type:")
+    bullets = _bullets(reasons)
+    for bullet in bullets:  # A class was named: that the value is of no other type tells nothing.
+        if found := re.match(r"Problem with given class_path '(.*?)':\s*", bullet):
+            inside = bullet[found.end() :]
+            if inside.startswith("Parser key"):
+                return _explain(inside, key)
+            return naming(key, f"class_path {found[1]}: {_plain(inside)}")
+    plain = [_plain(bullet.splitlines()[0]) for bullet in bullets]
+    if others := [reason for reason in plain if not reason.startswith("expected ")]:
+        return naming(key, "; ".join(dict.fromkeys(others)))
     value = given.partition("Given value: ")[2].strip()
-    types = [reason.removeprefix("expected ") for reason in reasons]
-    return f"expected {' or '.join(types)}" + (f", not {value}" if len(value) <= MOST_SHOWN else "")
+    types = " or ".join(reason.removeprefix("expected ") for reason in plain)
+    return naming(key, f"expected {types}" + (f", not {value}" if len(value) <= MOST_SHOWN else ""))
 
 
 def _bullets(text: str) -> list[str]:
-    """The outermost bullets, each with its next line where it ends in a colon."""
+    """The outermost bullets, each with all that is indented below it."""
     lines = text.splitlines()
-    depth = min(len(line) - len(line.lstrip()) for line in lines if line.strip())
+    mark = lines[0][: lines[0].index("- ") + 2]
     bullets: list[str] = []
     for line in lines:
-        if line.startswith(" " * depth + "- "):
-            bullets.append(line.strip()[2:])
-        elif bullets and bullets[-1].endswith(":"):
-            bullets[-1] += f" {line.strip()}"
+        if line.startswith(mark):
+            bullets.append(line.removeprefix(mark))
+        else:
+            bullets[-1] += f"\n{line}"
     return bullets
 
 
 def _plain(reason: str) -> str:
-    """A reason in the words of a configuration file."""
+    """A reason on one line, in the words of a configuration file."""
+    reason = " ".join(reason.split())
     for pattern, plain in WORDING:
         reason = re.sub(pattern, plain, reason)
     return reason

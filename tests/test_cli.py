@@ -515,6 +515,13 @@ def test_a_mistake_in_a_process_of_its_own(tmp_path: Path) -> None:
             "distill.signal: no policy is called foo; there are base, teacher, unlearned",
         ),
         ("--data.verifier.pattern=(", "data.verifier: verifier pattern '(' is no regular expression"),
+        ('--distill.signal.terms=[{"weight": "x"}]', "distill.signal.terms.weight: expected float, not x"),
+        (
+            '--distill.signal.terms=[{"numerater": "a"}]',
+            "distill.signal.terms: class_path erpd_lightning.Term: Option ",
+        ),
+        ("--data.sampler.max_new_tokens=x", "data.sampler.max_new_tokens: expected int, not x"),
+        ("--data=/nowhere.yaml", "data: /nowhere.yaml is no configuration file"),
         ("--data.sampler.temperature=0", "data.sampler.temperature is 0.0: it must be above 0"),
         ("--task.operations=0", "task.operations is 0: it must lie between 1 and 8"),
         (
@@ -541,6 +548,10 @@ def test_a_mistake_in_a_process_of_its_own(tmp_path: Path) -> None:
         ("--distill.lr_scheduler=cosin", "distill.lr_scheduler is 'cosin'"),
         ("--unlearned.kl_coef=-1", "unlearned.kl_coef is -1.0: it must be at least 0"),
         ("--data.group_size=0", "data.group_size is 0: it must be at least 1"),
+        ("--data.calibration_prompts=-1", "data.calibration_prompts is -1: it must be at least 0"),
+        ("--task.hidden_size=20", "task.hidden_size is 20: it must be a multiple of 8"),
+        ("--task.learning_rate=.nan", "task.learning_rate is nan: it must be a positive number"),
+        ("--task.epochs=0", "task.layers, task.epochs and task.batch_size must be at least 1"),
         ("--data.group_size=1", "data.group_size is 1: extreme_region.objective compares the responses of a group"),
         ("--trainer.devices=0", "trainer: `Trainer(devices='0')` value is not a valid input"),
         ("--distill_trainer.devices=0", "distill_trainer: `Trainer(devices=0)` value is not a valid input"),
@@ -548,6 +559,7 @@ def test_a_mistake_in_a_process_of_its_own(tmp_path: Path) -> None:
         # the base policy
         ("--task=null", "give either policy, the base policy to start from, or task"),
         ("--policy=some/model", "give either policy, the base policy to start from, or task"),
+        ("--data.prompts=x.jsonl", "data.prompts is given, but task makes the prompts"),
         ("--run_dir=/proc/nope", "run_dir /proc/nope cannot be used: "),
     ],
 )
@@ -570,16 +582,17 @@ def test_a_mistake_on_the_command_line(refused: Run, tmp_path: Path, given: str,
             "    init_args: {max_new_token: 8}",
             "data.sampler: class_path erpd_lightning.data.samplers.TransformersSampler: Option 'max_new_token' is not",
         ),
-        ("distill:\n  signal:\n    class_path: Signal\n    init_args: {terms: [{numerater: a}]}", "distill.signal: "),
         ("trainer:\n  callbacks:\n  - class_path: erpd_lightning.callbacks.Nope", "trainer.callbacks: class_path erpd"),
         ("distill: [", "{file} cannot be read as options: while parsing"),
         ("\tdistill: 3", "{file} cannot be read as options: "),
         ("- a\n- b", "{file} cannot be read as options: - a - b"),
-        ("", ""),
+        ("rounds: é", "{file} cannot be read as options: 'utf-8' codec can't decode byte"),
     ],
 )
 def test_a_mistake_in_a_configuration_file(refused: Run, tmp_path: Path, text: str, expected: str) -> None:
-    message = refused(*with_yaml(tmp_path, text))
+    args = with_yaml(tmp_path, text)
+    (tmp_path / "more.yaml").write_bytes(text.encode("latin-1"))
+    message = refused(*args)
     assert message.startswith(expected.format(file=tmp_path / "more.yaml"))
 
 

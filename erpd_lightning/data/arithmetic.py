@@ -79,6 +79,12 @@ class Arithmetic:
                 f"task.train_prompts + task.validation_prompts is {train_prompts + validation_prompts}: "
                 f"chains of {operations} operations give at most {space // 2}"
             )
+        if min(layers, epochs, batch_size) < 1:
+            raise UserError("task.layers, task.epochs and task.batch_size must be at least 1")
+        if hidden_size < 8 or hidden_size % 8:
+            raise UserError(f"task.hidden_size is {hidden_size}: it must be a multiple of 8")
+        if not 0 < learning_rate < float("inf"):
+            raise UserError(f"task.learning_rate is {learning_rate}: it must be a positive number")
         if not 0 <= misconceived <= 1:
             raise UserError(f"task.misconceived is {misconceived}: it must lie between 0 and 1")
         self.operations = operations

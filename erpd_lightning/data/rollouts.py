@@ -98,6 +98,8 @@ class RolloutDataModule(LightningDataModule):
         for name, count in counts.items():
             if count is not None and count < 1:
                 raise UserError(f"data.{name} is {count}: it must be at least 1")
+        if calibration_prompts < 0:
+            raise UserError(f"data.calibration_prompts is {calibration_prompts}: it must be at least 0")
         self.store = Path(store)
         self.tokenizer_path = tokenizer
         self.prompts = prompts
