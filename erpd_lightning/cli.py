@@ -26,7 +26,7 @@ from .rounds import Rounds
 POLICY_OF = {"base": "base", "extreme_region": "teacher", "unlearned": "unlearned", "distill": "student"}
 """Which policy a stage makes; `validate`, `test` and `predict` run on it."""
 
-UNREADABLE = re.compile("Problems parsing config:|Unexpected config:|(?='utf-8' codec)")
+UNREADABLE = re.compile("Problems parsing config: |Unexpected config: |(?='utf-8' codec)")
 """How jsonargparse begins a message about a file whose name it does not tell."""
 
 
@@ -75,7 +75,7 @@ class ERPDCLI(LightningCLI):
             message = readable(error, options(self._parser("fit")), _bound())
             if UNREADABLE.match(message):
                 file = self._unreadable(sys.argv[1:] if args is None else args)
-                message = UNREADABLE.sub(f"{file} cannot be read as options:", message)
+                message = UNREADABLE.sub(f"{file} cannot be read as options: ", message)
             raise UserError(message) from error
         config = self.config[self.config["subcommand"]]
         seed, checkpoint = config["seed_everything"], config.get("ckpt_path")
@@ -135,7 +135,7 @@ class ERPDCLI(LightningCLI):
         """Sample and verify responses to the held-out prompts, and write them as JSONL."""
         tables: list[Any] = self.trainer.predict(**kwargs) or []
         rank = f"-{self.trainer.global_rank}" if self.trainer.world_size > 1 else ""
-        path = self._predictions.with_suffix(f"{rank}.jsonl")
+        path = self._predictions.with_name(f"{self._predictions.name}{rank}.jsonl")
         rows = [row for table in tables for row in table.to_pylist()]
         kept = ("prompt", "response", "answer", "reward", "finish_reason")
         lines = (json.dumps({key: row[key] for key in kept}, ensure_ascii=False) for row in rows)

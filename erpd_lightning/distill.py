@@ -125,12 +125,11 @@ class DistillModule(PolicyModule):
         """Solve beta again for the share of the budget that, at the gain seen lately, spends all of it.
 
         The gain is the student's KL on fresh samples over its target's on the stored states. The geometric mean of
-        the last two damps the noise of a sample; the first, of a student that is still overshooting its target,
-        counts only while there is no other.
+        the last two damps the noise of a sample.
         """
         assert self.kl_budget is not None
         data: Any = self.trainer.datamodule  # type: ignore[attr-defined]
-        recent = self._log_gains[1:][-2:] or self._log_gains
+        recent = self._log_gains[-2:]
         gain = min(max(math.exp(sum(recent) / len(recent)), 1 / MAX_CORRECTION), MAX_CORRECTION)
         try:
             self._solve(data.rollouts, self.kl_budget / gain)

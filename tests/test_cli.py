@@ -316,6 +316,8 @@ def test_overrides_by_dotted_name_land(chain: Callable[..., Rounds], tmp_path: P
         assert (module.kl_coef, module.sign) == (kl_coef, sign)
         assert build.trainer(stage).gradient_clip_val == 0.5
     assert build.settings("unlearned")["unlearned"]["kl_coef"] == 0.3
+    # The task says how its policy is trained.
+    assert build.trainer("base").gradient_clip_val == 1.0
 
 
 STAGE_TRAINERS = """

@@ -748,7 +748,7 @@ def test_calibration_spends_the_budget_on_fresh_samples(
     # The KL of the target in each epoch, and the gain that was seen at its end.
     targets = [own_spent(scored / "scores", beta, terms) for beta in seen.betas]
     gains = [spent / target for spent, target in zip(seen.spent, targets, strict=True)]
-    used = [gains[:1], gains[1:2], gains[1:3], gains[2:4]]
+    used = [gains[:1], gains[:2], gains[1:3], gains[2:4]]
     for target, recent in zip(targets[1:], used, strict=True):
         gain = float(np.exp(np.mean(np.log(recent))))
         expected = BUDGET / min(max(gain, 1 / MAX_CORRECTION), MAX_CORRECTION)
