@@ -9,7 +9,7 @@ import zipfile
 from collections.abc import Iterable
 from dataclasses import fields
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 from jsonargparse import ArgumentError
 from lightning.fabric.utilities.exceptions import MisconfigurationException
@@ -28,6 +28,9 @@ POLICY_OF = {"base": "base", "extreme_region": "teacher", "unlearned": "unlearne
 
 UNREADABLE = re.compile("Problems parsing config: |Unexpected config: |(?='utf-8' codec)")
 """How jsonargparse begins a message about a file whose name it does not tell."""
+
+UNKNOWN_METRIC = re.compile("Early stopping conditioned on metric `(.*?)` which is not available")
+"""How Lightning's EarlyStopping begins its complaint about what it is to watch."""
 
 
 class ERPDCLI(LightningCLI):
@@ -193,5 +196,14 @@ def main() -> None:
         with disk_full_named("the run directory"):
             ERPDCLI()
     except (UserError, MisconfigurationException) as error:
-        print(f"error: {error}", file=sys.stderr)
-        sys.exit(2)
+        _refuse(str(error))
+    except RuntimeError as error:
+        unknown = UNKNOWN_METRIC.match(str(error))
+        if unknown is None:
+            raise
+        _refuse(f"EarlyStopping: no metric is called {unknown[1]}; docs/metrics.md lists those that are logged")
+
+
+def _refuse(message: str) -> NoReturn:
+    print(f"error: {message}", file=sys.stderr)
+    sys.exit(2)

@@ -48,8 +48,10 @@ DEFAULTS = {
 }
 """What the classes default to anyway, spelt out so that it shows and can be overridden, and the trainer's."""
 
-STAGES = ("extreme_region", "unlearned", "distill")
-"""The stages that train, each with trainer settings of its own."""
+EPOCHS = {"extreme_region": 8, "unlearned": 1, "distill": 4}
+"""The stages that train, each with trainer settings of its own, and their epochs where none of these says how long."""
+
+STAGES = tuple(EPOCHS)
 
 OPERATIONAL = {
     "accelerator",
@@ -114,13 +116,14 @@ def add_options(parser: LightningArgumentParser) -> None:
         default=None,
         help="Settings of the unlearned policy that differ from those of extreme_region.",
     )
-    for stage in STAGES:
+    for stage, epochs in EPOCHS.items():
         parser.add_argument(
             f"--{stage}_trainer",
             type=dict[str, Any] | None,
             default=None,
             help=f"Trainer settings of the stage {stage} that differ from the shared ones "
-            "(any key of --trainer, such as max_epochs, callbacks or logger).",
+            "(any key of --trainer, such as max_epochs, callbacks or logger). "
+            f"Without max_epochs, max_steps and max_time it trains for {epochs} epoch{'s' * (epochs > 1)}.",
         )
 
 
@@ -157,6 +160,11 @@ class ConfigBuilder:
         for stage in STAGES:
             module = self.module(stage, policy="")
             self.trainer(stage)
+            if module.pass_at_k is not None and module.pass_at_k > data.validation_samples:
+                raise UserError(
+                    f"{stage}.pass_at_k is {module.pass_at_k}, but data.validation_samples is only "
+                    f"{data.validation_samples}"
+                )
             if module.needs_groups and data.group_size < 2:
                 raise UserError(
                     f"data.group_size is {data.group_size}: {stage}.objective compares the responses of a group, "
@@ -196,6 +204,9 @@ class ConfigBuilder:
         if stage == "base":  # The task says how it is trained.
             defaults = vars(self.parser.get_defaults()["trainer"])
             kwargs = {key: value if key in OPERATIONAL else defaults[key] for key, value in kwargs.items()}
+        endless = all(kwargs[key] in (None, -1) for key in ("max_epochs", "max_steps", "max_time"))
+        if stage in EPOCHS and endless:
+            bound = {"max_epochs": EPOCHS[stage], **bound}
         if stage in ("rollouts", "signal"):  # Other stages build on these: part of a store is none.
             bound = {"fast_dev_run": False, "limit_predict_batches": None, **bound}
         try:

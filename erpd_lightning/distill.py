@@ -1,6 +1,7 @@
 """Stage 2: distil the teacher's opinion back into the base policy under a KL budget."""
 
 import math
+from itertools import count
 from pathlib import Path
 from typing import Any
 
@@ -9,6 +10,7 @@ from torch import Tensor
 
 from .data.batching import RolloutBatch, RolloutTable
 from .errors import UserError
+from .line import Landing, Line, land
 from .objectives.distillation import DistillObjective, TiltedTarget
 from .objectives.signal import Signal
 from .objectives.tilt import BetaSolution, UnreachableBudget, solve_beta
@@ -23,7 +25,8 @@ class DistillModule(PolicyModule):
 
     The stored states are not those that a student meets: on prompts that it was not trained on it spends a little
     more or less than its target does on the stored ones. With `calibrate`, the student's KL on fresh samples of
-    unused training prompts, exact over the vocabulary, corrects beta after every epoch (ours).
+    unused training prompts, exact over the vocabulary, corrects beta after every epoch. After the last one it moves
+    the student along the line to the base policy until the budget is what it spends (see `line`). Ours.
 
     Args:
         policy: Folder or hub name of the base policy, which the student starts from.
@@ -31,8 +34,9 @@ class DistillModule(PolicyModule):
         beta: Price of a nat of KL, where it is given and not solved; `kl_budget` is then None.
         signal: What the policies say about a token, as clipped log-ratios.
         objective: How the student is drawn to the tilted base policy.
-        calibrate: Correct beta after each epoch, so that the budget is spent on fresh samples and not only on the
-            stored states; needs a solved beta and a `RolloutDataModule` with `calibration_prompts`.
+        calibrate: Correct beta after each epoch and the weights after the last, so that the budget is spent on fresh
+            samples and not only on the stored states; needs a solved beta, a student that starts from the policy
+            that its KL is measured to, and a `RolloutDataModule` with `calibration_prompts`.
         learning_rate: AdamW's learning rate after warm-up.
         lr_scheduler: What follows warm-up, by its name in `transformers.get_scheduler`.
         **kwargs: Further arguments of `PolicyModule`.
@@ -64,7 +68,8 @@ class DistillModule(PolicyModule):
         self.signal = signal or Signal()
         self.objective = objective or TiltedTarget()
         self.solution: BetaSolution | None = None
-        self.calibrates = calibrate and beta is None
+        self.landing: Landing | None = None
+        self.calibrates = calibrate and beta is None and self.references.get("base") == str(policy)
         self._log_gains: list[float] = []
         self._due = False
 
@@ -102,6 +107,32 @@ class DistillModule(PolicyModule):
             self._due = False
             self._correct()
 
+    def on_fit_end(self) -> None:
+        """Move along the line to the base policy until fresh samples say that the budget is spent.
+
+        Not in the last epoch: checkpoints hold what was trained, and a run that is killed here lands the same again.
+        """
+        trainer: Any = self.trainer
+        if self.calibrates and trainer.datamodule.calibration() and not trainer.fast_dev_run:
+            assert self.kl_budget is not None
+            line, attempts = Line(self.frozen("base"), self.policy), count()
+            with self._evaluating():
+                self.landing = land(lambda share: self._spent(line, share, next(attempts)), self.kl_budget)
+            line.move_to(self.landing.share)
+        self.release_frozen()
+
+    def _spent(self, line: Line, share: float, attempt: int) -> float:
+        """The KL of a place on the line on fresh samples of the calibration prompts, in nats per token."""
+        data: Any = self.trainer.datamodule  # type: ignore[attr-defined]
+        line.move_to(share)
+        metrics: Any = self.metrics["calibration"]
+        for batch in data.calibration_batches(f"landing {attempt}"):
+            self.evaluate(batch, metrics)
+        spent = float(metrics["kl_per_token/base"].compute().value)
+        for metric in metrics.values():
+            metric.reset()
+        return spent
+
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Keep beta and what calibration found so far."""
         super().on_save_checkpoint(checkpoint)
@@ -115,6 +146,8 @@ class DistillModule(PolicyModule):
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Go on with them."""
         super().on_load_checkpoint(checkpoint)
+        if "calibration" not in checkpoint:
+            raise UserError("the checkpoint is not one of a distillation: it holds no beta")
         calibration = checkpoint["calibration"]
         self._log_gains, self._due = calibration["log_gains"], calibration["due"]
         if calibration["solution"] is not None:

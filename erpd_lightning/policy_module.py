@@ -282,6 +282,14 @@ class PolicyModule(LightningModule):
             metrics[f"kl_per_token/{name}"].update(sums[name], sums["tokens"])
             metrics[f"kl_per_response/{name}"].update(sums[name], samples.double())
 
+    @contextmanager
+    def _evaluating(self) -> Iterator[None]:
+        """What Lightning's loops do around an evaluation, for one outside of them."""
+        with self.trainer.precision_plugin.val_step_context():
+            self.eval()
+            yield
+            self.train()
+
     def _prompt_sums(self, table: pa.Table, prompts: PromptBatch) -> dict[str, Tensor]:
         """Sums over each prompt's responses, `(prompts,)` each, of KL, entropy, tokens, right and cut-off ones."""
         rollouts = RolloutTable.from_arrow(table)
@@ -310,6 +318,8 @@ class PolicyModule(LightningModule):
         if len(metrics):
             return
         k = self.pass_at_k or samples
+        if metrics is self.metrics["calibration"]:  # Nothing but its KL is asked for.
+            k = min(k, samples)
         if k > samples:
             raise UserError(f"pass_at_k is {k}, but only {samples} responses are sampled to a prompt")
         metrics["pass_at_k"] = PassAtK(k)

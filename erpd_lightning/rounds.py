@@ -296,6 +296,7 @@ class Rounds:
                     "budget": module.kl_budget,
                     "beta": module.beta,
                     "kl_on_stored_states": None if module.solution is None else module.solution.kl,
+                    "line_share": None if module.landing is None else module.landing.share,
                 },
             }
 

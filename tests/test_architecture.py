@@ -15,7 +15,7 @@ LAYERS: list[set[str]] = [
     {"objectives"},
     {"head", "seeds"},
     {"metrics", "data"},
-    {"policy"},
+    {"policy", "line"},
     {"policy_module"},
     {"extreme_region", "distill"},
     {"callbacks", "records", "report", "messages"},

@@ -350,6 +350,15 @@ def test_trainer_settings_of_a_stage_go_over_the_shared_ones(chain: Callable[...
     assert not {"callbacks", "logger", "devices"} & set(recorded)
 
 
+def test_a_stage_whose_length_nobody_gave(chain: Callable[..., Rounds], tmp_path: Path) -> None:
+    args = ["--task=erpd_lightning.data.arithmetic.Arithmetic", f"--run_dir={tmp_path / 'run'}"]
+    build = chain("fit", *args).builder
+    assert [build.trainer(stage).max_epochs for stage in ("extreme_region", "unlearned", "distill")] == [8, 1, 4]
+    build = chain("fit", *args, "--trainer.max_steps=7", "--distill_trainer.max_epochs=2").builder
+    assert [build.trainer(stage).max_steps for stage in ("extreme_region", "distill")] == [7, 7]
+    assert [build.trainer(stage).max_epochs for stage in ("extreme_region", "distill")] == [None, 2]
+
+
 # Stages by themselves
 
 
@@ -447,6 +456,8 @@ def test_a_checkpoint_of_a_stage_can_be_validated(
     damaged.write_bytes(checkpoint.read_bytes()[:-100])
     for path in (damaged, tmp_path / "none.ckpt"):
         assert refused(*args, path).startswith(f"ckpt_path {path} is missing or damaged")
+    of_a_student = [*arguments(finished[0], "validate"), "--ckpt_path", str(checkpoint)]
+    assert refused(*of_a_student) == "the checkpoint is not one of a distillation: it holds no beta"
 
 
 def test_a_policy_that_is_not_there_yet(refused: Run, tmp_path: Path) -> None:
@@ -551,6 +562,7 @@ def test_a_mistake_in_a_process_of_its_own(tmp_path: Path) -> None:
         ("--unlearned.kl_coef=-1", "unlearned.kl_coef is -1.0: it must be at least 0"),
         ("--data.group_size=0", "data.group_size is 0: it must be at least 1"),
         ("--data.calibration_prompts=-1", "data.calibration_prompts is -1: it must be at least 0"),
+        ("--distill.pass_at_k=9", "distill.pass_at_k is 9, but data.validation_samples is only 2"),
         ("--task.hidden_size=20", "task.hidden_size is 20: it must be a multiple of 8"),
         ("--task.learning_rate=.nan", "task.learning_rate is nan: it must be a positive number"),
         ("--task.epochs=0", "task.layers, task.epochs and task.batch_size must be at least 1"),
@@ -747,6 +759,12 @@ def test_a_budget_out_of_reach_and_then_one_within(
     assert {name: digest for name, digest in digests(run_dir).items() if name in before} == before
     run(*arguments(run_dir), "--stage=distill")
     assert student(run_dir) == student(finished[0])
+
+
+def test_a_callback_that_watches_what_nobody_logs(refused: Run, copy: Callable[..., Path]) -> None:
+    callback = '{"class_path": "lightning.pytorch.callbacks.EarlyStopping", "init_args": {"monitor": "val/accuracy"}}'
+    message = refused(*arguments(copy("distill", "evaluation")), f"--distill_trainer.callbacks={callback}")
+    assert message == "EarlyStopping: no metric is called val/accuracy; docs/metrics.md lists those that are logged"
 
 
 def test_a_loss_that_is_not_finite(refused: Run, copy: Callable[..., Path]) -> None:

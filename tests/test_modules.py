@@ -1,5 +1,6 @@
 """Both modules against plain loops over unpadded sequences with all logits: losses, gradients, metrics, logs."""
 
+import copy
 import gc
 import json
 import math
@@ -36,9 +37,10 @@ from erpd_lightning.data.verifiers import Verifier
 from erpd_lightning.distill import MAX_CORRECTION, DistillModule
 from erpd_lightning.errors import UserError
 from erpd_lightning.extreme_region import ExtremeRegionModule
+from erpd_lightning.line import MOST
 from erpd_lightning.objectives.extreme import SAPO, CrossEntropy
 from erpd_lightning.objectives.signal import Signal, Term
-from erpd_lightning.policy import policy_fingerprint
+from erpd_lightning.policy import load_policy, policy_fingerprint
 from erpd_lightning.policy_module import PolicyModule, TrainingDiverged
 from erpd_lightning.seeds import derive_seed
 
@@ -703,6 +705,7 @@ class Betas(Callback):
     def __init__(self) -> None:
         self.by_epoch: dict[int, float] = {}
         self.spent: list[float] = []
+        self.trained: dict[str, torch.Tensor] = {}
 
     @property
     def betas(self) -> list[float]:
@@ -710,6 +713,9 @@ class Betas(Callback):
 
     def on_train_batch_start(self, trainer: Any, module: Any, *_: Any) -> None:
         assert self.by_epoch.setdefault(trainer.current_epoch, module.beta) == module.beta
+
+    def on_train_end(self, trainer: Any, module: Any) -> None:
+        self.trained = copy.deepcopy(module.policy.state_dict())
 
     def on_validation_end(self, trainer: Any, module: Any) -> None:
         self.spent.append(float(trainer.callback_metrics.get("calibration/kl_per_token", math.nan)))
@@ -759,6 +765,27 @@ def test_calibration_spends_the_budget_on_fresh_samples(
     assert module.beta == seen.betas[-1]
     assert module.solution is not None
     assert module.solution.kl == pytest.approx(targets[-1], rel=2e-3)
+    # The weights that are exported lie on the line between base and trained student, where the budget is spent.
+    assert module.landing is not None
+    assert 0 < module.landing.share <= MOST
+    base = load_policy(policies["base"]).state_dict()
+    for name, weight in module.policy.state_dict().items():
+        expected = base[name] + module.landing.share * (seen.trained[name] - base[name])
+        torch.testing.assert_close(weight, expected)
+    many = evaluation_data(scored, **{**settings, "calibration_samples": 64, "seed": 1})
+    reference = DistillModule(tmp_path / "student", kl_budget=BUDGET, references={"base": str(policies["base"])})
+    module.export(tmp_path / "student")
+    held_out = tmp_path / "unused.jsonl"
+    held_out.write_text("".join(json.dumps(vars(prompt)) + "\n" for prompt in many.calibration()))
+    many.validation_prompts, many.validation_samples = held_out, 64
+    (measured,) = make_trainer().validate(reference, datamodule=many, verbose=False)
+    assert module.landing.kl == pytest.approx(BUDGET, rel=0.03)
+    assert measured["val/kl_per_token"] == pytest.approx(BUDGET, rel=0.25)
+
+
+def test_a_student_of_another_start_does_not_land(policies: dict[str, Path]) -> None:
+    assert DistillModule(policies["base"]).calibrates
+    assert not DistillModule(policies["student"], references={"base": str(policies["base"])}).calibrates
 
 
 # Settings and export

@@ -27,7 +27,7 @@ STAGES = {
 
 OVERRIDES = {
     "rounds": 2,
-    "data.batch_size": 12,
+    "data.batch_size": 16,  # eight steps in an epoch of distillation
     "data.sampler.batch_size": 32,  # four parts in a store of rollouts
     "data.max_tokens": 96,  # two micro-batches or more in a step
     "distill_trainer": "{max_epochs: 2, val_check_interval: 0.5}",  # beta is corrected in the middle of epochs too
@@ -65,9 +65,11 @@ KILLS = {
     ],
     "distill": [
         Kill(f"{MODULE}.training_step", count=8, trains=True),
-        Kill(f"{MODULE}.evaluate", count=2, trains=True),
+        Kill(f"{MODULE}.evaluate", count=2, trains=True),  # in the middle of an epoch, at step 4
         Kill("erpd_lightning.distill:DistillModule.on_validation_epoch_end", count=2, trains=True),
-        after(written(CHECKPOINT, count=2, trains=True)),
+        after(written(r"step=8\.ckpt", trains=True)),  # between two epochs
+        written(CHECKPOINT, count=2, trains=True),
+        Kill("erpd_lightning.line:Line.move_to", count=2),  # between the trained student and the budget
         Kill(f"{MODULE}.export"),
     ],
     "evaluation": [
@@ -142,7 +144,8 @@ def test_a_stage_killed_at_any_point_ends_the_same(
     resumed: int | None = None
     kept: dict[Path, int] = {}
     for kill in [*KILLS[stage], written(record), after(written(record))]:
-        steps, _ = runs.run(command(run_dir), kill)
+        steps, printed = runs.run(command(run_dir), kill)
+        assert "[round 2/2]" not in printed, f"{kill} came too late"
         if resumed is not None:
             assert steps[0] == resumed, f"began with step {steps[0]}, not with the checkpoint's, before {kill}"
         resumed = saved_steps(run_dir, stage) if kill.trains else None

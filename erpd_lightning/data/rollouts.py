@@ -244,9 +244,8 @@ class RolloutDataModule(LightningDataModule):
         assert self.trainer is not None
         module: Any = self.trainer.lightning_module
         loaders = self.test_dataloader()
-        prompts = self.unused_prompts()[: self.calibration_prompts]
-        if loaders and prompts and self.trainer.state.fn == TrainerFn.FITTING and module.calibrates:
-            loaders.append(self._prompt_loader(prompts, self.calibration_samples, "calibration"))
+        if loaders and self.trainer.state.fn == TrainerFn.FITTING and module.calibrates and self.calibration():
+            loaders.append(self.calibration_batches("calibration"))
         return loaders
 
     def test_dataloader(self) -> list[Parts]:
@@ -255,6 +254,14 @@ class RolloutDataModule(LightningDataModule):
         return [self._prompt_loader(prompts, self.validation_samples, "validation")] if prompts else []
 
     predict_dataloader = test_dataloader
+
+    def calibration(self) -> list[Prompt]:
+        """The training prompts outside the round on which a student's KL is measured; none where all are in it."""
+        return self.unused_prompts()[: self.calibration_prompts]
+
+    def calibration_batches(self, purpose: str) -> Parts:
+        """This rank's calibration prompts, to be answered with draws of their own for each purpose."""
+        return self._prompt_loader(self.calibration(), self.calibration_samples, purpose)
 
     def _prompt_loader(self, prompts: list[Prompt], samples: int, purpose: str) -> Parts:
         assert self.trainer is not None
