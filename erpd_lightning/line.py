@@ -12,8 +12,8 @@ from dataclasses import dataclass
 import torch
 from torch import nn
 
-CLOSE = 0.02
-"""A step of the share this small ends the search: 4 % of the KL, of the order of what a measurement is worth."""
+NEAR = 0.1
+"""Measurements at shares that differ by less than this are taken together: there, KL grows with the square."""
 
 MOST = 1.25
 """How far beyond the trained policy the search goes: what lies further was hardly seen in training."""
@@ -25,7 +25,7 @@ class Landing:
 
     Attributes:
         share: The place: 0 is the base policy, 1 the trained one.
-        kl: The KL there, in nats per token, by the last measurement and the square of the share.
+        kl: The KL there, in nats per token, by the measurements nearby and the square of the share.
     """
 
     share: float
@@ -51,24 +51,28 @@ class Line:
             weight.copy_(torch.lerp(start.float(), end.float(), share))
 
 
-def land(measure: Callable[[float], float], budget: float, *, tries: int = 4) -> Landing:
+def land(measure: Callable[[float], float], budget: float, *, tries: int = 5) -> Landing:
     """The place on a line where a KL budget is spent, by a few noisy measurements.
 
     Each measurement says where the budget would be spent if KL grew with the square of the share. The search goes
-    there, and ends when that is next to where it was measured.
+    to the geometric mean of what those nearby say, and ends when there are two of them.
 
     Args:
-        measure: KL at a share, in nats per token.
+        measure: KL at a share, in nats per token; each call draws anew.
         budget: KL to spend, in nats per token.
         tries: Most measurements.
     """
-    share = 1.0
+    share = wanted = 1.0
+    places: list[tuple[float, float]] = []
     for _ in range(tries):
-        measured_at, kl = share, measure(share)
+        kl = measure(share)
         if not kl > 0:  # The trained policy is the base policy: there is no line to go along.
             return Landing(share, kl)
-        share = min(measured_at * math.sqrt(budget / kl), MOST)
-        kl *= (share / measured_at) ** 2
-        if abs(share / measured_at - 1) <= CLOSE:
+        places.append((share, share * math.sqrt(budget / kl)))
+        near = [place for at, place in places if abs(at / share - 1) < NEAR]
+        wanted = math.prod(near) ** (1 / len(near))
+        if len(near) > 1:
             break
-    return Landing(share, kl)
+        share = min(wanted, MOST)
+    share = min(wanted, MOST)
+    return Landing(share, budget * (share / wanted) ** 2)
