@@ -100,7 +100,7 @@ class ERPDCLI(LightningCLI):
         if chain["task"] is not None and given:
             raise UserError(f"data.{given[0]} is given, but task makes the prompts: leave one of them null")
         if self.subcommand != "fit":
-            chain["stage"] = chain["stage"] or "distill"
+            chain["stage"] = chain["stage"] or chain["last_stage"]
         self.rounds = Rounds(builder=self.builder, seed=config["seed_everything"], **chain)
         self.trainer = self.builder.trainer("evaluation", logger=False)
         self.builder.check()
@@ -149,7 +149,8 @@ class ERPDCLI(LightningCLI):
         """The module and data of `validate`, `test` and `predict`: what the stage of the round made."""
         if stage not in POLICY_OF:
             raise UserError(f"stage is {stage!r}: {self.subcommand} takes one of {', '.join(POLICY_OF)}")
-        rounds, name = self.rounds, POLICY_OF[stage]
+        rounds = self.rounds
+        name = "student" if stage == rounds.last_stage else POLICY_OF[stage]
         made = {**rounds.policies(number), "student": rounds.student(number)}
         policy = made[name]
         if isinstance(policy, Path) and not policy.is_dir():

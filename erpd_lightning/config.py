@@ -75,8 +75,11 @@ OPERATIONAL = {
 }
 """Trainer settings that change how a stage runs and is watched, but not what it makes."""
 
+SAMPLED = ("sampler", "verifier", "group_size", "prompts_per_round")
+"""What of `data` the rollouts depend on."""
+
 NOT_TRAINED: dict[str, tuple[tuple[str, ...], tuple[str, ...]]] = {
-    "rollouts": (("sampler", "verifier", "group_size", "prompts_per_round"), ("precision",)),
+    "rollouts": (SAMPLED, ("precision",)),
     "signal": ((), ("precision",)),
     "evaluation": (
         ("sampler", "verifier", "validation_samples", "max_validation_prompts"),
@@ -224,7 +227,8 @@ class ConfigBuilder:
             own = {"trainer": {key: trainer[key] for key in of_trainer}}
         else:
             calibration = CALIBRATION if stage == "distill" else {"data": (), "trainer": ()}
-            of_data = ("batch_size", *calibration["data"])
+            sampled = ("iterations", *SAMPLED) if data["iterations"] > 1 else ()
+            of_data = ("batch_size", *sampled, *calibration["data"])
             ignored = OPERATIONAL.difference(calibration["trainer"])
             own = {
                 stage: _canonical(self._settings(_group(stage), stage).as_dict()),

@@ -70,10 +70,11 @@ def round_summary(folder: Path, number: int, policies: Iterable[str]) -> Record:
         name: json.loads((folder / "evaluation" / name / "stage.json").read_text()) for name in policies
     }
     records += evaluations.values()
+    nothing_to_spend = {"spending": {"budget": None, "beta": None}}
     return {
         "round": number,
-        **outcomes["distill"]["spending"],
-        "rollouts": outcomes["rollouts"]["rollouts"],
+        **outcomes.get("distill", nothing_to_spend)["spending"],
+        "rollouts": outcomes.get("rollouts", outcomes["extreme_region"])["rollouts"],
         "seconds": round(sum(record["seconds"] for record in records), 1),
         "cpu_seconds": round(sum(record["cpu_seconds"] for record in records), 1),
         "policies": {name: record["outcome"] for name, record in evaluations.items()},

@@ -44,6 +44,8 @@ def format_summary(summary: dict[str, Any]) -> str:
 
 def _budget(entry: dict[str, Any]) -> str:
     spent = entry["policies"]["student"]["kl_per_token"]
+    if entry["beta"] is None:
+        return f"Round {entry['round']}: no budget, {spent:.4f} nats per token spent"
     if entry["budget"] is None:
         return f"Round {entry['round']}: beta {entry['beta']:.4g} given, {spent:.4f} nats per token spent"
     return (

@@ -71,6 +71,8 @@ class Rounds:
         policy: Folder or hub name of the base policy; None where a task makes it.
         task: Makes prompts and a base policy; None where they are given.
         checkpoint_every: Optimiser steps between the checkpoints that a killed stage goes on from.
+        last_stage: The stage whose policy is a round's student: distill; or extreme_region for methods without a
+            second stage, such as on-policy policy gradients or rejection-sampling fine-tuning.
         stage: The only stage to run, whose inputs have to be there: base, rollouts, extreme_region, unlearned, signal,
             distill or evaluation; None for all.
         round: The round of that stage; None for the first in which it is not finished.
@@ -86,6 +88,7 @@ class Rounds:
     policy: str | None = None
     task: Arithmetic | None = None
     checkpoint_every: int = 20
+    last_stage: str = "distill"
     stage: str | None = None
     round: int | None = None
     seed: int = 0
@@ -102,12 +105,23 @@ class Rounds:
             raise UserError(
                 f"policy {self.policy} is missing: a Hugging Face folder or the name of a model on the hub is expected"
             )
+        if self.last_stage not in ("distill", "extreme_region"):
+            raise UserError(f"last_stage is {self.last_stage!r}: it must be distill or extreme_region")
+        if self._iterates and self._distils:
+            raise UserError(
+                "data.iterations is above 1, but a student is distilled from fixed rollouts: "
+                "leave it at 1, or set last_stage to extreme_region"
+            )
         if self.stage is not None and self.stage not in STAGES:
             raise UserError(f"stage is {self.stage!r}: it must be one of {', '.join(STAGES)}")
         if self.stage == "base" and self.task is None:
             raise UserError("stage is 'base', but policy gives the base policy: only a task makes one")
+        if self.stage in ("unlearned", "signal", "distill") and not self._distils:
+            raise UserError(f"stage is {self.stage!r}, but last_stage is extreme_region: there is no such stage")
         if self.stage == "unlearned" and not self._unlearns:
             raise UserError("stage is 'unlearned', but distill.signal uses no unlearned policy")
+        if self.stage == "rollouts" and self._iterates:
+            raise UserError("stage is 'rollouts', but data.iterations is above 1: extreme_region samples as it trains")
         if self.round is not None and not 1 <= self.round <= self.rounds:
             raise UserError(f"round is {self.round}: it must lie between 1 and rounds ({self.rounds})")
 
@@ -132,15 +146,14 @@ class Rounds:
         """The student of a round; that of round 0 is the base policy, a folder or a hub name."""
         if number == 0:
             return self.run_dir / "base" if self.policy is None else self.policy
-        return self.round_dir(number) / "distill" / "student"
+        return self.round_dir(number) / ("distill/student" if self._distils else "extreme_region/student")
 
     def policies(self, number: int) -> dict[str, Path | str]:
-        """The policies of a round by the names that signals and summaries use."""
+        """The policies of a round by the names that signals and summaries use, the student's apart."""
         folder = self.round_dir(number)
-        policies: dict[str, Path | str] = {
-            "base": self.student(number - 1),
-            "teacher": folder / "extreme_region" / "teacher",
-        }
+        policies: dict[str, Path | str] = {"base": self.student(number - 1)}
+        if self._distils:
+            policies["teacher"] = folder / "extreme_region" / "teacher"
         if self._unlearns:
             policies["unlearned"] = folder / "unlearned" / "policy"
         return policies
@@ -166,7 +179,17 @@ class Rounds:
         """Whether the signal uses the unlearned policy, which is only then made."""
         module = self.builder.module("distill", policy="")
         assert isinstance(module, DistillModule)
-        return "unlearned" in module.signal.policies
+        return self._distils and "unlearned" in module.signal.policies
+
+    @property
+    def _distils(self) -> bool:
+        """Whether there is a second stage."""
+        return self.last_stage == "distill"
+
+    @cached_property
+    def _iterates(self) -> bool:
+        """Whether the extreme region stage samples as it trains."""
+        return self.builder.data(store="", tokenizer="").iterations > 1
 
     # The stages.
 
@@ -207,20 +230,30 @@ class Rounds:
         )
 
     def _round(self, number: int) -> None:
-        base = policy_fingerprint(self.student(number - 1))
-        rollouts = self._rollouts(number, base)
-        inputs = {"base": base, "rollouts": rollouts["outcome"]["fingerprint"]}
-        for stage, name in (("extreme_region", "teacher"), ("unlearned", "unlearned")):
-            if name in self.policies(number):
-                inputs[name] = self._extreme(stage, name, number, inputs)["outcome"]["policy"]
-        signal = self._signal(number, inputs)
-        student = self._distill(number, {**inputs, "signal": signal["outcome"]["fingerprint"]})
-        inputs["student"] = student["outcome"]["policy"]
+        inputs = {"base": policy_fingerprint(self.student(number - 1))}
+        if self._iterates:
+            inputs |= self._prompt_files()
+        else:
+            inputs["rollouts"] = self._rollouts(number, inputs["base"])["outcome"]["fingerprint"]
+        if self._distils:
+            self._two_stages(number, inputs)
+        else:
+            inputs["student"] = self._extreme("extreme_region", "student", number, inputs)["outcome"]["policy"]
         self._evaluate(number, inputs)
         self._summarise(number)
         barrier()
         if self.stage == "evaluation" and (self._ran or self.round == number):
             raise StageOnly
+
+    def _two_stages(self, number: int, inputs: dict[str, str]) -> None:
+        """From rollouts to a distilled student; what is made along the way is noted in `inputs`."""
+        for stage, name in (("extreme_region", "teacher"), ("unlearned", "unlearned")):
+            if name in self.policies(number):
+                needed = {key: inputs[key] for key in ("base", "rollouts")}
+                inputs[name] = self._extreme(stage, name, number, needed)["outcome"]["policy"]
+        signal = self._signal(number, inputs)
+        student = self._distill(number, {**inputs, "signal": signal["outcome"]["fingerprint"]})
+        inputs["student"] = student["outcome"]["policy"]
 
     def _rollouts(self, number: int, base: str) -> Record:
         folder = self.round_dir(number) / "rollouts"
@@ -234,13 +267,7 @@ class Rounds:
                     "which takes at least 2"
                 )
             self._predict("rollouts", folder, self.student(number - 1), data.sampling())
-            store = Store.open(folder, verify=False)
-            rewards = RolloutTable.from_arrow(store.table()).rewards
-            return {
-                "fingerprint": store.fingerprint,
-                "rollouts": store.rows,
-                "mean_reward": float(rewards.mean()),
-            }
+            return _outcome([Store.open(folder, verify=False)])
 
         inputs = {"base": base, **self._prompt_files()}
         about = "sampling and verifying responses of the base policy"
@@ -250,21 +277,25 @@ class Rounds:
 
     def _extreme(self, stage: str, name: str, number: int, inputs: dict[str, str]) -> Record:
         folder = self.round_dir(number) / stage
-        path = self.policies(number)[name]
+        path = {**self.policies(number), "student": self.student(number)}[name]
 
         def body() -> Record:
             sign = -1 if name == "unlearned" else 1
             module = self.builder.module(stage, policy=self.student(number - 1), sign=sign)
-            self._fit(stage, folder, module, self.data(number))
+            data = self.data(number)
+            self._fit(stage, folder, module, data)
             module.export(path, tokenizer=self.student(0))
-            return {"policy": policy_fingerprint(path)}
+            sampled = _outcome([Store.open(path) for path in data.stores()]) if self._iterates else {}
+            return {"policy": policy_fingerprint(path), **sampled}
 
         about = {
             "teacher": "driving a teacher far from the base policy on the fixed rollouts",
             "unlearned": "driving an unlearned policy the other way",
+            "student": "training the student on its own fresh rollouts"
+            if self._iterates
+            else "training the student on the fixed rollouts",
         }[name]
-        needed = {key: inputs[key] for key in ("base", "rollouts")}
-        return self._stage(stage, number, folder, about, needed, body)
+        return self._stage(stage, number, folder, about, inputs, body)
 
     def _signal(self, number: int, inputs: dict[str, str]) -> Record:
         folder = self.round_dir(number) / "signal"
@@ -274,7 +305,7 @@ class Rounds:
             for name, path in self.policies(number).items():
                 self._predict("signal", folder, path, data.scoring(name))
             prints = [Store.open(folder / n, verify=False).fingerprint for n in self.policies(number)]
-            return {"fingerprint": hashlib.sha256("".join(prints).encode()).hexdigest()}
+            return {"fingerprint": _together(prints)}
 
         about = "scoring the rollouts once with each policy"
         record = self._stage("signal", number, folder, about, inputs, body)
@@ -445,6 +476,22 @@ class Rounds:
         known = json.loads(path.read_text())["rounds"] if path.is_file() else []
         if known[:number] != rounds:
             atomic_write(path, json.dumps({"rounds": rounds}, indent=2) + "\n")
+
+
+def _outcome(stores: list[Store]) -> Record:
+    """What a record says of rollouts."""
+    rewards = torch.cat([RolloutTable.from_arrow(store.table()).rewards for store in stores])
+    prints = [store.fingerprint for store in stores]
+    return {
+        "fingerprint": prints[0] if len(prints) == 1 else _together(prints),
+        "rollouts": len(rewards),
+        "mean_reward": float(rewards.mean()),
+    }
+
+
+def _together(fingerprints: list[str]) -> str:
+    """One fingerprint for several."""
+    return hashlib.sha256("".join(fingerprints).encode()).hexdigest()
 
 
 def barrier() -> None:

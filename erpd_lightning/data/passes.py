@@ -132,7 +132,8 @@ class SamplingPass(StorePass):
     def batches(self, rank: int, world_size: int) -> Iterator[tuple[int, PromptBatch | None]]:
         """See `StorePass`."""
         data = self.data
-        for batch in data.prompt_batches(data.round_prompts(), data.group_size, "rollouts", 0, 1):
+        purpose = "rollouts" if data.iterations == 1 else f"rollouts {data.iteration}"
+        for batch in data.prompt_batches(data.round_prompts(), data.group_size, purpose, 0, 1):
             yield batch.index, batch if batch.index % world_size == rank else None
 
     def columns(self, batch: PromptBatch, output: pa.Table) -> pa.Table:

@@ -35,6 +35,10 @@ class RolloutDataModule(LightningDataModule):
     about to be trained; `sampling()` does only that, in a `Trainer.predict`. Validation and testing sample
     afresh from held-out prompts.
 
+    With several `iterations`, training is on-policy: the round's prompts are cut into as many parts, and each part
+    is answered by the policy as it is when its turn comes, into a store of its own. The trainer's `max_epochs` are
+    shared out evenly, so that `max_epochs / iterations` epochs are trained on each part.
+
     A training batch is a micro-batch of an optimiser step of `batch_size` responses over all ranks. How many
     micro-batches that takes follows from `max_tokens`, and the trainer's `accumulate_grad_batches` is raised to
     it; it never changes the gradient.
@@ -51,6 +55,8 @@ class RolloutDataModule(LightningDataModule):
         group_size: Responses to each prompt, the group whose mean reward is the baseline.
         prompts_per_round: Prompts to sample from in a round; None for all of them. Each round takes the next ones.
         round: The round, from 1, that says which prompts are next.
+        iterations: Parts of the round's prompts, each answered by the policy as it is when its turn comes; 1 for
+            fixed rollouts of the starting policy alone.
         batch_size: Responses per optimiser step, over all ranks and micro-batches.
         max_tokens: Padded tokens of a micro-batch, the bound on the memory that it takes.
         validation_samples: Fresh responses to each held-out prompt.
@@ -76,6 +82,7 @@ class RolloutDataModule(LightningDataModule):
         group_size: int = 16,
         prompts_per_round: int | None = None,
         round: int = 1,
+        iterations: int = 1,
         batch_size: int = 256,
         max_tokens: int = 16384,
         validation_samples: int = 8,
@@ -89,6 +96,7 @@ class RolloutDataModule(LightningDataModule):
             "group_size": group_size,
             "prompts_per_round": prompts_per_round,
             "round": round,
+            "iterations": iterations,
             "batch_size": batch_size,
             "max_tokens": max_tokens,
             "validation_samples": validation_samples,
@@ -100,7 +108,7 @@ class RolloutDataModule(LightningDataModule):
                 raise UserError(f"data.{name} is {count}: it must be at least 1")
         if calibration_prompts < 0:
             raise UserError(f"data.calibration_prompts is {calibration_prompts}: it must be at least 0")
-        self.store = Path(store)
+        self.root = Path(store)
         self.tokenizer_path = tokenizer
         self.prompts = prompts
         self.validation_prompts = validation_prompts
@@ -110,6 +118,8 @@ class RolloutDataModule(LightningDataModule):
         self.group_size = group_size
         self.prompts_per_round = prompts_per_round
         self.round = round
+        self.iterations = iterations
+        self.iteration = 1
         self.batch_size = batch_size
         self.max_tokens = max_tokens
         self.validation_samples = validation_samples
@@ -119,6 +129,17 @@ class RolloutDataModule(LightningDataModule):
         self.seed = seed
         self._loader: StepLoader | None = None
         self._resumed: dict[str, int] | None = None
+
+    @property
+    def store(self) -> Path:
+        """Where the rollouts lie; those of the iteration where there are several."""
+        return self.stores()[self.iteration - 1]
+
+    def stores(self) -> list[Path]:
+        """Where the rollouts of all iterations lie."""
+        if self.iterations == 1:
+            return [self.root]
+        return [self.root / f"iteration-{number:04}" for number in range(1, self.iterations + 1)]
 
     @cached_property
     def tokenizer(self) -> Any:
@@ -170,6 +191,8 @@ class RolloutDataModule(LightningDataModule):
         """
         assert self.trainer is not None
         module: Any = self.trainer.lightning_module
+        if self.iterations > 1:
+            self._iterate(self.trainer)
         if not Store.exists(self.store):
             if module.needs_groups and self.group_size < 2:
                 raise UserError(
@@ -181,6 +204,8 @@ class RolloutDataModule(LightningDataModule):
         # Neither right nor wrong: a flipped reward must not turn what could not be checked into either.
         rewards = rollouts.rewards.where(self.checked, torch.nan)
         rows = module.select(rewards, self.advantages).nonzero()[:, 0]
+        if len(rows) == 0 and self.iterations > 1:
+            rows = torch.zeros(1, dtype=torch.long)  # A step that teaches nothing: the next part may.
         if len(rows) == 0:
             right = float((rollouts.rewards == 1).float().mean())
             raise UserError(
@@ -208,6 +233,23 @@ class RolloutDataModule(LightningDataModule):
         self._go_on()
         return self._loader
 
+    def _iterate(self, trainer: Any) -> None:
+        """Go to the iteration of the trainer's epoch, and be asked for a loader in each epoch.
+
+        Raises:
+            UserError: If the epochs cannot be shared out evenly.
+        """
+        if trainer.max_epochs < 1 or (trainer.max_epochs % self.iterations and not trainer.fast_dev_run):
+            raise UserError(
+                f"max_epochs is {trainer.max_epochs}: it must be a multiple of data.iterations ({self.iterations}), "
+                "each of which is trained on for as many epochs"
+            )
+        trainer.reload_dataloaders_every_n_epochs = 1
+        iteration = 1 + trainer.current_epoch // max(1, trainer.max_epochs // self.iterations)
+        if iteration != self.iteration:
+            self.iteration = iteration
+            self.forget()
+
     def state_dict(self) -> dict[str, Any]:
         """How far into the epoch training is; Lightning keeps it in its checkpoints.
 
@@ -215,7 +257,9 @@ class RolloutDataModule(LightningDataModule):
         loader before, and the learning rate's schedule does.
         """
         loader = self._loader
-        return {} if loader is None else {**loader.state_dict(), "pieces": loader.pieces_per_rank}
+        if loader is None:
+            return {}
+        return {**loader.state_dict(), "pieces": loader.pieces_per_rank, "iteration": self.iteration}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Go on from there."""
@@ -228,7 +272,7 @@ class RolloutDataModule(LightningDataModule):
         Raises:
             UserError: If steps were cut into another number of micro-batches then.
         """
-        if self._loader is None or self._resumed is None:
+        if self._loader is None or self._resumed is None or self._resumed["iteration"] != self.iteration:
             return
         state, self._resumed = self._resumed, None
         if state["pieces"] != self._loader.pieces_per_rank:
@@ -276,11 +320,15 @@ class RolloutDataModule(LightningDataModule):
     def round_prompts(self) -> list[Prompt]:
         """The prompts of this round: the next `prompts_per_round`, from the start again after the last.
 
+        Of these, the iteration's part.
+
         Raises:
             UserError: If there is no file of prompts.
         """
         prompts = read_prompts(self._prompt_source())
-        return [prompts[i] for i in self._round_indices(len(prompts))]
+        indices = self._round_indices(len(prompts))
+        first, last = ((self.iteration - k) * len(indices) // self.iterations for k in (1, 0))
+        return [prompts[i] for i in indices[first:last]]
 
     def unused_prompts(self) -> list[Prompt]:
         """The training prompts that this round does not sample from, the next ones first."""
@@ -342,6 +390,8 @@ class RolloutDataModule(LightningDataModule):
             "prompts": sha256_file(source) if Path(source).is_file() else str(source),
             "prompts_per_round": self.prompts_per_round,
             "round": self.round,
+            "iteration": self.iteration,
+            "iterations": self.iterations,
             "group_size": self.group_size,
             "sampler": [type(self.sampler).__qualname__, vars(self.sampler)],
             "verifier": [type(self.verifier).__qualname__, repr(sorted(vars(self.verifier).items()))],
