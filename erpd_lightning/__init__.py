@@ -12,19 +12,25 @@ if TYPE_CHECKING:
     from .distill import DistillModule
     from .errors import UserError
     from .extreme_region import ExtremeRegionModule
+    from .objectives.clipped import CISPO, GSPO, PPOClip
     from .objectives.distillation import TiltedTarget
     from .objectives.extreme import SAPO, CrossEntropy
+    from .objectives.regression import SquaredError
     from .objectives.signal import Signal, Term
 
 __version__ = "0.1.0"
 
 __all__ = [
+    "CISPO",
+    "GSPO",
     "SAPO",
     "CrossEntropy",
     "DistillModule",
     "ExtremeRegionModule",
+    "PPOClip",
     "RolloutDataModule",
     "Signal",
+    "SquaredError",
     "Term",
     "TiltedTarget",
     "UserError",
@@ -32,12 +38,16 @@ __all__ = [
 ]
 
 _HOMES = {
+    "CISPO": ".objectives.clipped",
+    "GSPO": ".objectives.clipped",
+    "PPOClip": ".objectives.clipped",
     "SAPO": ".objectives.extreme",
     "CrossEntropy": ".objectives.extreme",
     "DistillModule": ".distill",
     "ExtremeRegionModule": ".extreme_region",
     "RolloutDataModule": ".data.rollouts",
     "Signal": ".objectives.signal",
+    "SquaredError": ".objectives.regression",
     "Term": ".objectives.signal",
     "TiltedTarget": ".objectives.distillation",
     "UserError": ".errors",

@@ -59,7 +59,8 @@ class ExtremeRegionModule(PolicyModule):
         hidden = self.policy.hidden(batch)
         stats = self.policy.token_logps(batch, hidden)
         outcomes = self._outcomes(batch.rewards, batch.advantages)
-        terms = self.objective(stats.logps, batch.anchor_logps, *outcomes)
+        terms = self.objective(stats.logps, batch.anchor_logps, batch.mask, *outcomes)
+        self._check_shape(terms, batch.mask)
         values = {
             "entropy": stats.entropy,
             "logp": stats.logps,
@@ -67,7 +68,7 @@ class ExtremeRegionModule(PolicyModule):
         }
         if self.kl_coef > 0:
             kl = self.policy.divergence(self.frozen("base"), batch, hidden).kl
-            terms = terms + self.kl_coef * kl
+            terms = terms + self.kl_coef * self._share(kl, batch)
             values["kl"] = kl
         return terms, values
 
@@ -79,6 +80,21 @@ class ExtremeRegionModule(PolicyModule):
     def on_fit_end(self) -> None:
         """Free the base policy."""
         self.release_frozen()
+
+    def _share(self, kl: Tensor, batch: RolloutBatch) -> Tensor:
+        """The KL `(B, T)` in such terms as the objective's, so that the loss has its mean over the step's tokens."""
+        if self.objective.per == "token":
+            return kl
+        return kl.sum(-1) * (batch.step_responses / batch.step_tokens)
+
+    def _check_shape(self, terms: Tensor, mask: Tensor) -> None:
+        per = self.objective.per
+        expected = mask.shape if per == "token" else mask.shape[:1]
+        if terms.shape != expected:
+            raise UserError(
+                f"extreme_region.objective: {type(self.objective).__name__} gave terms of shape {tuple(terms.shape)}; "
+                f"with per = {per!r} they must be {tuple(expected)}"
+            )
 
     def _outcomes(self, rewards: Tensor, advantages: Tensor) -> tuple[Tensor, Tensor]:
         return (rewards, advantages) if self.sign == 1 else flip(rewards, advantages)

@@ -114,7 +114,10 @@ class PolicyModule(LightningModule):
         raise NotImplementedError
 
     def terms(self, batch: RolloutBatch) -> tuple[Tensor, dict[str, Tensor]]:
-        """Terms of the loss `(B, T)`, and further `(B, T)` values whose token means are logged."""
+        """Terms of the loss, and further `(B, T)` values whose token means are logged.
+
+        Terms of tokens are `(B, T)` and of responses `(B,)`; what is outside the mask does not count.
+        """
         raise NotImplementedError
 
     # Building.
@@ -156,16 +159,20 @@ class PolicyModule(LightningModule):
             "lr_scheduler": {"scheduler": scheduler, "interval": "step"},
         }
 
-    # Training: sums of micro-batches, divided once by the tokens of the whole optimiser step.
+    # Training: sums of micro-batches, divided once by the tokens or responses of the whole optimiser step.
 
     def training_step(self, batch: RolloutBatch, batch_idx: int) -> Tensor:
-        """The micro-batch's share of the step's loss, nats per response token.
+        """The micro-batch's share of the step's loss, per response token or per response of the step.
 
-        Lightning divides by the micro-batches of a step and averages gradients over ranks; both are undone
-        here, so that the gradient is that of the sum over the step divided by its tokens, however it was cut.
+        Lightning divides by the micro-batches of a step and averages gradients over ranks; both are undone here,
+        so that the gradient is that of the sum over the step divided by its tokens or responses, however it was
+        cut. A filler counts as neither.
         """
         terms, values = self.terms(batch)
-        loss = masked_sum(terms, batch.mask) / batch.step_tokens
+        if terms.dim() == 1:
+            loss = masked_sum(terms, batch.mask.any(-1)) / batch.step_responses
+        else:
+            loss = masked_sum(terms, batch.mask) / batch.step_tokens
         self._note(batch, loss, values)
         return loss * (self.trainer.accumulate_grad_batches * self._data_parallel_size)
 

@@ -24,6 +24,7 @@ from erpd_lightning.data.verifiers import Verifier
 from erpd_lightning.distill import DistillModule
 from erpd_lightning.extreme_region import ExtremeRegionModule
 from erpd_lightning.objectives.extreme import CrossEntropy
+from erpd_lightning.objectives.regression import SquaredError
 from erpd_lightning.policy_module import PolicyModule, TrainingDiverged
 
 STILL: dict[str, Any] = {"learning_rate": 1e-30, "warmup_steps": 0}
@@ -36,6 +37,9 @@ MODULES: dict[str, Callable[[Path], PolicyModule]] = {
     ),
     "unlearned": lambda folder: ExtremeRegionModule(folder / "base", sign=-1, **STILL),
     "cross-entropy": lambda folder: ExtremeRegionModule(folder / "base", objective=CrossEntropy(), **STILL),
+    "a term a response with kl": lambda folder: ExtremeRegionModule(
+        folder / "teacher", references={"base": str(folder / "base")}, objective=SquaredError(), kl_coef=30, **STILL
+    ),
     "distill": lambda folder: DistillModule(folder / "base", kl_budget=0.05, **STILL),
 }
 

@@ -151,6 +151,76 @@ def sapo_gradient(
     return result
 
 
+def clip(x: float, low: float, high: float) -> float:
+    return low if x < low else high if x > high else x
+
+
+def ppo_terms(
+    logps: Any, anchor: Any, advantages: Any, low: float, high: float, dual: float | None = None
+) -> Array:
+    logps, anchor, advantages = array(logps), array(anchor), array(advantages)
+    result = np.zeros_like(logps)
+    for b, t in np.ndindex(*logps.shape):
+        ratio, advantage = math.exp(logps[b, t] - anchor[b, t]), advantages[b]
+        gain = min(ratio * advantage, clip(ratio, 1 - low, 1 + high) * advantage)
+        if dual is not None and advantage < 0:
+            gain = max(gain, dual * advantage)
+        result[b, t] = -gain
+    return result
+
+
+def ppo_gradient(
+    logps: Any, anchor: Any, advantages: Any, low: float, high: float, dual: float | None = None
+) -> Array:
+    """`d term / d logp`: `-r A` where the ratio may still move the term, else 0."""
+    logps, anchor, advantages = array(logps), array(anchor), array(advantages)
+    result = np.zeros_like(logps)
+    for b, t in np.ndindex(*logps.shape):
+        ratio, advantage = math.exp(logps[b, t] - anchor[b, t]), advantages[b]
+        moves = ratio < 1 + high if advantage > 0 else 1 - low < ratio < (math.inf if dual is None else dual)
+        if moves:
+            result[b, t] = -ratio * advantage
+    return result
+
+
+def gspo_terms(logps: Any, anchor: Any, mask: Any, advantages: Any, low: float, high: float) -> Array:
+    logps, anchor, mask, advantages = array(logps), array(anchor), np.asarray(mask), array(advantages)
+    result = np.zeros(len(logps))
+    for b in range(len(logps)):
+        ratios = [logps[b, t] - anchor[b, t] for t in range(logps.shape[1]) if mask[b, t]]
+        ratio = math.exp(sum(ratios) / len(ratios))
+        result[b] = -min(ratio * advantages[b], clip(ratio, 1 - low, 1 + high) * advantages[b])
+    return result
+
+
+def gspo_gradient(logps: Any, anchor: Any, mask: Any, advantages: Any, low: float, high: float) -> Array:
+    """`d term / d logp_t = -s A / T` where the response is not clipped."""
+    logps, anchor, mask, advantages = array(logps), array(anchor), np.asarray(mask), array(advantages)
+    result = np.zeros_like(logps)
+    for b in range(len(logps)):
+        tokens = [t for t in range(logps.shape[1]) if mask[b, t]]
+        ratio = math.exp(sum(logps[b, t] - anchor[b, t] for t in tokens) / len(tokens))
+        if ratio < 1 + high if advantages[b] > 0 else ratio > 1 - low:
+            for t in tokens:
+                result[b, t] = -ratio * advantages[b] / len(tokens)
+    return result
+
+
+def squared_errors(log_ratio: Any, mask: Any, advantages: Any, level: str, beta: float) -> Array:
+    """Per token `(B, T)`, or per response `(B,)`."""
+    log_ratio, mask, advantages = array(log_ratio), np.asarray(mask), array(advantages)
+    if level == "token":
+        result = np.zeros_like(log_ratio)
+        for b, t in np.ndindex(*log_ratio.shape):
+            result[b, t] = (beta * log_ratio[b, t] - advantages[b]) ** 2
+        return result
+    result = np.zeros(len(log_ratio))
+    for b in range(len(log_ratio)):
+        total = sum(log_ratio[b, t] for t in range(log_ratio.shape[1]) if mask[b, t])
+        result[b] = (beta * total - advantages[b]) ** 2
+    return result
+
+
 # --- signal, tilt, budget -------------------------------------------------------------------
 
 

@@ -38,7 +38,9 @@ from erpd_lightning.distill import MAX_CORRECTION, DistillModule
 from erpd_lightning.errors import UserError
 from erpd_lightning.extreme_region import ExtremeRegionModule
 from erpd_lightning.line import MOST
-from erpd_lightning.objectives.extreme import SAPO, CrossEntropy
+from erpd_lightning.objectives.clipped import GSPO
+from erpd_lightning.objectives.extreme import SAPO, CrossEntropy, ExtremeObjective
+from erpd_lightning.objectives.regression import SquaredError
 from erpd_lightning.objectives.signal import Signal, Term
 from erpd_lightning.policy import load_policy, policy_fingerprint
 from erpd_lightning.policy_module import PolicyModule, TrainingDiverged
@@ -230,6 +232,73 @@ def test_cross_entropy_with_the_sign_flipped_learns_wrong_responses(
     expected = -torch.cat([sampled_logps(model, row) for row in rows if row["reward"] == 0]).mean()
     assert loss == pytest.approx(expected.item(), rel=1e-5)
     assert_same_gradients(gradients, gradients_of(model, expected))
+
+
+def own_squared_error(model: Any, rows: list[dict[str, Any]], advantages: list[float], beta: float) -> Tensor:
+    """The mean over responses, whatever their lengths."""
+    total = torch.zeros(())
+    for row, advantage in zip(rows, advantages, strict=True):
+        log_ratio = (sampled_logps(model, row) - torch.tensor(row["logps"])).sum()
+        total = total + (beta * log_ratio - advantage) ** 2
+    return total / len(rows)
+
+
+@pytest.mark.parametrize("max_tokens", [10_000, 40])
+@pytest.mark.parametrize("kl_coef", [0.0, 30.0])
+@pytest.mark.parametrize("sign", [1, -1])
+def test_terms_of_responses_are_divided_by_the_responses_of_the_step(
+    scored: Path, policies: dict[str, Path], rows: list[dict[str, Any]], max_tokens: int, kl_coef: float, sign: int
+) -> None:
+    """And a KL term stays one of nats per token beside them."""
+    module = ExtremeRegionModule(
+        policies["student"],
+        objective=SquaredError(beta=0.2),
+        sign=sign,
+        kl_coef=kl_coef,
+        references={"base": str(policies["base"])},
+    )
+    gradients, loss = first_step(module, make_data(scored, policies, max_tokens=max_tokens))
+    model = make_model(seed=3)
+    advantages = [sign * advantage for advantage in own_advantages(rows)]
+    expected = own_squared_error(model, rows, advantages, beta=0.2)
+    expected = expected + kl_coef * own_kl(model, make_model(seed=0), rows)
+    assert loss == pytest.approx(expected.item(), rel=1e-5)
+    assert_same_gradients(gradients, gradients_of(model, expected))
+
+
+@pytest.mark.parametrize("fillers", [0, 3])
+def test_rows_that_fill_up_a_batch_have_no_share(
+    scored: Path, policies: dict[str, Path], rows: list[dict[str, Any]], fillers: int
+) -> None:
+    data = make_data(scored, policies)
+    module = ExtremeRegionModule(policies["student"], objective=GSPO())
+    module.trainer = fake_trainer(module)
+    data.trainer = fake_trainer(module)
+    (batch,) = data.train_dataloader()
+    assert batch.step_responses == len(rows)
+    module.configure_model()
+    expected = module.training_step(batch, 0)
+    batch.mask[:fillers] = False
+    terms, _ = module.terms(batch)
+    assert (terms[:fillers] != 0).all()
+    assert module.training_step(batch, 0).item() == pytest.approx(float(terms[fillers:].sum()) / len(rows))
+    assert fillers == 0 or module.training_step(batch, 0) != expected
+
+
+class Misshapen(ExtremeObjective):
+    """Says one thing and gives another."""
+
+    def select(self, rewards: Tensor, advantages: Tensor) -> Tensor:
+        return advantages != 0
+
+    def __call__(self, logps: Tensor, *_: Tensor) -> Tensor:
+        return -logps.sum(-1)
+
+
+def test_terms_of_another_shape_than_announced(scored: Path, policies: dict[str, Path]) -> None:
+    module = ExtremeRegionModule(policies["base"], objective=Misshapen())
+    with pytest.raises(UserError, match=r"Misshapen gave terms of shape \(\d+,\); with per = 'token' they must be"):
+        make_trainer(max_steps=1).fit(module, datamodule=make_data(scored, policies))
 
 
 class LearningRates(Callback):

@@ -1,35 +1,54 @@
 """Objectives of both stages: pure tensor functions, and thin classes that carry their settings."""
 
 from .advantages import group_advantages
+from .clipped import CISPO, GSPO, PPOClip, cispo_terms, gspo_terms, ppo_terms
 from .distillation import DistillObjective, TiltedTarget, kl_to_target
 from .divergences import entropy, exact_kl
-from .extreme import SAPO, CrossEntropy, ExtremeObjective, cross_entropy_terms, flip, sapo_terms
+from .extreme import (
+    SAPO,
+    AdvantageObjective,
+    CrossEntropy,
+    ExtremeObjective,
+    cross_entropy_terms,
+    flip,
+    sapo_terms,
+)
 from .reduction import masked_mean, masked_sum
+from .regression import SquaredError, squared_error_terms
 from .signal import Signal, Term
 from .tilt import LOG_ZERO, BetaSolution, UnreachableBudget, solve_beta, tilt, tilted_kl
 
 # The function `tilt` hides the module of that name here; `from .tilt import ...` finds both.
 __all__ = [
+    "CISPO",
+    "GSPO",
     "LOG_ZERO",
     "SAPO",
+    "AdvantageObjective",
     "BetaSolution",
     "CrossEntropy",
     "DistillObjective",
     "ExtremeObjective",
+    "PPOClip",
     "Signal",
+    "SquaredError",
     "Term",
     "TiltedTarget",
     "UnreachableBudget",
+    "cispo_terms",
     "cross_entropy_terms",
     "entropy",
     "exact_kl",
     "flip",
     "group_advantages",
+    "gspo_terms",
     "kl_to_target",
     "masked_mean",
     "masked_sum",
+    "ppo_terms",
     "sapo_terms",
     "solve_beta",
+    "squared_error_terms",
     "tilt",
     "tilted_kl",
 ]

@@ -1,11 +1,12 @@
 """Objectives of the extreme region stage: many epochs on fixed rollouts under a weak constraint.
 
-The terms are per token and unmasked. The caller masks and sums them, and divides once by the number
-of valid tokens of the whole optimiser step.
+The terms are per token or per response. The caller leaves out padding and fillers, sums the rest, and
+divides once by the number of response tokens, or of responses, of the whole optimiser step.
 """
 
 import math
 from abc import ABC, abstractmethod
+from typing import Literal
 
 import torch
 from torch import Tensor
@@ -59,9 +60,12 @@ class ExtremeObjective(ABC):
 
     Attributes:
         needs_groups: Whether it compares the responses to one prompt, so that one alone tells it nothing.
+        per: What there is one term of, and what their sum is divided by: the response tokens of the whole
+            optimiser step, or its responses.
     """
 
     needs_groups: bool = True
+    per: Literal["token", "response"] = "token"
 
     @abstractmethod
     def select(self, rewards: Tensor, advantages: Tensor) -> Tensor:
@@ -69,19 +73,31 @@ class ExtremeObjective(ABC):
 
     @abstractmethod
     def __call__(
-        self, logps: Tensor, anchor_logps: Tensor, rewards: Tensor, advantages: Tensor
+        self, logps: Tensor, anchor_logps: Tensor, mask: Tensor, rewards: Tensor, advantages: Tensor
     ) -> Tensor:
-        """Terms to minimise, `(B, T)` and unmasked.
+        """Terms to minimise: `(B, T)` where `per` is `token`, `(B,)` where it is `response`.
+
+        What terms of tokens hold outside the mask, and terms of responses where a row's mask is all False, does
+        not count. A term of a response must not depend on what its tokens hold outside the mask.
 
         Args:
             logps: `(B, T)` of the policy that is trained, in nats.
             anchor_logps: `(B, T)` of the policy the importance ratio refers to, in nats.
+            mask: `(B, T)` bool, True on response tokens; all False in a row that only fills up the batch.
             rewards: `(B,)`.
             advantages: `(B,)`.
         """
 
 
-class SAPO(ExtremeObjective):
+class AdvantageObjective(ExtremeObjective):
+    """An objective that learns from advantages: those with none have nothing to say to it."""
+
+    def select(self, rewards: Tensor, advantages: Tensor) -> Tensor:
+        """Responses with an advantage: bool `(N,)`."""
+        return advantages != 0
+
+
+class SAPO(AdvantageObjective):
     """Soft adaptive policy optimisation (arXiv 2511.20347); see `sapo_terms`.
 
     Args:
@@ -99,12 +115,8 @@ class SAPO(ExtremeObjective):
         self.tau_positive = tau_positive
         self.tau_negative = tau_negative
 
-    def select(self, rewards: Tensor, advantages: Tensor) -> Tensor:
-        """Responses with an advantage: bool `(N,)`."""
-        return advantages != 0
-
     def __call__(
-        self, logps: Tensor, anchor_logps: Tensor, rewards: Tensor, advantages: Tensor
+        self, logps: Tensor, anchor_logps: Tensor, mask: Tensor, rewards: Tensor, advantages: Tensor
     ) -> Tensor:
         """`sapo_terms`; the rewards count only through the advantages."""
         return sapo_terms(
@@ -126,7 +138,7 @@ class CrossEntropy(ExtremeObjective):
         return rewards == 1
 
     def __call__(
-        self, logps: Tensor, anchor_logps: Tensor, rewards: Tensor, advantages: Tensor
+        self, logps: Tensor, anchor_logps: Tensor, mask: Tensor, rewards: Tensor, advantages: Tensor
     ) -> Tensor:
         """`cross_entropy_terms` on the rows with reward 1, and 0 on the others."""
         return torch.where((rewards == 1)[:, None], cross_entropy_terms(logps), 0.0)

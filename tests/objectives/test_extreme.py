@@ -8,9 +8,13 @@ from reference import grad
 from torch import Tensor
 
 from erpd_lightning.objectives import (
+    CISPO,
+    GSPO,
     SAPO,
     CrossEntropy,
     ExtremeObjective,
+    PPOClip,
+    SquaredError,
     cross_entropy_terms,
     flip,
     masked_mean,
@@ -20,6 +24,21 @@ from erpd_lightning.objectives import (
 
 Reduce = Callable[[Tensor, Tensor], Tensor]
 INF = float("inf")
+EVERYWHERE = torch.ones(5, 4, dtype=torch.bool)
+
+OBJECTIVES = [
+    SAPO(),
+    CrossEntropy(),
+    PPOClip(),
+    PPOClip(0.2, 0.28, dual_clip=3.0),
+    GSPO(0.2, 0.3),
+    CISPO(),
+    SquaredError("sequence"),
+    SquaredError("token"),
+    SquaredError("sequence", reference=None),
+    SquaredError("token", reference=None),
+]
+every_objective = pytest.mark.parametrize("objective", OBJECTIVES, ids=lambda o: f"{type(o).__name__}-{o.per}")
 
 
 def some_batch(dtype: torch.dtype = torch.float64) -> tuple[Tensor, Tensor, Tensor]:
@@ -148,7 +167,7 @@ def test_sapo_class_is_the_function() -> None:
     rewards = torch.tensor([1.0, 0.0, 1.0, 0.0, 1.0]).double()
     for objective, taus in [(SAPO(), (1.0, 1.05)), (SAPO(0.5, 2.0), (0.5, 2.0))]:
         assert isinstance(objective, ExtremeObjective)
-        result = objective(logps, anchor, rewards, advantages)
+        result = objective(logps, anchor, EVERYWHERE, rewards, advantages)
         expected = reference.sapo_terms(logps, anchor, advantages, *taus)
         assert result.numpy() == pytest.approx(expected, abs=1e-12)
 
@@ -178,7 +197,7 @@ def test_cross_entropy_class() -> None:
 
     logps = torch.tensor([[-1.0, -2.0], [-3.0, -INF], [-4.0, -5.0], [-0.5, -1e4]])
     logps.requires_grad_()
-    terms = objective(logps, torch.zeros(4, 2), rewards, advantages)
+    terms = objective(logps, torch.zeros(4, 2), torch.ones(4, 2).bool(), rewards, advantages)
     assert terms.tolist() == [[1.0, 2.0], [0.0, 0.0], [0.0, 0.0], [0.5, 1e4]]
     terms.sum().backward()
     assert grad(logps).tolist() == [[-1.0, -1.0], [0.0, 0.0], [0.0, 0.0], [-1.0, -1.0]]
@@ -189,7 +208,7 @@ def test_cross_entropy_gradcheck() -> None:
     rewards = torch.tensor([1.0, 0.0, 1.0, 0.0, 1.0]).double()
     logps.requires_grad_()
     objective = CrossEntropy()
-    assert torch.autograd.gradcheck(lambda x: objective(x, anchor, rewards, advantages), logps)
+    assert torch.autograd.gradcheck(lambda x: objective(x, anchor, EVERYWHERE, rewards, advantages), logps)
 
 
 def test_flip_turns_right_into_wrong() -> None:
@@ -210,7 +229,7 @@ def test_flipped_sapo_descends_where_sapo_ascends() -> None:
     """Flipping also exchanges the temperatures: the term of -A, not minus the term of A."""
     logps, anchor, advantages = some_batch()
     rewards = torch.zeros(5).double()
-    flipped = SAPO()(logps, anchor, *flip(rewards, advantages))
+    flipped = SAPO()(logps, anchor, EVERYWHERE, *flip(rewards, advantages))
     assert flipped.numpy() == pytest.approx(
         reference.sapo_terms(logps, anchor, -advantages), abs=1e-12
     )
@@ -223,11 +242,16 @@ def test_the_objective_is_abstract_in_both_methods() -> None:
 
 
 def test_only_what_lives_on_advantages_needs_groups() -> None:
-    assert SAPO().needs_groups
-    assert not CrossEntropy().needs_groups
+    alone = [type(objective) for objective in OBJECTIVES if not objective.needs_groups]
+    assert alone == [CrossEntropy]
 
 
-@pytest.mark.parametrize("objective", [SAPO(), CrossEntropy()], ids=["sapo", "cross_entropy"])
+def own_mask(objective: ExtremeObjective, mask: Tensor) -> Tensor:
+    """What the sum over an objective's terms takes in."""
+    return mask if objective.per == "token" else mask.any(-1)
+
+
+@every_objective
 @pytest.mark.parametrize("reduce", [masked_sum, masked_mean])
 @pytest.mark.parametrize("garbage", [0.0, 1e4, -1e4, -INF, float("nan")])
 def test_padding_changes_neither_loss_nor_gradient(
@@ -239,8 +263,10 @@ def test_padding_changes_neither_loss_nor_gradient(
 
     def run(logps: Tensor, anchor: Tensor, mask: Tensor) -> tuple[Tensor, Tensor]:
         logps = logps.clone().requires_grad_()
-        loss = reduce(objective(logps, anchor, rewards, advantages), mask)
+        terms = objective(logps, anchor, mask, rewards, advantages)
+        loss = reduce(terms, own_mask(objective, mask))
         loss.backward()
+        assert (grad(logps)[~mask] == 0).all()
         return loss, grad(logps)[:, :4][mask[:, :4]]
 
     loss, gradient = run(logps, anchor, mask)
@@ -252,14 +278,61 @@ def test_padding_changes_neither_loss_nor_gradient(
     torch.testing.assert_close(padded_gradient, gradient, rtol=1e-12, atol=0)
 
 
-@pytest.mark.parametrize("objective", [SAPO(), CrossEntropy()], ids=["sapo", "cross_entropy"])
+@every_objective
 @pytest.mark.parametrize("responses", [0, 2])
 def test_empty_mask_is_zero_and_runs_backward(objective: ExtremeObjective, responses: int) -> None:
     logps = torch.randn(responses, 3, requires_grad=True)
-    terms = objective(
-        logps, torch.zeros(responses, 3), torch.ones(responses), torch.ones(responses)
-    )
-    loss = masked_mean(terms, torch.zeros(responses, 3, dtype=torch.bool))
+    mask, ones = torch.zeros(responses, 3, dtype=torch.bool), torch.ones(responses)
+    terms = objective(logps, torch.zeros(responses, 3), mask, ones, ones)
+    assert terms.shape == own_mask(objective, mask).shape
+    loss = masked_mean(terms, own_mask(objective, mask))
     assert loss.item() == 0.0
     loss.backward()
     assert torch.equal(grad(logps), torch.zeros(responses, 3))
+
+
+@every_objective
+def test_terms_are_per_token_or_per_response(objective: ExtremeObjective) -> None:
+    logps, anchor, advantages = some_batch()
+    terms = objective(logps, anchor, EVERYWHERE, torch.ones(5).double(), advantages)
+    assert terms.shape == ((5, 4) if objective.per == "token" else (5,))
+    assert terms.dtype == torch.float64
+
+
+@pytest.mark.parametrize("objective", [o for o in OBJECTIVES if o.needs_groups], ids=lambda o: type(o).__name__)
+def test_what_lives_on_advantages_is_the_objective_of_the_negative_advantage_when_flipped(
+    objective: ExtremeObjective,
+) -> None:
+    """At the anchor, one step of the unlearned policy undoes one of the teacher."""
+    _, anchor, advantages = some_batch()
+    selected = objective.select(torch.ones(5), torch.tensor([1.5, 0.0, -0.5, 0.0, 2.0]))
+    assert selected.tolist() == [True, False, True, False, True]
+    gradients = []
+    for outcomes in [(torch.ones(5), advantages), flip(torch.ones(5), advantages)]:
+        logps = anchor.clone().requires_grad_()
+        objective(logps, anchor, EVERYWHERE, *outcomes).sum().backward()
+        gradients.append(grad(logps))
+    if getattr(objective, "reference", "base") == "base":
+        torch.testing.assert_close(gradients[1], -gradients[0])
+    rising = gradients[0] < gradients[1]
+    assert torch.equal(rising, (advantages > 0)[:, None].expand(5, 4))
+
+
+@pytest.mark.parametrize("objective", [o for o in OBJECTIVES if o.needs_groups], ids=lambda o: type(o).__name__)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("advantage", [2.0, -2.0])
+@pytest.mark.parametrize(
+    ("logp", "anchor"), [(0.0, -INF), (-INF, 0.0), (1e4, -1e4), (-1e4, 0.0), (0.0, -89.0), (0.0, -29.0), (-90.0, 0.0)]
+)
+def test_infinite_log_ratios_stay_finite(
+    objective: ExtremeObjective, logp: float, anchor: float, advantage: float, dtype: torch.dtype
+) -> None:
+    # Among ordinary tokens of the same response.
+    logps = torch.tensor([[logp, -1.0], [-1.0, logp]], dtype=dtype, requires_grad=True)
+    anchors = torch.tensor([[anchor, -1.5], [-1.5, anchor]], dtype=dtype)
+    advantages = torch.tensor([advantage, -advantage], dtype=dtype)
+    terms = objective(logps, anchors, torch.ones(2, 2).bool(), torch.ones(2), advantages)
+    terms.sum().backward()
+    assert torch.isfinite(terms).all()
+    assert torch.isfinite(grad(logps)).all()
+    assert torch.isfinite(grad(logps).norm())
