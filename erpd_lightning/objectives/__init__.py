@@ -3,7 +3,7 @@
 from .advantages import group_advantages
 from .clipped import CISPO, GSPO, PPOClip, cispo_terms, gspo_terms, ppo_terms
 from .distillation import DistillObjective, TiltedTarget, kl_to_target
-from .divergences import entropy, exact_kl
+from .divergences import check_kl_loss, entropy, exact_kl, kl_loss, kl_value
 from .extreme import (
     SAPO,
     AdvantageObjective,
@@ -35,6 +35,7 @@ __all__ = [
     "Term",
     "TiltedTarget",
     "UnreachableBudget",
+    "check_kl_loss",
     "cispo_terms",
     "cross_entropy_terms",
     "entropy",
@@ -42,7 +43,9 @@ __all__ = [
     "flip",
     "group_advantages",
     "gspo_terms",
+    "kl_loss",
     "kl_to_target",
+    "kl_value",
     "masked_mean",
     "masked_sum",
     "ppo_terms",
