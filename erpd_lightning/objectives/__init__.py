@@ -16,7 +16,17 @@ from .extreme import (
 from .reduction import masked_mean, masked_sum
 from .regression import SquaredError, squared_error_terms
 from .signal import Signal, Term
-from .tilt import LOG_ZERO, BetaSolution, UnreachableBudget, solve_beta, tilt, tilted_kl
+from .tilt import (
+    LOG_ZERO,
+    BetaSolution,
+    TwoAnchorSolution,
+    UnreachableBudget,
+    solve_beta,
+    solve_two_anchors,
+    tilt,
+    tilt_two_anchors,
+    tilted_kl,
+)
 
 # The function `tilt` hides the module of that name here; `from .tilt import ...` finds both.
 __all__ = [
@@ -34,6 +44,7 @@ __all__ = [
     "SquaredError",
     "Term",
     "TiltedTarget",
+    "TwoAnchorSolution",
     "UnreachableBudget",
     "check_kl_loss",
     "cispo_terms",
@@ -51,7 +62,9 @@ __all__ = [
     "ppo_terms",
     "sapo_terms",
     "solve_beta",
+    "solve_two_anchors",
     "squared_error_terms",
     "tilt",
+    "tilt_two_anchors",
     "tilted_kl",
 ]
