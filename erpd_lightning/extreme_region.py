@@ -1,12 +1,14 @@
 """Stage 1: optimise long and weakly constrained on one fixed set of rollouts."""
 
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
+import torch
 from torch import Tensor
 
 from .data.batching import RolloutBatch
 from .errors import UserError
+from .objectives.divergences import Direction, check_kl_loss, kl_loss, kl_value
 from .objectives.extreme import SAPO, ExtremeObjective, flip
 from .policy_module import PolicyModule
 
@@ -18,12 +20,17 @@ class ExtremeRegionModule(PolicyModule):
         policy: Folder or hub name of the causal language model to start from.
         objective: What is minimised on the stored rollouts.
         sign: 1 for a teacher; -1 for the unlearned policy, for which what was right counts as wrong.
-        kl_coef: Weight of `KL(policy || base)`, exact over the vocabulary on the stored states, in the loss; 0
-            for no constraint. It takes a second policy into memory.
+        kl_coef: Weight of a KL to the base policy on the stored states in the loss, in nats per token; 0 for no
+            constraint.
+        kl_direction: `reverse` for `KL(policy || base)`, which keeps the policy from what the base policy would not
+            say, or `forward` for `KL(base || policy)`, which keeps it able to say what that would.
+        kl_estimator: `exact` over the vocabulary, which takes the base policy into memory, or from the stored tokens
+            and the sampler's log-probs alone, which vary more: `k2` for `reverse`, `k1` or `k3` for `forward`. What
+            they constrain to is the sampler as it sampled, temperature and all.
         **kwargs: Arguments of `PolicyModule`.
 
     Raises:
-        UserError: For a sign or a coefficient out of range.
+        UserError: For a sign or a coefficient out of range, or an estimator whose gradient is not that of the KL.
     """
 
     def __init__(
@@ -32,6 +39,8 @@ class ExtremeRegionModule(PolicyModule):
         objective: ExtremeObjective | None = None,
         sign: int = 1,
         kl_coef: float = 0.0,
+        kl_direction: Direction = "reverse",
+        kl_estimator: Literal["exact", "k1", "k2", "k3"] = "exact",
         **kwargs: Any,
     ) -> None:
         super().__init__(policy, **kwargs)
@@ -39,11 +48,17 @@ class ExtremeRegionModule(PolicyModule):
             raise UserError(f"extreme_region.sign is {sign}: it must be 1 or -1")
         if not 0 <= kl_coef < float("inf"):
             raise UserError(f"extreme_region.kl_coef is {kl_coef}: it must be at least 0")
-        if kl_coef > 0 and "base" not in self.references:
+        try:
+            check_kl_loss(kl_direction, kl_estimator)
+        except ValueError as error:
+            raise UserError(f"extreme_region.kl_estimator: {error}") from error
+        if kl_coef > 0 and kl_estimator == "exact" and "base" not in self.references:
             raise UserError("extreme_region.kl_coef needs the reference `base` to measure the KL to")
         self.objective = objective or SAPO()
         self.sign = sign
         self.kl_coef = kl_coef
+        self.kl_direction = kl_direction
+        self.kl_estimator = kl_estimator
 
     @property
     def needs_groups(self) -> bool:  # type: ignore[override]
@@ -67,25 +82,35 @@ class ExtremeRegionModule(PolicyModule):
             "log_ratio": stats.logps - batch.anchor_logps,
         }
         if self.kl_coef > 0:
-            kl = self.policy.divergence(self.frozen("base"), batch, hidden).kl
+            kl, values["kl"] = self._kl(batch, hidden, stats.logps)
             terms = terms + self.kl_coef * self._share(kl, batch)
-            values["kl"] = kl
         return terms, values
 
     def on_validation_end(self) -> None:
         """Keep the base policy where the loss needs it."""
-        if self.kl_coef == 0:
+        if self.kl_coef == 0 or self.kl_estimator != "exact":
             self.release_frozen()
 
     def on_fit_end(self) -> None:
         """Free the base policy."""
         self.release_frozen()
 
+    def _kl(self, batch: RolloutBatch, hidden: Tensor, logps: Tensor) -> tuple[Tensor, Tensor]:
+        """The KL to the base policy as a loss, and as a value to log: `(B, T)` each, in nats."""
+        direction, base = self.kl_direction, batch.anchor_logps
+        if self.kl_estimator == "exact":
+            kl = self.policy.divergence(self.frozen("base"), batch, hidden, direction).kl
+            return kl, kl
+        loss = kl_loss(logps, base, direction=direction, estimator=self.kl_estimator, log_sampler=base)
+        # Of the values, k3 is the one whose mean is exact and that is never negative.
+        pair = (logps, base) if direction == "reverse" else (base, logps)
+        return loss, kl_value(*pair, "k3", log_sampler=base)
+
     def _share(self, kl: Tensor, batch: RolloutBatch) -> Tensor:
         """The KL `(B, T)` in such terms as the objective's, so that the loss has its mean over the step's tokens."""
         if self.objective.per == "token":
             return kl
-        return kl.sum(-1) * (batch.step_responses / batch.step_tokens)
+        return torch.where(batch.mask, kl, 0.0).sum(-1) * (batch.step_responses / batch.step_tokens)
 
     def _check_shape(self, terms: Tensor, mask: Tensor) -> None:
         per = self.objective.per

@@ -14,7 +14,7 @@ from torch import Tensor
 from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
-from .objectives.divergences import entropy, exact_kl
+from .objectives.divergences import Direction, entropy, exact_kl
 from .objectives.tilt import LOG_ZERO
 
 # 128 MiB in float32; a handful of such tensors live at a time.
@@ -29,7 +29,7 @@ class TokenStats(NamedTuple):
 
 
 class Divergence(NamedTuple):
-    """Per token, `(N,)` each, in nats: `KL(p || q)`, and entropy of p (detached)."""
+    """Per token, `(N,)` each, in nats: KL of p and q, and entropy of p (detached)."""
 
     kl: Tensor
     entropy: Tensor
@@ -174,17 +174,19 @@ def divergence(
     head_q: Head,
     hidden_q: Tensor,
     *,
+    direction: Direction = "reverse",
     max_logits: int = MAX_LOGITS,
 ) -> Divergence:
-    """`KL(p || q)` exactly over the vocabulary, and the entropy of p (detached).
+    """`KL(p || q)`, or `KL(q || p)`, exactly over the vocabulary, and the entropy of p (detached).
 
-    Gradients reach p alone.
+    Gradients reach p alone, in either direction.
 
     Args:
         head_p: Head of policy p.
         hidden_p: `(N, D_p)` hidden states of policy p.
         head_q: Head of policy q, over the same vocabulary.
         hidden_q: `(N, D_q)` hidden states of policy q, for the same tokens.
+        direction: `reverse` for `KL(p || q)`, `forward` for `KL(q || p)`.
         max_logits: Logits of each policy that may live at a time.
     """
 
@@ -192,7 +194,8 @@ def divergence(
         with torch.no_grad():
             logq = head_q.logps(hidden_q)
         logp = head_p.logps(hidden_p)
-        return exact_kl(logp, logq), entropy(logp.detach())
+        kl = exact_kl(logp, logq) if direction == "reverse" else exact_kl(logq, logp)
+        return kl, entropy(logp.detach())
 
     return Divergence(*_chunked(measure, head_p, max_logits, hidden_p, hidden_q))
 

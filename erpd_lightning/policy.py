@@ -21,6 +21,7 @@ from .head import (
     support_logps,
     token_logps,
 )
+from .objectives.divergences import Direction
 
 POLICY_FILES = ("*.safetensors", "*.json", "*.model", "*.txt", "*.jinja")
 
@@ -78,16 +79,23 @@ class Policy(nn.Module):
         return aligned
 
     def divergence(
-        self, reference: "Policy", batch: RolloutBatch, hidden: Tensor | None = None
+        self,
+        reference: "Policy",
+        batch: RolloutBatch,
+        hidden: Tensor | None = None,
+        direction: Direction = "reverse",
     ) -> Divergence:
         """`KL(self || reference)`, exact over the vocabulary, and own entropy: `(B, T)`, nats.
 
-        Differentiable in this policy; the reference gets no gradient.
+        With direction `forward` it is `KL(reference || self)`. Differentiable in this policy in both; the reference
+        gets no gradient.
         """
         hidden = self.hidden(batch) if hidden is None else hidden
         with torch.no_grad():
             other = reference.hidden(batch)
-        found = divergence(self.head, hidden, reference.head, other, max_logits=self.max_logits)
+        found = divergence(
+            self.head, hidden, reference.head, other, direction=direction, max_logits=self.max_logits
+        )
         return Divergence(align(found.kl, batch.mask), align(found.entropy, batch.mask))
 
     @property

@@ -248,6 +248,19 @@ def tilt(base: Any, signal: Any, beta: float, log_zero: float = -100.0) -> Array
     return result
 
 
+def two_anchors(base: Any, first: Any, signal: Any, beta_base: float, beta_first: float) -> Array:
+    """`log((p^b q^c)^(1/(b+c)) e^{s/(b+c)} / Z)` of each row."""
+    base, first, signal = array(base), array(first), array(signal)
+    total, result = beta_base + beta_first, np.zeros_like(base)
+    for index in np.ndindex(*base.shape[:-1]):
+        exponents = [
+            (beta_base * base[(*index, k)] + beta_first * first[(*index, k)] + signal[(*index, k)]) / total
+            for k in range(base.shape[-1])
+        ]
+        result[index] = log_softmax(exponents)
+    return result
+
+
 def tilted_kl(base: Any, signal: Any, beta: float) -> Array:
     return kl(tilt(base, signal, beta), base)
 

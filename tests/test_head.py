@@ -23,6 +23,7 @@ from erpd_lightning.head import (
     support_logps,
     token_logps,
 )
+from erpd_lightning.objectives.divergences import Direction
 from erpd_lightning.objectives.tilt import LOG_ZERO
 
 N, V, D = 7, 11, 5
@@ -477,6 +478,24 @@ def test_divergence_agrees_with_exact_sums(max_logits: int, options: dict[str, A
     assert head_q.weight.grad is None
 
 
+@CUTS
+def test_divergence_in_the_forward_direction(max_logits: int) -> None:
+    """p and q exchanged, the gradient and the entropy still those of p."""
+    head_p, hidden_p = some_head(), some_hidden()
+    head_q, hidden_q = some_head(), torch.randn(N, 3, requires_grad=True)
+    head_q.weight = torch.randn(V, 3, requires_grad=True)
+    result = divergence(head_p, hidden_p, head_q, hidden_q, direction="forward", max_logits=max_logits)
+    logp = reference.log_softmax(reference_logits(head_p, hidden_p))
+    logq = reference.log_softmax(reference_logits(head_q, hidden_q))
+    assert result.kl.detach().numpy() == pytest.approx(reference.kl(logq, logp), abs=1e-5)
+    assert result.entropy.numpy() == pytest.approx(reference.entropy(logp), abs=1e-5)
+    exact, full = in_float64(head_p, hidden_p)
+    other = torch.tensor(logq)
+    assert_same_gradients(result.kl, leaves(head_p, hidden_p), (other.exp() * (other - full)).sum(-1), exact)
+    assert hidden_q.grad is None
+    assert head_q.weight.grad is None
+
+
 @pytest.mark.parametrize("max_logits", [3, 10**6])
 def test_divergence_of_extreme_logits_stays_finite(max_logits: int) -> None:
     head, p = as_logits([[1e4, -1e4, 0.0], [1e4, -1e4, 0.0], [0.0, 0.0, 0.0]])
@@ -520,13 +539,23 @@ def use_support_logps(head: Head, hidden: Tensor, max_logits: int) -> Tensor:
     return support_logps(head, hidden, ids % len(head.weight), max_logits=max_logits)
 
 
-def use_divergence(head: Head, hidden: Tensor, max_logits: int) -> Tensor:
+def use_divergence(
+    head: Head, hidden: Tensor, max_logits: int, direction: Direction = "reverse"
+) -> Tensor:
     size, dtype = head.weight.numel(), head.weight.dtype
     other = Head(weight=torch.linspace(-1, 1, size, dtype=dtype).view_as(head.weight))
-    return divergence(head, hidden, other, torch.ones_like(hidden), max_logits=max_logits).kl
+    states = torch.ones_like(hidden)
+    return divergence(head, hidden, other, states, direction=direction, max_logits=max_logits).kl
 
 
-DIFFERENTIABLE: list[Differentiable] = [use_token_logps, use_support_logps, use_divergence]
+def use_forward_divergence(head: Head, hidden: Tensor, max_logits: int) -> Tensor:
+    return use_divergence(head, hidden, max_logits, "forward")
+
+
+DIVERGENCES = (use_divergence, use_forward_divergence)
+
+
+DIFFERENTIABLE: list[Differentiable] = [use_token_logps, use_support_logps, use_divergence, use_forward_divergence]
 
 
 def use_everything_at_once(head: Head, hidden: Tensor, max_logits: int) -> Tensor:
@@ -621,7 +650,7 @@ def test_gradcheck_in_float64(use: Differentiable, max_logits: int) -> None:
 @pytest.mark.parametrize("use", DIFFERENTIABLE)
 def test_chunks_are_recomputed_only_if_there_are_several(use: Differentiable) -> None:
     """Matrix products: one forward (two with another policy's), two backward, one recomputed."""
-    forward = 2 if use is use_divergence else 1
+    forward = 2 if use in DIVERGENCES else 1
     for max_logits, pieces in [(N * V, 1), (N * V - 1, 2), (2 * V, 4), (1, N)]:
         with metered() as meter:
             use(some_head(), some_hidden(), max_logits).sum().backward()
@@ -637,7 +666,7 @@ def test_chunks_without_autograd(use: Use, max_logits: int, pieces: int) -> None
     head, hidden = some_head(), some_hidden()
     with torch.no_grad(), metered() as meter:
         use(head, hidden, max_logits)
-    assert meter.products == pieces * (2 if use is use_divergence else 1)
+    assert meter.products == pieces * (2 if use in DIVERGENCES else 1)
 
 
 def test_chunks_hold_32_million_logits_by_default() -> None:

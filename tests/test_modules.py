@@ -154,13 +154,14 @@ def own_sapo(model: Any, rows: list[dict[str, Any]], advantages: list[float]) ->
     return total / tokens
 
 
-def own_kl(model: Any, base: Any, rows: list[dict[str, Any]]) -> Tensor:
-    """KL(model || base) over the whole vocabulary, the mean of all response tokens."""
+def own_kl(model: Any, base: Any, rows: list[dict[str, Any]], direction: str = "reverse") -> Tensor:
+    """KL(model || base), or KL(base || model), over the whole vocabulary, the mean of all response tokens."""
     total, tokens = torch.zeros(()), 0
     for row in rows:
         logp = token_logps(model, row["prompt_ids"], row["response_ids"])
         logq = token_logps(base, row["prompt_ids"], row["response_ids"]).detach()
-        total = total + (logp.exp() * (logp - logq)).sum()
+        first, second = (logp, logq) if direction == "reverse" else (logq, logp)
+        total = total + (first.exp() * (first - second)).sum()
         tokens += len(logp)
     return total / tokens
 
@@ -182,24 +183,84 @@ def test_gradient_of_the_extreme_region(
     assert_same_gradients(gradients, gradients_of(model, expected))
 
 
+@pytest.mark.parametrize("direction", ["reverse", "forward"])
 def test_the_kl_term_adds_its_gradient(
-    scored: Path, policies: dict[str, Path], rows: list[dict[str, Any]]
+    scored: Path, policies: dict[str, Path], rows: list[dict[str, Any]], direction: Any
 ) -> None:
     references = {"base": str(policies["base"])}
+    settings: dict[str, Any] = {"references": references, "kl_direction": direction}
     results = [
         first_step(
-            ExtremeRegionModule(policies["student"], kl_coef=coefficient, references=references),
+            ExtremeRegionModule(policies["student"], kl_coef=coefficient, **settings),
             make_data(scored, policies, max_tokens=60),
         )
         for coefficient in (0.0, 0.3)
     ]
     (plain, loss), (constrained, constrained_loss) = results
     model, base = make_model(seed=3), make_model(seed=0)
-    kl = own_kl(model, base, rows)
+    kl = own_kl(model, base, rows, direction)
     assert kl > 0.1
     assert constrained_loss - loss == pytest.approx(0.3 * kl.item(), rel=1e-4)
     added = {name: constrained[name] - plain[name] for name in plain}
     assert_same_gradients(added, gradients_of(model, kl), factor=0.3)
+
+
+@pytest.mark.parametrize("objective", [SAPO(), SquaredError()], ids=["token", "response"])
+@pytest.mark.parametrize(("direction", "estimator"), [("reverse", "k2"), ("forward", "k1"), ("forward", "k3")])
+def test_a_sampled_kl_term_needs_the_stored_log_probs_alone(
+    scored: Path,
+    policies: dict[str, Path],
+    rows: list[dict[str, Any]],
+    monkeypatch: pytest.MonkeyPatch,
+    direction: Any,
+    estimator: Any,
+    objective: Any,
+) -> None:
+    def refuse(*_: Any) -> None:
+        raise AssertionError("a second policy was loaded")
+
+    monkeypatch.setattr(PolicyModule, "frozen", refuse)
+    settings: dict[str, Any] = {"objective": objective, "references": {}}
+    data = make_data(scored, policies, max_tokens=60)
+    plain, loss = first_step(ExtremeRegionModule(policies["student"], **settings), data)
+    module = ExtremeRegionModule(
+        policies["student"], kl_coef=0.3, kl_direction=direction, kl_estimator=estimator, **settings
+    )
+    seen = FirstStep()
+    trainer = make_trainer(max_steps=1, callbacks=[seen])
+    trainer.fit(module, datamodule=data)
+
+    model, terms, values = make_model(seed=3), [], []
+    for row in rows:
+        logps, stored = sampled_logps(model, row), torch.tensor(row["logps"])
+        weight = torch.exp(logps - stored)  # pi / base
+        if direction == "reverse":
+            terms.append(weight.detach() * (logps - stored) ** 2 / 2)
+            values.append(1 - weight + weight * (logps - stored))
+        else:
+            values.append(weight - 1 - (logps - stored))
+            terms.append(stored - logps if estimator == "k1" else values[-1])
+    expected = torch.cat(terms).mean()
+    assert expected.abs() > 0.01
+    logged = trainer.callback_metrics
+    assert float(logged["train/loss"]) - loss == pytest.approx(0.3 * expected.item(), rel=1e-3)
+    assert float(logged["train/kl"]) == pytest.approx(torch.cat(values).mean().item(), rel=1e-3)
+    added = {name: seen.gradients[name] - plain[name] for name in plain}
+    assert_same_gradients(added, gradients_of(model, expected), factor=0.3)
+
+
+@pytest.mark.parametrize(
+    ("settings", "expected"),
+    [
+        ({"kl_estimator": "k1"}, "k1 is no loss for the reverse KL: its gradient is zero on average"),
+        ({"kl_estimator": "k3"}, "k3 is no loss for the reverse KL: its gradient is that of the forward KL"),
+        ({"kl_estimator": "k2", "kl_direction": "forward"}, "k2 is no loss for the forward KL: its gradient is"),
+    ],
+)
+def test_a_kl_term_of_the_wrong_gradient(policies: dict[str, Path], settings: dict[str, Any], expected: str) -> None:
+    with pytest.raises(UserError, match=rf"^extreme_region\.kl_estimator: {expected}") as error:
+        ExtremeRegionModule(policies["base"], kl_coef=0.1, **settings)
+    assert len(str(error.value).splitlines()) == 1
 
 
 def test_cross_entropy_is_the_models_own_loss(
@@ -694,6 +755,10 @@ class Validations(Callback):
         self.found: list[dict[str, float]] = []
         self.frozen: dict[int, Any] = {}
         self.during: list[int] = []
+        self.training: list[int] = []
+
+    def on_train_batch_end(self, trainer: Any, module: Any, *_: Any) -> None:
+        self.training.append(len(module._frozen))
 
     def on_validation_batch_end(self, trainer: Any, module: Any, *_: Any) -> None:
         self.frozen |= {id(policy): weakref.ref(policy) for policy in module._frozen.values()}
@@ -726,16 +791,24 @@ def test_each_validation_draws_afresh(
     assert "val/pass@1_stderr" in seen.found[0]
 
 
-@pytest.mark.parametrize("kl_coef", [0.0, 0.1])
+@pytest.mark.parametrize(("kl_coef", "estimator"), [(0.0, "exact"), (0.1, "exact"), (0.1, "k2")])
 def test_reference_policies_are_let_go(
-    scored: Path, evaluation_data: Callable[..., RolloutDataModule], policies: dict[str, Path], kl_coef: float
+    scored: Path,
+    evaluation_data: Callable[..., RolloutDataModule],
+    policies: dict[str, Path],
+    kl_coef: float,
+    estimator: Any,
 ) -> None:
     references = {"base": str(policies["base"]), "first": str(policies["teacher"])}
     seen = Validations()
-    module = ExtremeRegionModule(policies["student"], references=references, kl_coef=kl_coef)
+    module = ExtremeRegionModule(
+        policies["student"], references=references, kl_coef=kl_coef, kl_estimator=estimator
+    )
     trainer = make_trainer(max_epochs=2, callbacks=[seen])
     trainer.fit(module, datamodule=evaluation_data(scored))
     assert set(seen.during) == {2}
+    # Only what the loss needs stays in memory while training goes on.
+    assert {number > 0 for number in seen.training} == {kl_coef > 0 and estimator == "exact"}
     assert module._frozen == {}
     assert seen.alive == 0
     assert all(key.startswith("policy.model.") for key in module.state_dict())

@@ -3,7 +3,7 @@
 from .advantages import group_advantages
 from .clipped import CISPO, GSPO, PPOClip, cispo_terms, gspo_terms, ppo_terms
 from .distillation import DistillObjective, TiltedTarget, kl_to_target
-from .divergences import entropy, exact_kl
+from .divergences import check_kl_loss, entropy, exact_kl, kl_loss, kl_value
 from .extreme import (
     SAPO,
     AdvantageObjective,
@@ -16,7 +16,17 @@ from .extreme import (
 from .reduction import masked_mean, masked_sum
 from .regression import SquaredError, squared_error_terms
 from .signal import Signal, Term
-from .tilt import LOG_ZERO, BetaSolution, UnreachableBudget, solve_beta, tilt, tilted_kl
+from .tilt import (
+    LOG_ZERO,
+    BetaSolution,
+    TwoAnchorSolution,
+    UnreachableBudget,
+    solve_beta,
+    solve_two_anchors,
+    tilt,
+    tilt_two_anchors,
+    tilted_kl,
+)
 
 # The function `tilt` hides the module of that name here; `from .tilt import ...` finds both.
 __all__ = [
@@ -34,7 +44,9 @@ __all__ = [
     "SquaredError",
     "Term",
     "TiltedTarget",
+    "TwoAnchorSolution",
     "UnreachableBudget",
+    "check_kl_loss",
     "cispo_terms",
     "cross_entropy_terms",
     "entropy",
@@ -42,13 +54,17 @@ __all__ = [
     "flip",
     "group_advantages",
     "gspo_terms",
+    "kl_loss",
     "kl_to_target",
+    "kl_value",
     "masked_mean",
     "masked_sum",
     "ppo_terms",
     "sapo_terms",
     "solve_beta",
+    "solve_two_anchors",
     "squared_error_terms",
     "tilt",
+    "tilt_two_anchors",
     "tilted_kl",
 ]
