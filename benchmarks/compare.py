@@ -1,0 +1,255 @@
+"""The method against its rivals, at equal verified rollouts, over several seeds.
+
+    OMP_NUM_THREADS=1 python benchmarks/compare.py --seeds 0 1 2 3 4 --jobs 2
+
+Every method is a configuration of the same chain on top of configs/demo.yaml (`METHODS`), every figure comes from its
+`summary.json`: fresh samples for 320 held-out prompts x 8, KL exact over the vocabulary. All methods of a seed start
+from one base policy. A run that was cut off goes on when the command is given again. It ends with a table in Markdown,
+`table.md`, all numbers, `results.json`, and a drawing of accuracy against KL, `comparison.png`.
+"""
+
+import argparse
+import csv
+import json
+import math
+import shutil
+import statistics
+import subprocess
+import sys
+from collections.abc import Iterable
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+ROOT = Path(__file__).parents[1]
+DEMO = ROOT / "configs" / "demo.yaml"
+BASELINES = ROOT / "configs" / "baselines"
+ROLLOUTS_PER_ROUND = 4096
+
+COEFFICIENTS = (0.03, 0.1, 0.3, 1.0)
+
+
+def grpo(learning_rate: float, inner_epochs: int, rounds: int) -> list[str]:
+    """On-policy GRPO over the rollouts of some rounds, without a break between them."""
+    iterations = 32 * rounds
+    return [
+        f"--config={BASELINES / 'grpo.yaml'}",
+        f"--data.prompts_per_round={512 * rounds}",
+        f"--data.iterations={iterations}",
+        f"--extreme_region.learning_rate={learning_rate}",
+        f"--extreme_region_trainer.max_epochs={iterations * inner_epochs}",
+        f"--extreme_region_trainer.check_val_every_n_epoch={32 * inner_epochs}",
+    ]
+
+
+def sapo_kl(coefficient: float) -> list[str]:
+    """SAPO with a KL term of this weight and no second stage."""
+    return [f"--config={BASELINES / 'sapo_kl.yaml'}", f"--extreme_region.kl_coef={coefficient}", "--rounds=3"]
+
+
+SQUARED_ERROR = "erpd_lightning.objectives.regression.SquaredError"
+
+METHODS: dict[str, list[str]] = {
+    "erpd": ["--rounds=3"],
+    "erpd_squared_error": ["--rounds=1", f"--extreme_region.objective={SQUARED_ERROR}"],
+    "rft": [f"--config={BASELINES / 'rft.yaml'}", "--rounds=3"],
+    **{f"sapo_kl_{coefficient:g}": sapo_kl(coefficient) for coefficient in COEFFICIENTS},
+    "grpo": grpo(5e-4, 1, 3),
+}
+
+GRPO_GRID: dict[str, list[str]] = {
+    f"grpo_{rate:g}_{epochs}": grpo(rate, epochs, 1) for rate in (2.5e-4, 5e-4, 1e-3) for epochs in (1, 2)
+}
+"""Tried at 4,096 rollouts on seeds that nothing else is judged on."""
+
+
+@dataclass(frozen=True)
+class Point:
+    """What a policy of a method had gained and cost after so many verified rollouts.
+
+    KL in nats per token: to the policy that it was trained from in its round, and to the first base policy.
+    """
+
+    method: str
+    seed: int
+    rollouts: int
+    accuracy: float
+    accuracy_stderr: float
+    kl: float
+    kl_to_first: float
+    kl_stderr: float
+    seconds: float
+
+
+def run(out: Path, method: str, seed: int) -> None:
+    """Run a method on a seed, or go on with it."""
+    folder = out / method / f"seed-{seed}"
+    if not folder.is_dir():
+        partial = folder.with_name(folder.name + ".partial")
+        shutil.rmtree(partial, ignore_errors=True)
+        shutil.copytree(out / "base" / f"seed-{seed}", partial)
+        partial.rename(folder)
+    options = {**METHODS, **GRPO_GRID}[method]
+    chain(folder, seed, *options)
+
+
+def chain(folder: Path, seed: int, *options: str) -> None:
+    """One call of the command line; what it says lies beside the run."""
+    command = [sys.executable, "-m", "erpd_lightning", "fit", f"--config={DEMO}", *options]
+    command += [f"--run_dir={folder}", f"--seed_everything={seed}", "--trainer.enable_progress_bar=false"]
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    with open(folder.with_name(folder.name + ".log"), "a") as log:
+        code = subprocess.run(command, stdout=log, stderr=subprocess.STDOUT, cwd=ROOT, check=False).returncode
+    if code:
+        sys.exit(f"{folder.parent.name}, seed {seed}, ended with exit code {code}: see {log.name}")
+    print(f"{folder.parent.name}, seed {seed}: done", flush=True)
+
+
+def points(out: Path, method: str, seed: int) -> list[Point]:
+    """The students of a run, and what else it tells."""
+    folder = out / method / f"seed-{seed}"
+    found = []
+    for entry in json.loads((folder / "summary.json").read_text())["rounds"]:
+        for name, measured in entry["policies"].items():
+            label = {"student": method, "teacher": f"{method}: teacher, last"}.get(name)
+            if label is None:
+                continue
+            found.append(
+                Point(
+                    label,
+                    seed,
+                    entry["rollouts_total"],
+                    measured["pass@1"],
+                    measured["pass@1_stderr"],
+                    measured["kl_per_token"],
+                    measured["kl_per_token_to_first"],
+                    measured["kl_per_token_to_first_stderr"],
+                    entry["seconds"],
+                )
+            )
+    return found + validated(folder, method, seed)
+
+
+def validated(folder: Path, method: str, seed: int) -> list[Point]:
+    """What validation saw on the way: the teacher's best epoch, and GRPO's first 4,096 rollouts."""
+    rows = [row for path in folder.glob("round-1/extreme_region/metrics/*/metrics.csv") for row in read(path)]
+    seen = [
+        Point(
+            method,
+            seed,
+            ROLLOUTS_PER_ROUND,
+            float(row["val/pass@1"]),
+            float(row["val/pass@1_stderr"]),
+            float(row["val/kl_per_token"]),
+            float(row["val/kl_per_token"]),
+            float(row["val/kl_per_token_stderr"]),
+            math.nan,
+        )
+        for row in rows
+        if row.get("val/pass@1")
+    ]
+    if method.startswith("grpo"):
+        return seen[:1] if len(seen) > 1 else []
+    if method.startswith("erpd"):
+        best = max(seen, key=lambda point: point.accuracy)
+        return [Point(**{**asdict(best), "method": f"{method}: teacher, best by looking"})]
+    return []
+
+
+def read(path: Path) -> list[dict[str, str]]:
+    """The rows of a CSV file."""
+    with open(path, newline="") as file:
+        return list(csv.DictReader(file))
+
+
+def table(found: list[Point], reference: str) -> str:
+    """Means, spreads, and paired differences to the reference method, in Markdown."""
+    lines = [
+        f"| rollouts | method | seeds | pass@1 | spread | {reference} minus it | worst | KL/token | to the first |",
+        "|---|---|---|---|---|---|---|---|---|",
+    ]
+    for rollouts in sorted({point.rollouts for point in found}):
+        own = {p.seed: p for p in found if (p.method, p.rollouts) == (reference, rollouts)}
+        for method in sorted({p.method for p in found if p.rollouts == rollouts}):
+            those = {p.seed: p for p in found if (p.method, p.rollouts) == (method, rollouts)}
+            differences = [own[seed].accuracy - p.accuracy for seed, p in those.items() if seed in own]
+            accuracies = [p.accuracy for p in those.values()]
+            spread = statistics.stdev(accuracies) if len(accuracies) > 1 else math.nan
+            cells = [
+                f"{rollouts:,}",
+                method,
+                str(len(those)),
+                f"{statistics.mean(accuracies):.3f}",
+                f"{spread:.3f}",
+                f"{statistics.mean(differences):+.3f}" if differences and method != reference else "",
+                f"{min(differences):+.3f}" if differences and method != reference else "",
+                f"{statistics.mean(p.kl for p in those.values()):.4f}",
+                f"{statistics.mean(p.kl_to_first for p in those.values()):.4f}",
+            ]
+            lines.append(f"| {' | '.join(cells)} |")
+    return "\n".join(lines) + "\n"
+
+
+def draw(found: list[Point], path: Path) -> None:
+    """Accuracy against KL to the first base policy, means over the seeds with their standard errors."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    sizes = sorted({point.rollouts for point in found})
+    figure, panels = pyplot.subplots(1, len(sizes), figsize=(5.5 * len(sizes), 4.5), squeeze=False, sharey=True)
+    for panel, rollouts in zip(panels[0], sizes, strict=True):
+        for method in sorted({p.method for p in found}):
+            those = [p for p in found if (p.method, p.rollouts) == (method, rollouts)]
+            if not those or max(p.kl_to_first for p in those) > 1:  # Degenerate teachers are off the paper.
+                continue
+            x, y = ([getattr(p, name) for p in those] for name in ("kl_to_first", "accuracy"))
+            bars = [statistics.stdev(v) / len(v) ** 0.5 if len(v) > 1 else 0 for v in (x, y)]
+            panel.errorbar(
+                statistics.mean(x), statistics.mean(y), xerr=bars[0], yerr=bars[1], fmt="o", capsize=3, label=method
+            )
+        panel.set_title(f"{rollouts:,} verified rollouts")
+        panel.set_xlabel("KL to the first base policy, nats per token")
+        panel.grid(alpha=0.3)
+        panel.legend(fontsize=7)
+    panels[0][0].set_ylabel("pass@1 on held-out prompts")
+    figure.tight_layout()
+    figure.savefig(path, dpi=150)
+
+
+def finished(out: Path, methods: Iterable[str], seeds: Iterable[int]) -> list[tuple[str, int]]:
+    """The runs that have a summary."""
+    pairs = ((method, seed) for method in methods for seed in seeds)
+    return [(m, s) for m, s in pairs if (out / m / f"seed-{s}" / "summary.json").is_file()]
+
+
+def main() -> None:
+    """Run what is not done, then write table and drawing of all that is."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
+    parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2, 3, 4])
+    parser.add_argument("--methods", nargs="*", default=list(METHODS), help=f"of {', '.join([*METHODS, *GRPO_GRID])}")
+    parser.add_argument("--reference", default="erpd", help="the method that the others are compared with")
+    parser.add_argument("--out", type=Path, default=Path("runs/comparison"))
+    parser.add_argument("--jobs", type=int, default=1, help="runs at a time, a core for each")
+    options = parser.parse_args()
+    if unknown := set(options.methods) - {*METHODS, *GRPO_GRID}:
+        parser.error(f"no method is called {', '.join(sorted(unknown))}")
+    out = options.out.resolve()
+    with ThreadPoolExecutor(options.jobs) as pool:
+        for seed in options.seeds:
+            folder = out / "base" / f"seed-{seed}"
+            if not (folder / "prepare" / "stage.json").is_file():
+                pool.submit(chain, folder, seed, "--stage=base").result()
+        jobs = [pool.submit(run, out, method, seed) for method in options.methods for seed in options.seeds]
+        for job in jobs:
+            job.result()
+    found = [p for method, seed in finished(out, options.methods, options.seeds) for p in points(out, method, seed)]
+    (out / "results.json").write_text(json.dumps([asdict(point) for point in found], indent=1) + "\n")
+    (out / "table.md").write_text(table(found, options.reference))
+    draw(found, out / "comparison.png")
+    print((out / "table.md").read_text())
+
+
+if __name__ == "__main__":
+    main()
