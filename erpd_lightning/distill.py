@@ -1,6 +1,7 @@
 """Stage 2: distil the teacher's opinion back into the base policy under a KL budget."""
 
 import math
+from dataclasses import astuple
 from itertools import count
 from pathlib import Path
 from typing import Any
@@ -13,7 +14,13 @@ from .errors import UserError
 from .line import Landing, Line, land
 from .objectives.distillation import DistillObjective, TiltedTarget
 from .objectives.signal import Signal
-from .objectives.tilt import BetaSolution, UnreachableBudget, solve_beta
+from .objectives.tilt import (
+    TwoAnchorSolution,
+    UnreachableBudget,
+    between,
+    solve_beta,
+    solve_two_anchors,
+)
 from .policy_module import PolicyModule
 
 # A student that is just starting has spent next to nothing: that says little about where it will end.
@@ -31,6 +38,8 @@ class DistillModule(PolicyModule):
     Args:
         policy: Folder or hub name of the base policy, which the student starts from.
         kl_budget: KL of the target to the base policy to spend, in nats per response token on the stored states.
+        total_budget: KL of the target to the first policy of all rounds, in nats per response token, that is not to
+            be exceeded either; None for no such bound. It takes the scores and the reference of a policy `first`.
         beta: Price of a nat of KL, where it is given and not solved; `kl_budget` is then None.
         signal: What the policies say about a token, as clipped log-ratios.
         objective: How the student is drawn to the tilted base policy.
@@ -49,6 +58,7 @@ class DistillModule(PolicyModule):
         self,
         policy: str | Path,
         kl_budget: float | None = 0.05,
+        total_budget: float | None = None,
         beta: float | None = None,
         signal: Signal | None = None,
         objective: DistillObjective | None = None,
@@ -58,16 +68,19 @@ class DistillModule(PolicyModule):
         **kwargs: Any,
     ) -> None:
         super().__init__(policy, learning_rate=learning_rate, lr_scheduler=lr_scheduler, **kwargs)
-        for name, value in (("kl_budget", kl_budget), ("beta", beta)):
+        for name, value in (("kl_budget", kl_budget), ("total_budget", total_budget), ("beta", beta)):
             if value is not None and not 0 < value < float("inf"):
                 raise UserError(f"distill.{name} is {value}: it must be a positive, finite number")
         if (kl_budget is None) == (beta is None):
             raise UserError("give either distill.kl_budget or distill.beta, and leave the other null")
+        if total_budget is not None and kl_budget is None:
+            raise UserError("distill.total_budget goes with distill.kl_budget, not with a given distill.beta")
         self.kl_budget = kl_budget
+        self.total_budget = total_budget
         self.beta = beta
         self.signal = signal or Signal()
         self.objective = objective or TiltedTarget()
-        self.solution: BetaSolution | None = None
+        self.solution: TwoAnchorSolution | None = None
         self.landing: Landing | None = None
         self.calibrates = calibrate and beta is None and self.references.get("base") == str(policy)
         self._log_gains: list[float] = []
@@ -86,7 +99,7 @@ class DistillModule(PolicyModule):
             )
         self._check_policies(rollouts)
         if self.kl_budget is not None:
-            self._solve(rollouts, self.kl_budget)
+            self._solve(rollouts, gain=1.0)
 
     def on_validation_epoch_end(self) -> None:
         """Note what the student spends on fresh samples of the calibration prompts."""
@@ -98,7 +111,7 @@ class DistillModule(PolicyModule):
         self._log_metrics("calibration")
         if spent > 0 and not self.trainer.sanity_checking:
             assert self.solution is not None
-            self._log_gains.append(math.log(spent / self.solution.kl))
+            self._log_gains.append(math.log(spent / self.solution.kl_base))
             self._due = True
 
     def on_train_epoch_start(self) -> None:
@@ -114,7 +127,7 @@ class DistillModule(PolicyModule):
         """
         trainer: Any = self.trainer
         if self.calibrates and trainer.datamodule.calibration() and not trainer.fast_dev_run:
-            assert self.kl_budget is not None
+            assert self.kl_budget is not None  # What is measured is in units of it, whichever budget is tighter.
             line, attempts = Line(self.frozen("base"), self.policy), count()
             with self._evaluating():
                 self.landing = land(lambda share: self._spent(line, share, next(attempts)), self.kl_budget)
@@ -122,13 +135,20 @@ class DistillModule(PolicyModule):
         self.release_frozen()
 
     def _spent(self, line: Line, share: float, attempt: int) -> float:
-        """The KL of a place on the line on fresh samples of the calibration prompts, in nats per token."""
+        """The KL of a place on the line on fresh samples of the calibration prompts, in nats per token.
+
+        Where the total budget is the tighter one, the same share of `kl_budget` as is spent of that.
+        """
         data: Any = self.trainer.datamodule  # type: ignore[attr-defined]
         line.move_to(share)
         metrics: Any = self.metrics["calibration"]
         for batch in data.calibration_batches(f"landing {attempt}"):
             self.evaluate(batch, metrics)
         spent = float(metrics["kl_per_token/base"].compute().value)
+        if self.total_budget is not None:
+            assert self.kl_budget is not None
+            total = float(metrics["kl_per_token/first"].compute().value)
+            spent = max(spent, total / self.total_budget * self.kl_budget)
         for metric in metrics.values():
             metric.reset()
         return spent
@@ -136,7 +156,7 @@ class DistillModule(PolicyModule):
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Keep beta and what calibration found so far."""
         super().on_save_checkpoint(checkpoint)
-        solution = None if self.solution is None else (self.solution.beta, self.solution.kl)
+        solution = None if self.solution is None else astuple(self.solution)
         checkpoint["calibration"] = {
             "solution": solution,
             "log_gains": list(self._log_gains),
@@ -151,8 +171,7 @@ class DistillModule(PolicyModule):
         calibration = checkpoint["calibration"]
         self._log_gains, self._due = calibration["log_gains"], calibration["due"]
         if calibration["solution"] is not None:
-            self.solution = BetaSolution(*calibration["solution"])
-            self.beta = self.solution.beta
+            self._take(TwoAnchorSolution(*calibration["solution"]))
 
     def _correct(self) -> None:
         """Solve beta again for the share of the budget that, at the gain seen lately, spends all of it.
@@ -160,27 +179,41 @@ class DistillModule(PolicyModule):
         The gain is the student's KL on fresh samples over its target's on the stored states. The geometric mean of
         the last two damps the noise of a sample.
         """
-        assert self.kl_budget is not None
         data: Any = self.trainer.datamodule  # type: ignore[attr-defined]
         recent = self._log_gains[-2:]
         gain = min(max(math.exp(sum(recent) / len(recent)), 1 / MAX_CORRECTION), MAX_CORRECTION)
         try:
-            self._solve(data.rollouts, self.kl_budget / gain)
+            self._solve(data.rollouts, gain)
         except UserError:
             return  # A student this thrifty cannot be made to spend more: beta stays where it is.
 
-    def _solve(self, rollouts: RolloutTable, budget: float) -> None:
-        """The beta that spends a budget on the states of some scored rollouts.
+    def _solve(self, rollouts: RolloutTable, gain: float) -> None:
+        """The prices that spend the budgets, each over the gain, on the states of some scored rollouts.
 
         Raises:
-            UserError: If no beta does.
+            UserError: If none do.
         """
-        logps = {name: rollouts.flat_scores(name) for name in {"base", *self.signal.policies}}
+        assert self.kl_budget is not None
+        logps = {name: rollouts.flat_scores(name) for name in self._scored}
+        base, signal = logps["base"], self.signal(logps)
         try:
-            self.solution = solve_beta(logps["base"], self.signal(logps), budget)
+            if self.total_budget is None:
+                found = solve_beta(base, signal, self.kl_budget / gain)
+                self._take(TwoAnchorSolution(found.beta, 0.0, found.kl, math.nan))
+            else:
+                budgets = (self.kl_budget / gain, self.total_budget / gain)
+                self._take(solve_two_anchors(base, logps["first"], signal, *budgets))
         except UnreachableBudget as error:
             raise UserError(f"distill.kl_budget: {error}") from error
-        self.beta = self.solution.beta
+
+    def _take(self, solution: TwoAnchorSolution) -> None:
+        self.solution = solution
+        self.beta = solution.beta_base + solution.beta_first
+
+    @property
+    def _scored(self) -> set[str]:
+        """The policies whose scores it takes."""
+        return {"base", *self.signal.policies, *(["first"] if self.total_budget is not None else [])}
 
     def select(self, rewards: Tensor, advantages: Tensor) -> Tensor:
         """See `PolicyModule.select`: every stored response holds states to learn in."""
@@ -193,13 +226,20 @@ class DistillModule(PolicyModule):
         assert self.beta is not None
         hidden = self.policy.hidden(batch)
         student = self.policy.support_logps(batch, batch.support_ids, hidden)
-        terms = self.objective(student, batch.scores["base"], self.signal(batch.scores), self.beta)
+        terms = self.objective(student, self._anchor(batch.scores), self.signal(batch.scores), self.beta)
         return terms, {}
 
+    def _anchor(self, scores: dict[str, Tensor]) -> Tensor:
+        """What the signal tilts: the base policy, or what lies between it and the first one."""
+        if self.solution is None or self.solution.beta_first == 0:
+            return scores["base"]
+        assert self.beta is not None
+        return between(scores["base"], scores["first"], self.solution.beta_base / self.beta)
+
     def _check_policies(self, rollouts: RolloutTable) -> None:
-        missing = {"base", *self.signal.policies} - rollouts.scores.keys()
+        missing = self._scored - rollouts.scores.keys()
         if missing:
             raise UserError(
-                f"distill.signal uses the policies {', '.join(sorted(missing))}, which were not scored; "
+                f"distill uses the policies {', '.join(sorted(missing))}, which were not scored; "
                 f"there are {', '.join(sorted(rollouts.scores))}"
             )

@@ -48,10 +48,14 @@ def _budget(entry: dict[str, Any]) -> str:
         return f"Round {entry['round']}: no budget, {spent:.4f} nats per token spent"
     if entry["budget"] is None:
         return f"Round {entry['round']}: beta {entry['beta']:.4g} given, {spent:.4f} nats per token spent"
-    return (
+    line = (
         f"Round {entry['round']}: budget {entry['budget']:.4g} nats per token, {spent:.4f} spent "
         f"({spent / entry['budget']:.0%}), beta {entry['beta']:.4g}"
     )
+    if entry.get("total_budget") is None:
+        return line
+    total = entry["policies"]["student"]["kl_per_token_to_first"]
+    return f"{line}; of {entry['total_budget']:.4g} in all rounds {total:.4f} ({total / entry['total_budget']:.0%})"
 
 
 def _align(rows: list[tuple[str, ...]]) -> str:

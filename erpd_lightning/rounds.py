@@ -174,12 +174,24 @@ class Rounds:
             **bound,
         )
 
+    def _scored(self, number: int) -> dict[str, Path | str]:
+        """The policies whose scores a student is distilled from, `base` first."""
+        policies = self.policies(number)
+        if self._distillation.total_budget is not None:
+            policies["first"] = self.student(0)
+        return policies
+
     @cached_property
-    def _unlearns(self) -> bool:
-        """Whether the signal uses the unlearned policy, which is only then made."""
+    def _distillation(self) -> DistillModule:
+        """The settings of the second stage."""
         module = self.builder.module("distill", policy="")
         assert isinstance(module, DistillModule)
-        return self._distils and "unlearned" in module.signal.policies
+        return module
+
+    @property
+    def _unlearns(self) -> bool:
+        """Whether the signal uses the unlearned policy, which is only then made."""
+        return self._distils and "unlearned" in self._distillation.signal.policies
 
     @property
     def _distils(self) -> bool:
@@ -302,14 +314,14 @@ class Rounds:
 
         def body() -> Record:
             data = self.data(number, with_scores=True)
-            for name, path in self.policies(number).items():
+            for name, path in self._scored(number).items():
                 self._predict("signal", folder, path, data.scoring(name))
-            prints = [Store.open(folder / n, verify=False).fingerprint for n in self.policies(number)]
+            prints = [Store.open(folder / n, verify=False).fingerprint for n in self._scored(number)]
             return {"fingerprint": _together(prints)}
 
         about = "scoring the rollouts once with each policy"
         record = self._stage("signal", number, folder, about, inputs, body)
-        for name in self.policies(number):
+        for name in self._scored(number):
             Store.open(folder / name)
         return record
 
@@ -317,7 +329,10 @@ class Rounds:
         folder = self.round_dir(number) / "distill"
 
         def body() -> Record:
-            module = self.builder.module("distill", policy=self.student(number - 1))
+            references = {"base": str(self.student(number - 1))}
+            if "first" in self._scored(number):
+                references["first"] = str(self.student(0))
+            module = self.builder.module("distill", policy=self.student(number - 1), references=references)
             assert isinstance(module, DistillModule)
             self._fit("distill", folder, module, self.data(number, with_scores=True))
             module.export(self.student(number), tokenizer=self.student(0))
@@ -325,8 +340,10 @@ class Rounds:
                 "policy": policy_fingerprint(self.student(number)),
                 "spending": {
                     "budget": module.kl_budget,
+                    "total_budget": module.total_budget,
                     "beta": module.beta,
-                    "kl_on_stored_states": None if module.solution is None else module.solution.kl,
+                    "beta_first": None if module.solution is None else module.solution.beta_first,
+                    "kl_on_stored_states": None if module.solution is None else module.solution.kl_base,
                     "line_share": None if module.landing is None else module.landing.share,
                 },
             }

@@ -156,7 +156,7 @@ def tilt_two_anchors(
         beta_first: Price of a nat of KL to the first policy, at least 0.
     """
     total = beta_base + beta_first
-    return tilt(_between(base, first, beta_base / total), signal, total)
+    return tilt(between(base, first, beta_base / total), signal, total)
 
 
 @torch.no_grad()
@@ -244,8 +244,14 @@ def solve_two_anchors(
     return base_solved(beta_first)
 
 
-def _between(base: Tensor, first: Tensor, share: float) -> Tensor:
-    """The geometric mean of two policies, not normalised; `share` is the weight of the base policy."""
+def between(base: Tensor, first: Tensor, share: float) -> Tensor:
+    """The geometric mean of two policies, not normalised, as an anchor for `tilt`: `(..., K+1)`, in nats.
+
+    Args:
+        base: `(..., K+1)` log-probs of the base policy of the round, in nats.
+        first: `(..., K+1)` log-probs of the first policy, on the same support.
+        share: Weight of the base policy, between 0 and 1.
+    """
     # Clamped, so that padding stays LOG_ZERO and a share of 0 does not meet an infinity.
     return torch.lerp(first.clamp(min=LOG_ZERO), base.clamp(min=LOG_ZERO), share)
 
