@@ -7,8 +7,9 @@ from typing import Any
 
 import numpy as np
 
-# Policies and targets in colours that are told apart without seeing red and green.
+# Targets and policies are told apart by colour, and policies by shape, so that neither needs red and green.
 TARGET, POLICY = "#0072b2", "#444444"
+MARKERS = {"base": "s", "teacher": "^", "unlearned": "v", "student": "D"}
 
 
 def draw_preview(
@@ -19,8 +20,8 @@ def draw_preview(
     KL is drawn on the scale of its square root, on which small budgets and a policy far away are seen together.
 
     Args:
-        previews: What targets showed, by the keys of `preview.json`; a line joins them.
-        policies: What policies showed, by the keys of `summary.json`, as points with their names.
+        previews: What targets showed, at least one, by the keys of `preview.json`; a line joins them.
+        policies: What policies showed, by the keys of `summary.json`, as points.
         title: What stands above.
 
     Raises:
@@ -30,21 +31,19 @@ def draw_preview(
 
     figure = Figure(figsize=(6.4, 4.2), dpi=150, layout="constrained")
     axes = figure.add_subplot()
-    _points(axes, previews, color=TARGET, marker="o", linestyle="-")
-    last = max(previews, key=lambda row: float(row["kl_per_token"]))
-    _label(axes, "target", last, TARGET, above=True)
+    _points(axes, previews, label="target", color=TARGET, marker="o", linestyle="-")
     for name, row in policies.items():
-        _points(axes, [row], color=POLICY, marker="s", linestyle="none")
-        _label(axes, name, row, POLICY, above=False)
-    highest = max(_kl(row) + _stderr(row, "kl_per_token") for row in [*previews, *policies.values()])
+        _points(axes, [row], label=name, color=POLICY, marker=MARKERS.get(name, "x"), linestyle="none")
+    highest = max(_kl(row) + _stderr(row, "kl_per_token") for row in [*previews, *policies.values()]) or 1.0
     axes.set_xscale("function", functions=(lambda x: np.sqrt(np.clip(x, 0, None)), np.square))
-    axes.set_xlim(-0.0, highest * 1.15)
-    axes.set_xticks(_ticks(highest * 1.15))
+    axes.set_xlim(0, highest * 1.1)
+    axes.set_xticks(_ticks(highest))
     axes.xaxis.set_major_formatter("{x:g}")
     axes.set_xlabel("KL to the base policy (nats per token, square-root scale)")
     axes.set_ylabel("pass@1")
     axes.set_title(title, loc="left")
     axes.margins(y=0.15)
+    axes.legend(frameon=False, loc="center left", bbox_to_anchor=(1.0, 0.5))
     axes.spines[["top", "right"]].set_visible(False)
     file = io.BytesIO()
     figure.savefig(file, format="png")
@@ -66,17 +65,6 @@ def _points(axes: Any, rows: Sequence[Mapping[str, Any]], **style: Any) -> None:
     )
 
 
-def _label(axes: Any, text: str, row: Mapping[str, Any], color: str, above: bool) -> None:
-    axes.annotate(
-        text,
-        (_kl(row), row["pass@1"]),
-        xytext=(6, 6 if above else -6),
-        textcoords="offset points",
-        va="bottom" if above else "top",
-        color=color,
-    )
-
-
 def _kl(row: Mapping[str, Any]) -> float:
     """The KL per token; rounding may leave that of the base policy to itself below zero."""
     return max(float(row["kl_per_token"]), 0.0)
@@ -89,7 +77,8 @@ def _stderr(row: Mapping[str, Any], name: str) -> float:
 
 
 def _ticks(highest: float) -> list[float]:
-    """0, and 1, 2, 5 times powers of ten over two decades below the highest value."""
-    decade = math.floor(math.log10(highest)) if highest > 0 else 0
-    steps = [factor * 10.0**power for power in range(decade - 1, decade + 1) for factor in (1, 2, 5)]
-    return [0.0, *(step for step in steps if step <= highest)]
+    """Squares of the multiples of 1, 2 or 5 times a power of ten, some six of them up to the highest value."""
+    root = math.sqrt(highest)
+    decade = 10.0 ** math.floor(math.log10(root / 6))
+    step = next(factor * decade for factor in (1, 2, 5, 10) if root / (factor * decade) <= 7)
+    return [(i * step) ** 2 for i in range(int(root / step) + 1)]
