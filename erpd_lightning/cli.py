@@ -1,4 +1,4 @@
-"""The command line: a `LightningCLI` whose `fit` runs the chain of stages."""
+"""The command line: a `LightningCLI` whose `fit` runs the chain of stages, and `preview` its target."""
 
 import json
 import logging
@@ -21,6 +21,7 @@ from .data.store import atomic_write, disk_full_named
 from .errors import UserError
 from .messages import readable
 from .policy_module import PolicyModule
+from .preview import PreviewTrainer
 from .rounds import Rounds
 
 POLICY_OF = {"base": "base", "extreme_region": "teacher", "unlearned": "unlearned", "distill": "student"}
@@ -34,13 +35,17 @@ UNKNOWN_METRIC = re.compile("Early stopping conditioned on metric `(.*?)` which 
 
 
 class ERPDCLI(LightningCLI):
-    """`fit` chains the stages; `validate`, `test` and `predict` run on the policy of one of them."""
+    """`fit` chains the stages; `validate`, `test` and `predict` run on the policy of one of them.
+
+    `preview` decodes from the target that a student would be distilled to.
+    """
 
     def __init__(self, args: Any = None) -> None:
         # Mistakes are told in a line by `main`, and no beginning of an option's name stands for it.
         strict = {"exit_on_error": False, "allow_abbrev": False}
         super().__init__(
             save_config_callback=None,
+            trainer_class=PreviewTrainer,  # Where Lightning looks for subcommands.
             seed_everything_default=0,
             parser_kwargs={
                 **strict,
@@ -57,9 +62,9 @@ class ERPDCLI(LightningCLI):
 
     @staticmethod
     def subcommands() -> dict[str, set[str]]:
-        """Lightning's own; the chain finds its checkpoints itself."""
+        """Lightning's own, of which the chain finds its checkpoints itself, and `preview`."""
         commands = LightningCLI.subcommands()
-        return {**commands, "fit": {*commands["fit"], "ckpt_path", "weights_only"}}
+        return {**commands, "fit": {*commands["fit"], "ckpt_path", "weights_only"}, "preview": {"rounds"}}
 
     def add_core_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
         """The chain, the modules, the data, and the trainers."""
@@ -99,14 +104,17 @@ class ERPDCLI(LightningCLI):
         given = [name for name in ("prompts", "validation_prompts") if config["data"][name] is not None]
         if chain["task"] is not None and given:
             raise UserError(f"data.{given[0]} is given, but task makes the prompts: leave one of them null")
-        if self.subcommand != "fit":
+        runs_policy = self.subcommand not in ("fit", "preview")
+        if runs_policy:
             chain["stage"] = chain["stage"] or chain["last_stage"]
+        if self.subcommand == "preview":
+            chain["stage"] = None  # What a run of one stage left in its configuration.
         self.rounds = Rounds(builder=self.builder, seed=config["seed_everything"], **chain)
-        self.trainer = self.builder.trainer("evaluation", logger=False)
+        self.trainer = self.builder.trainer("evaluation", kind=PreviewTrainer, logger=False)
         self.builder.check()
         self.model: LightningModule | None = None
         self.datamodule: LightningDataModule | None = None
-        if self.subcommand != "fit":
+        if runs_policy:
             self._pick_policy(chain["stage"], chain["round"] or self.rounds.rounds)
 
     def fit(self, **_: Any) -> None:
@@ -133,6 +141,11 @@ class ERPDCLI(LightningCLI):
                 if before is not None:  # What is there was made with the configuration that was there.
                     self._write(written, before)
                 raise
+
+    def preview(self, budgets: list[float] | None = None, **_: Any) -> None:
+        """Decode from the targets of a round's signal; nothing of the run changes."""
+        assert isinstance(self.trainer, PreviewTrainer)
+        self.trainer.preview(self.rounds, budgets)
 
     def predict(self, **kwargs: Any) -> None:
         """Sample and verify responses to the held-out prompts, and write them as JSONL."""

@@ -194,8 +194,8 @@ class ConfigBuilder:
             message = str(error).removeprefix("extreme_region.")
             raise UserError(message if f"{stage}." in message else f"{stage}.{message}") from error
 
-    def trainer(self, stage: str, **bound: Any) -> Trainer:
-        """See `rounds.Builder`."""
+    def trainer(self, stage: str, kind: type[Trainer] = Trainer, **bound: Any) -> Trainer:
+        """See `rounds.Builder`; the `kind` is `Trainer` or a subclass that takes the same arguments."""
         kwargs = self._arguments("trainer", f"{stage}_trainer")
         root = bound.get("default_root_dir")
         if kwargs["logger"] in (None, True) and root is not None:
@@ -213,7 +213,7 @@ class ConfigBuilder:
         if stage in ("rollouts", "signal"):  # Other stages build on these: part of a store is none.
             bound = {"fast_dev_run": False, "limit_predict_batches": None, **bound}
         try:
-            return Trainer(**{**kwargs, "enable_checkpointing": saves, **bound})
+            return kind(**{**kwargs, "enable_checkpointing": saves, **bound})
         except MISTAKES as error:
             key = f"{stage}_trainer" if self.config.get(f"{stage}_trainer") else "trainer"
             raise UserError(f"{key}: {readable(error)}") from error

@@ -1,5 +1,6 @@
 """What a run gained and what it cost, for a person at a terminal."""
 
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 COLUMNS = (
@@ -13,6 +14,18 @@ COLUMNS = (
     "entropy",
     "rollouts",
     "seconds",
+)
+
+PREVIEW_COLUMNS = (
+    "candidate",
+    "budget",
+    "beta",
+    "KL on stored states",
+    "pass@1",
+    "KL/token",
+    "entropy",
+    "length",
+    "samples",
 )
 
 
@@ -40,6 +53,34 @@ def format_summary(summary: dict[str, Any]) -> str:
                 )
             )
     return "\n".join([_align(rows), *(_budget(entry) for entry in summary["rounds"])])
+
+
+def format_preview(previews: Sequence[Mapping[str, Any]], policies: Mapping[str, Mapping[str, Any]]) -> str:
+    """The table of a `preview.json`: a line for each candidate, and below them the policies that were evaluated.
+
+    KL in nats against the round's base policy; entropy in nats per token, length in tokens.
+    """
+    rows: list[tuple[str, ...]] = [PREVIEW_COLUMNS]
+    for row in previews:
+        solved = (_optional(row["budget"]), f"{row['beta']:.4g}", f"{row['kl_on_stored_states']:.4f}")
+        rows.append((row["candidate"], *solved, *_measured(row), str(row["samples"])))
+    for name, row in policies.items():
+        samples = str(row["prompts"] * row["samples_per_prompt"])
+        rows.append((name, "", "", "", *_measured(row), samples))
+    return _align(rows)
+
+
+def _optional(number: float | None) -> str:
+    return "" if number is None else f"{number:.4g}"
+
+
+def _measured(row: Mapping[str, Any]) -> tuple[str, ...]:
+    return (
+        f"{row['pass@1']:.3f} ± {row['pass@1_stderr']:.3f}",
+        f"{row['kl_per_token']:.4f} ± {row['kl_per_token_stderr']:.4f}",
+        f"{row['entropy_per_token']:.3f}",
+        f"{row['mean_length']:.1f}",
+    )
 
 
 def _budget(entry: dict[str, Any]) -> str:

@@ -5,8 +5,12 @@ on one thread. The base policy has learned the format and little else, which is 
 wrong answers.
 """
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
+
+import pytest
 
 DEMO = Path(__file__).parents[1] / "configs" / "demo.yaml"
 
@@ -44,3 +48,23 @@ def arguments(run_dir: Path, command: str = "fit", /, **overrides: Any) -> list[
     """Arguments for `python -m erpd_lightning`: the smallest run, with more overrides by dotted name."""
     settings = {**SMALL, "run_dir": run_dir, **overrides}
     return [command, f"--config={DEMO}", *(f"--{key}={value}" for key, value in settings.items())]
+
+
+@contextmanager
+def parsers_built_once() -> Iterator[None]:
+    """Building them takes longer than parsing, and they depend on nothing that a test changes."""
+    from erpd_lightning.cli import ERPDCLI
+
+    built: dict[str, Any] = {}
+    setup_parser = ERPDCLI.setup_parser
+
+    def once(self: ERPDCLI, *args: Any) -> None:
+        if not built:
+            setup_parser(self, *args)
+            names = ("parser", "_subcommand_parsers", "_subcommand_method_arguments")
+            built.update({name: getattr(self, name) for name in names})
+        vars(self).update(built)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(ERPDCLI, "setup_parser", once)
+        yield

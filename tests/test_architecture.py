@@ -17,9 +17,10 @@ LAYERS: list[set[str]] = [
     {"metrics", "data"},
     {"policy", "line"},
     {"policy_module"},
-    {"extreme_region", "distill"},
-    {"callbacks", "records", "report", "messages"},
+    {"extreme_region", "distill", "candidates"},
+    {"callbacks", "records", "report", "drawing", "messages"},
     {"rounds", "config"},
+    {"preview"},
     {"cli"},
     {"__main__"},
 ]
@@ -114,6 +115,9 @@ def test_imports_run_one_way(module: str) -> None:
         ("callbacks.throughput", "from ..rounds import run"),
         ("callbacks", "from ..cli import main"),
         ("rounds", "if True:\n    from .cli import main"),
+        ("data.tilted", "from ..policy import load_policy"),
+        ("candidates", "from .preview import PreviewTrainer"),
+        ("preview", "from .cli import main"),
         ("errors", "from .head import Head"),
     ],
 )

@@ -23,12 +23,12 @@ import torch
 import yaml
 from lightning.pytorch.callbacks import EarlyStopping
 from safetensors import SafetensorError
-from small import DEMO, arguments
+from small import DEMO, arguments, parsers_built_once
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 
 from erpd_lightning import DistillModule, ExtremeRegionModule, RolloutDataModule
 from erpd_lightning.callbacks import Throughput
-from erpd_lightning.cli import ERPDCLI, main
+from erpd_lightning.cli import main
 from erpd_lightning.data.verifiers import Verifier
 from erpd_lightning.policy import policy_fingerprint
 from erpd_lightning.rounds import STAGES, Rounds
@@ -48,19 +48,7 @@ Run = Callable[..., str]
 
 @pytest.fixture(autouse=True, scope="module")
 def _parsers_are_built_once() -> Iterator[None]:
-    """Building them takes longer than parsing, and they depend on nothing that a test changes."""
-    built: dict[str, Any] = {}
-    setup_parser = ERPDCLI.setup_parser
-
-    def once(self: ERPDCLI, *args: Any) -> None:
-        if not built:
-            setup_parser(self, *args)
-            names = ("parser", "_subcommand_parsers", "_subcommand_method_arguments")
-            built.update({name: getattr(self, name) for name in names})
-        vars(self).update(built)
-
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(ERPDCLI, "setup_parser", once)
+    with parsers_built_once():
         yield
 
 
@@ -245,7 +233,7 @@ def help_texts(text: str) -> dict[str, str]:
     return texts
 
 
-@pytest.mark.parametrize("command", ["fit", "predict"])
+@pytest.mark.parametrize("command", ["fit", "predict", "preview"])
 def test_help_has_a_sentence_for_every_option(command: str, shown: Run, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("COLUMNS", "160")
     text = shown(command, "--help")
@@ -257,6 +245,7 @@ def test_help_has_a_sentence_for_every_option(command: str, shown: Run, monkeypa
     assert {name for name in re.findall(r"--([\w.]+)", usage)} <= set(texts)
     assert {"distill.kl_budget", "rounds", "data.group_size", "trainer.max_epochs", "distill_trainer"} <= set(texts)
     assert all(stage in texts["stage"] for stage in STAGES)
+    assert ("budgets" in texts) == (command == "preview")
     assert not {"data.store", "extreme_region.sign", "trainer.default_root_dir", "ckpt_path"} & set(texts) - {
         "ckpt_path" if command == "predict" else ""
     }

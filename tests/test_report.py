@@ -2,7 +2,7 @@
 
 from typing import Any
 
-from erpd_lightning.report import format_summary
+from erpd_lightning.report import format_preview, format_summary
 
 
 def measured(pass_at_1: float, kl: float) -> dict[str, Any]:
@@ -79,3 +79,22 @@ def test_columns_widen_with_what_they_hold() -> None:
         end = header.index(name) + len(name)
         assert row[end - 1] != " "
         assert row[end : end + 1] in ("", " ")
+
+
+PREVIEWS: list[dict[str, Any]] = [
+    {**measured(0.5, 0.02345), "candidate": "teacher/unlearned", "budget": 0.025, "beta": 3.14159, "samples": 2560},
+    {**measured(0.61234, 0.5), "candidate": "teacher", "budget": None, "beta": 1.0, "samples": 2560},
+]
+for row, stored in zip(PREVIEWS, (0.025, 0.4567), strict=True):
+    row["kl_on_stored_states"] = stored
+
+PREVIEW_TABLE = """\
+        candidate  budget   beta  KL on stored states         pass@1         KL/token  entropy  length  samples
+---------------------------------------------------------------------------------------------------------------
+teacher/unlearned   0.025  3.142               0.0250  0.500 ± 0.012  0.0234 ± 0.0013    0.250    14.0     2560
+          teacher              1               0.4567  0.612 ± 0.012  0.5000 ± 0.0013    0.250    14.0     2560
+             base                                      0.380 ± 0.012  0.0000 ± 0.0013    0.250    14.0     2560"""
+
+
+def test_the_table_of_a_preview() -> None:
+    assert format_preview(PREVIEWS, {"base": measured(0.38, 0.0)}) == PREVIEW_TABLE

@@ -63,27 +63,35 @@ class TransformersSampler(Sampler):
         self, model: Any, tokenizer: Any, prompts: Sequence[Sequence[int]], seed: int
     ) -> list[Response]:
         """See `Sampler.sample`. Global random state is left as it was."""
-        device = next(model.parameters()).device
-        cuda = [device] if device.type == "cuda" else []
-        was_training = model.training
-        model.eval()
-        with torch.random.fork_rng(devices=cuda):
-            torch.manual_seed(seed)
-            responses = [
+        with self.drawing([model], seed):
+            return [
                 response
-                for first in range(0, len(prompts), self.batch_size)
-                for response in self._generate(
-                    model, tokenizer, prompts[first : first + self.batch_size], device
-                )
+                for encoded in self.padded(model, tokenizer, prompts)
+                for response in self.generate(model, tokenizer, encoded, LogpRecorder(self.temperature))
             ]
-        model.train(was_training)
-        return responses
 
-    def _generate(
-        self, model: Any, tokenizer: Any, prompts: Sequence[Sequence[int]], device: torch.device
-    ) -> list[Response]:
-        encoded = tokenizer.pad({"input_ids": list(prompts)}, return_tensors="pt").to(device)
-        recorder = _LogpRecorder(self.temperature)
+    @contextmanager
+    def drawing(self, models: Sequence[Any], seed: int) -> Iterator[None]:
+        """Models in eval mode and random state of one's own; both are as they were afterwards."""
+        device = models[0].device
+        were_training = [model.training for model in models]
+        for model in models:
+            model.eval()
+        with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
+            torch.manual_seed(seed)
+            yield
+        for model, was_training in zip(models, were_training, strict=True):
+            model.train(was_training)
+
+    def padded(self, model: Any, tokenizer: Any, prompts: Sequence[Sequence[int]]) -> Iterator[Any]:
+        """Ids and attention masks of `batch_size` prompts at a time, on the model's device."""
+        for first in range(0, len(prompts), self.batch_size):
+            chunk = list(prompts[first : first + self.batch_size])
+            yield tokenizer.pad({"input_ids": chunk}, return_tensors="pt").to(model.device)
+
+    def generate(self, model: Any, tokenizer: Any, encoded: Any, recorder: "LogpRecorder") -> list[Response]:
+        """One response to each of some padded prompts, drawn from what the recorder makes of the logits."""
+        device = encoded["input_ids"].device
         with self._plain_sampling(model, tokenizer):
             sequences = model.generate(
                 input_ids=encoded["input_ids"],
@@ -132,7 +140,7 @@ def _eos_ids(model: Any, tokenizer: Any) -> list[int]:
     return sorted({tokenizer.eos_token_id, *(token for token in listed if token is not None)})
 
 
-class _LogpRecorder:
+class LogpRecorder:
     """A logits processor that changes nothing and notes each sampled token's log-prob.
 
     Only one `(B, V)` tensor lives at a time, where `output_logits` of `generate` keeps one for every token.

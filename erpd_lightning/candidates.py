@@ -1,0 +1,170 @@
+"""Candidates for the distillation target, previewed by decoding from them directly. Ours.
+
+The student ends about where decoding from its target leads, so a signal and a budget can be judged in seconds,
+before anything is distilled.
+"""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from .data.prompts import PromptBatch
+from .data.tilted import TiltedSampler
+from .metrics import clustered_ratio
+from .objectives.signal import Signal
+from .objectives.tilt import BetaSolution, solve_beta, tilted_kl
+
+CHUNK = 65536
+"""States that a KL is measured on at a time, a bound on memory."""
+
+
+@dataclass(frozen=True)
+class Candidate:
+    """A target that a student could be distilled to.
+
+    The teacher itself is `teacher/base` of weight 1, unclipped, at beta = 1.
+
+    Args:
+        name: What to call it.
+        signal: What tilts the base policy.
+        budget: KL to the base policy to spend on the stored states, in nats per token; None where beta is given.
+        beta: Price of a nat of KL; None where it is solved for the budget.
+
+    Raises:
+        ValueError: For a budget or beta that is not a positive number, both or none of them.
+    """
+
+    name: str
+    signal: Signal
+    budget: float | None = None
+    beta: float | None = None
+
+    def __post_init__(self) -> None:
+        if (self.budget is None) == (self.beta is None):
+            raise ValueError(f"{self.name} needs either a budget or a beta")
+        for kind, value in (("budget", self.budget), ("beta", self.beta)):
+            if value is not None and not 0 < value < float("inf"):
+                raise ValueError(f"{self.name} has the {kind} {value}: it must be a positive, finite number")
+
+
+@dataclass(frozen=True)
+class Preview:
+    """What decoding from a candidate showed; standard errors count prompts, not samples.
+
+    Attributes:
+        candidate: The candidate.
+        beta: Its beta, given or solved.
+        kl_on_stored_states: KL of the target to the base policy on the stored states, in nats per token.
+        pass_at_1: Mean reward of the responses.
+        pass_at_1_stderr: Its standard error.
+        kl_per_token: KL of the target to the base policy on the responses, exact over the vocabulary, in nats
+            per token.
+        kl_per_token_stderr: Its standard error.
+        entropy_per_token: Entropy of the target on the responses, in nats per token.
+        mean_length: Tokens of a response.
+        samples: Responses in all.
+    """
+
+    candidate: Candidate
+    beta: float
+    kl_on_stored_states: float
+    pass_at_1: float
+    pass_at_1_stderr: float
+    kl_per_token: float
+    kl_per_token_stderr: float
+    entropy_per_token: float
+    mean_length: float
+    samples: int
+
+
+def preview(
+    candidates: Sequence[Candidate],
+    models: Mapping[str, Any],
+    scores: Mapping[str, Tensor],
+    batches: Sequence[PromptBatch],
+) -> list[Preview]:
+    """Decode from each candidate and measure what it gains and spends, in the order that they are given.
+
+    All betas are solved before anything is sampled. Every candidate meets the same draws, so that what tells two
+    of them apart is less noisy than each of them.
+
+    Args:
+        candidates: The targets.
+        models: `base` and the policies that the signals compare, as language models on one device.
+        scores: Of the same policies, `(N, K+1)` log-probs of support and tail on the stored states, in nats.
+        batches: Prompts, at least one, with sampler, verifier and seed.
+
+    Raises:
+        UnreachableBudget: For a budget that no beta spends.
+    """
+    solutions = [solve(candidate, scores) for candidate in candidates]
+    return [
+        _measure(candidate, solution, models, batches)
+        for candidate, solution in zip(candidates, solutions, strict=True)
+    ]
+
+
+def solve(candidate: Candidate, scores: Mapping[str, Tensor]) -> BetaSolution:
+    """The candidate's beta, and the KL to the base policy that it spends on the stored states.
+
+    Args:
+        candidate: The target.
+        scores: By policy, `(N, K+1)` log-probs of support and tail, in nats.
+
+    Raises:
+        UnreachableBudget: If no beta spends the budget.
+    """
+    base, signal = scores["base"], candidate.signal(scores)
+    if candidate.budget is not None:
+        return solve_beta(base, signal, candidate.budget)
+    assert candidate.beta is not None
+    states = zip(base.split(CHUNK), signal.split(CHUNK), strict=True)
+    kls = [tilted_kl(b.double(), s.double(), candidate.beta) for b, s in states]
+    return BetaSolution(beta=candidate.beta, kl=float(torch.cat(kls).mean()))
+
+
+def _measure(
+    candidate: Candidate, solution: BetaSolution, models: Mapping[str, Any], batches: Sequence[PromptBatch]
+) -> Preview:
+    sums = [
+        _prompt_sums(TiltedSampler(batch.sampler, candidate.signal, solution.beta), models, batch)
+        for batch in batches
+        if batch.prompts
+    ]
+    total = {name: torch.cat([part[name] for part in sums]) for name in sums[0]}
+    passed = clustered_ratio(total["correct"], total["samples"])
+    kl = clustered_ratio(total["kl"], total["tokens"])
+    return Preview(
+        candidate=candidate,
+        beta=solution.beta,
+        kl_on_stored_states=solution.kl,
+        pass_at_1=float(passed.value),
+        pass_at_1_stderr=float(passed.stderr),
+        kl_per_token=float(kl.value),
+        kl_per_token_stderr=float(kl.stderr),
+        entropy_per_token=float(clustered_ratio(total["entropy"], total["tokens"]).value),
+        mean_length=float(clustered_ratio(total["tokens"], total["samples"]).value),
+        samples=int(total["samples"].sum()),
+    )
+
+
+def _prompt_sums(sampler: TiltedSampler, models: Mapping[str, Any], batch: PromptBatch) -> dict[str, Tensor]:
+    """Sums over each prompt's responses, `(prompts,)` each: right ones, KL and entropy in nats, tokens, number."""
+    repeated = [i for i in range(len(batch.prompts)) for _ in range(batch.samples)]
+    drawn = sampler.sample(models, batch.tokenizer, [batch.prompt_ids[i] for i in repeated], batch.seed)
+    texts = batch.tokenizer.batch_decode([row.response.ids for row in drawn], skip_special_tokens=True)
+    rewards = batch.verifier(texts, [batch.prompts[i].answer for i in repeated])
+    columns = {
+        "correct": [reward or 0.0 for reward in rewards],  # What could not be checked is not rewarded.
+        "kl": [sum(row.kl) for row in drawn],
+        "entropy": [sum(row.entropy) for row in drawn],
+        "tokens": [float(len(row.response.ids)) for row in drawn],
+        "samples": [1.0 for _ in drawn],
+    }
+    return {
+        name: torch.tensor(column, dtype=torch.float64).view(-1, batch.samples).sum(1)
+        for name, column in columns.items()
+    }
