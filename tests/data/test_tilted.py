@@ -101,6 +101,15 @@ def test_any_architecture(tokenizer: Any, name: str) -> None:
     assert sum(sum(row.kl) for row in drawn) > 0.1
 
 
+def test_every_token_is_read_once(models: dict[str, Any], tokenizer: Any) -> None:
+    lengths = []
+    models["teacher"].register_forward_pre_hook(
+        lambda _, __, kwargs: lengths.append(kwargs["input_ids"].shape[1]), with_kwargs=True
+    )
+    TiltedSampler(TransformersSampler(5), TEACHER_TO_UNLEARNED, 1.0).sample(models, tokenizer, PROMPTS * 4, seed=1)
+    assert lengths == [7, 1, 1, 1, 1]
+
+
 def test_a_policy_without_a_cache_reads_everything_again(models: dict[str, Any], tokenizer: Any) -> None:
     forward = models["teacher"].forward
 
