@@ -19,6 +19,7 @@ import sys
 from collections.abc import Iterable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass
+from itertools import pairwise
 from pathlib import Path
 
 ROOT = Path(__file__).parents[1]
@@ -51,6 +52,7 @@ SQUARED_ERROR = "erpd_lightning.objectives.regression.SquaredError"
 
 METHODS: dict[str, list[str]] = {
     "erpd": ["--rounds=3"],
+    "erpd_auto": [f"--config={ROOT / 'configs' / 'auto.yaml'}", "--rounds=3"],
     "erpd_squared_error": ["--rounds=1", f"--extreme_region.objective={SQUARED_ERROR}"],
     "rft": [f"--config={BASELINES / 'rft.yaml'}", "--rounds=3"],
     **{f"sapo_kl_{coefficient:g}": sapo_kl(coefficient) for coefficient in COEFFICIENTS},
@@ -111,14 +113,15 @@ def points(out: Path, method: str, seed: int) -> list[Point]:
     found = []
     for entry in json.loads((folder / "summary.json").read_text())["rounds"]:
         for name, measured in entry["policies"].items():
-            label = {"student": method, "teacher": f"{method}: teacher, last"}.get(name)
+            labels = {"student": method, "teacher": f"{method}: teacher, last", "mild": f"{method}: mild teacher"}
+            label = "base" if name == "base" and entry["round"] == 1 and method == "erpd" else labels.get(name)
             if label is None:
                 continue
             found.append(
                 Point(
                     label,
                     seed,
-                    entry["rollouts_total"],
+                    -(-entry["rollouts_total"] // ROLLOUTS_PER_ROUND) * ROLLOUTS_PER_ROUND,  # auto may spend less
                     measured["pass@1"],
                     measured["pass@1_stderr"],
                     measured["kl_per_token"],
@@ -190,6 +193,39 @@ def table(found: list[Point], reference: str) -> str:
     return "\n".join(lines) + "\n"
 
 
+def frontier(found: list[Point], rollouts: int) -> str:
+    """Students against SAPO with a KL term at the same KL, by interpolation between its coefficients."""
+    lines = []
+    for method in ("erpd", "erpd_auto"):
+        gains = []
+        for student in (p for p in found if (p.method, p.rollouts) == (method, rollouts)):
+            rivals = [
+                p
+                for p in found
+                if p.seed == student.seed
+                and ((p.method.startswith("sapo_kl") and p.rollouts == rollouts) or p.method == "base")
+            ]
+            curve = sorted((p.kl_to_first, p.accuracy) for p in rivals)
+            if len(curve) > len(COEFFICIENTS):
+                gains.append(student.accuracy - interpolate(curve, student.kl_to_first))
+        if gains:
+            lines.append(
+                f"{method} minus the frontier of SAPO with a KL term, {rollouts:,} rollouts: "
+                f"{statistics.mean(gains):+.3f} on average, worst {min(gains):+.3f}, {len(gains)} seeds\n"
+            )
+    return "".join(lines)
+
+
+def interpolate(curve: list[tuple[float, float]], x: float) -> float:
+    """The height of a polygon at x; level beyond its ends."""
+    if x <= curve[0][0]:
+        return curve[0][1]
+    for (left, low), (right, high) in pairwise(curve):
+        if x <= right:
+            return low + (high - low) * (x - left) / (right - left)
+    return curve[-1][1]
+
+
 def draw(found: list[Point], path: Path) -> None:
     """Accuracy against KL to the first base policy, means over the seeds with their standard errors."""
     import matplotlib
@@ -246,7 +282,8 @@ def main() -> None:
             job.result()
     found = [p for method, seed in finished(out, options.methods, options.seeds) for p in points(out, method, seed)]
     (out / "results.json").write_text(json.dumps([asdict(point) for point in found], indent=1) + "\n")
-    (out / "table.md").write_text(table(found, options.reference))
+    frontiers = [frontier(found, rounds * ROLLOUTS_PER_ROUND) for rounds in (1, 3)]
+    (out / "table.md").write_text("\n".join([table(found, options.reference), *frontiers]))
     draw(found, out / "comparison.png")
     print((out / "table.md").read_text())
 

@@ -14,8 +14,8 @@ from torch import Tensor
 from .data.prompts import PromptBatch
 from .data.tilted import TiltedSampler
 from .metrics import clustered_ratio
-from .objectives.signal import Signal
-from .objectives.tilt import BetaSolution, solve_beta, tilted_kl
+from .objectives.signal import AutoSignal, Signal
+from .objectives.tilt import BetaSolution, UnreachableBudget, solve_beta, tilted_kl
 
 CHUNK = 65536
 """States that a KL is measured on at a time, a bound on memory."""
@@ -80,6 +80,23 @@ class Preview:
     samples: int
 
 
+    def record(self) -> dict[str, Any]:
+        """By the keys of `summary.json`."""
+        return {
+            "candidate": self.candidate.name,
+            "budget": self.candidate.budget,
+            "beta": self.beta,
+            "kl_on_stored_states": self.kl_on_stored_states,
+            "pass@1": self.pass_at_1,
+            "pass@1_stderr": self.pass_at_1_stderr,
+            "kl_per_token": self.kl_per_token,
+            "kl_per_token_stderr": self.kl_per_token_stderr,
+            "entropy_per_token": self.entropy_per_token,
+            "mean_length": self.mean_length,
+            "samples": self.samples,
+        }
+
+
 def preview(
     candidates: Sequence[Candidate],
     models: Mapping[str, Any],
@@ -105,6 +122,38 @@ def preview(
         _measure(candidate, solution, models, batches)
         for candidate, solution in zip(candidates, solutions, strict=True)
     ]
+
+
+def choose(rows: Sequence[Preview]) -> Preview:
+    """The candidate whose responses were right most often; of equals, the one that spends less KL."""
+    return max(rows, key=lambda row: (row.pass_at_1, -row.kl_per_token))
+
+
+def within(
+    auto: AutoSignal, budget: float, scores: Mapping[str, Tensor]
+) -> list[Candidate]:
+    """The candidates of a signal that is to be chosen whose target can spend what it should, and not more.
+
+    Args:
+        auto: Says which there are.
+        budget: The KL budget that shares are of, in nats per token.
+        scores: By policy, `(N, K+1)` log-probs of support and tail, in nats.
+
+    Raises:
+        UnreachableBudget: If there are none.
+    """
+    found = []
+    for name, signal, share in auto.candidates():
+        candidate = Candidate(name, signal, beta=1.0) if share is None else Candidate(name, signal, share * budget)
+        try:
+            spent = solve(candidate, scores).kl
+        except UnreachableBudget:
+            continue
+        if share is not None or spent <= budget:
+            found.append(candidate)
+    if not found:
+        raise UnreachableBudget(f"no candidate of the signal spends a KL budget of {budget:g} nats per token")
+    return found
 
 
 def solve(candidate: Candidate, scores: Mapping[str, Tensor]) -> BetaSolution:

@@ -25,7 +25,7 @@ CLASSES = {
 }
 
 BOUND_BY_CHAIN = {
-    "data": {"store", "tokenizer", "scores", "round", "seed"},
+    "data": {"store", "tokenizer", "scores", "round", "preview_prompts", "seed"},
     "extreme_region": {"policy", "references", "sign"},
     "distill": {"policy", "references"},
     "trainer": {"default_root_dir", "enable_checkpointing"},
@@ -95,7 +95,10 @@ CALIBRATION = {
 """What a student depends on that other trained policies do not: beta is corrected in validation."""
 
 POLICIES = {"base", "teacher", "unlearned"}
-"""What the chain scores, hence what a signal can be made of."""
+"""What the chain scores beside the policies of `teachers`, hence what a signal can be made of."""
+
+TEACHER_ONLY = {"sign", "trainer"}
+"""What a policy of `teachers` has beside the settings of extreme_region."""
 
 MISTAKES = (MisconfigurationException, ValueError, TypeError, ImportError)
 """What a class raises that does not like its arguments."""
@@ -118,6 +121,14 @@ def add_options(parser: LightningArgumentParser) -> None:
         type=dict[str, Any] | None,
         default=None,
         help="Settings of the unlearned policy that differ from those of extreme_region.",
+    )
+    parser.add_argument(
+        "--teachers",
+        type=dict[str, dict[str, Any]] | None,
+        default=None,
+        help="Further policies to train on the rollouts of each round, by the name that signals give them: settings "
+        "that differ from those of extreme_region; sign: -1 for an unlearned one; trainer for settings of the trainer "
+        "that differ from extreme_region_trainer.",
     )
     for stage, epochs in EPOCHS.items():
         parser.add_argument(
@@ -152,6 +163,10 @@ class ConfigBuilder:
         for group in CLASSES:
             if not isinstance(config[group], Namespace):
                 raise UserError(f"{group} is {config[group]!r}: its options are expected there")
+        self.teachers: dict[str, dict[str, Any]] = config.get("teachers") or {}
+        for name in self.teachers:
+            if name in {*POLICIES, "first", "student"} or not name.isidentifier():
+                raise UserError(f"teachers.{name}: a policy of its own needs a name of its own, letters and digits")
 
     def check(self) -> None:
         """Build everything once, so that a mistake shows before any work is done.
@@ -160,7 +175,8 @@ class ConfigBuilder:
             UserError: Names the key that is wrong.
         """
         data = self.data(store="", tokenizer="")
-        for stage in STAGES:
+        policies = POLICIES | self.teachers.keys()
+        for stage in (*STAGES, *map(teacher_stage, self.teachers)):
             module = self.module(stage, policy="")
             self.trainer(stage)
             if module.pass_at_k is not None and module.pass_at_k > data.validation_samples:
@@ -173,11 +189,13 @@ class ConfigBuilder:
                     f"data.group_size is {data.group_size}: {stage}.objective compares the responses of a group, "
                     "which takes at least 2"
                 )
-            if isinstance(module, DistillModule) and (unknown := {*module.signal.policies} - POLICIES):
+            if isinstance(module, DistillModule) and (unknown := {*module.signal.policies} - policies):
                 raise UserError(
                     f"distill.signal: no policy is called {', '.join(sorted(unknown))}; "
-                    f"there are {', '.join(sorted(POLICIES))}"
+                    f"there are {', '.join(sorted(policies))}"
                 )
+            if isinstance(module, DistillModule) and (unused := self.teachers.keys() - {*module.signal.policies}):
+                raise UserError(f"teachers.{min(unused)} is trained in vain: distill.signal does not use it")
 
     def data(self, **bound: Any) -> RolloutDataModule:
         """See `rounds.Builder`."""
@@ -186,8 +204,8 @@ class ConfigBuilder:
     def module(self, stage: str, **bound: Any) -> PolicyModule:
         """See `rounds.Builder`."""
         kind = DistillModule if stage == "distill" else ExtremeRegionModule
-        if stage == "unlearned":
-            bound = {"sign": -1, **bound}
+        if kind is ExtremeRegionModule:
+            bound = {"sign": self._sign(stage), **bound}
         try:
             return kind(**{**self._arguments(_group(stage), stage), **bound})
         except UserError as error:
@@ -196,7 +214,8 @@ class ConfigBuilder:
 
     def trainer(self, stage: str, kind: type[Trainer] = Trainer, **bound: Any) -> Trainer:
         """See `rounds.Builder`; the `kind` is `Trainer` or a subclass that takes the same arguments."""
-        kwargs = self._arguments("trainer", f"{stage}_trainer")
+        own = trainer_of(stage)
+        kwargs = self._arguments("trainer", own)
         root = bound.get("default_root_dir")
         if kwargs["logger"] in (None, True) and root is not None:
             kwargs["logger"] = CSVLogger(root, name="metrics")
@@ -208,21 +227,26 @@ class ConfigBuilder:
             defaults = vars(self.parser.get_defaults()["trainer"])
             kwargs = {key: value if key in OPERATIONAL else defaults[key] for key, value in kwargs.items()}
         endless = all(kwargs[key] in (None, -1) for key in ("max_epochs", "max_steps", "max_time"))
-        if stage in EPOCHS and endless:
-            bound = {"max_epochs": EPOCHS[stage], **bound}
+        if endless and (stage in EPOCHS or is_teacher(stage)):
+            bound = {"max_epochs": EPOCHS.get(stage, EPOCHS["extreme_region"]), **bound}
         if stage in ("rollouts", "signal"):  # Other stages build on these: part of a store is none.
             bound = {"fast_dev_run": False, "limit_predict_batches": None, **bound}
         try:
             return kind(**{**kwargs, "enable_checkpointing": saves, **bound})
         except MISTAKES as error:
-            key = f"{stage}_trainer" if self.config.get(f"{stage}_trainer") else "trainer"
+            key = own if self._changed(own) else "trainer"
             raise UserError(f"{key}: {readable(error)}") from error
 
     def settings(self, stage: str) -> dict[str, Any]:
         """See `rounds.Builder`."""
         data = _canonical(self.config["data"].as_dict())
-        trainer = self._settings("trainer", f"{stage}_trainer").as_dict()
-        if stage in NOT_TRAINED:
+        own_trainer = trainer_of(stage)
+        of_data: tuple[str, ...]
+        trainer = self._settings("trainer", own_trainer).as_dict()
+        if stage == "choice":
+            of_data, distill = ("sampler", "verifier"), _canonical(self.config["distill"].as_dict())
+            own = {"distill": {key: distill[key] for key in ("signal", "kl_budget")}}
+        elif stage in NOT_TRAINED:
             of_data, of_trainer = NOT_TRAINED[stage]
             own = {"trainer": {key: trainer[key] for key in of_trainer}}
         else:
@@ -232,8 +256,10 @@ class ConfigBuilder:
             ignored = OPERATIONAL.difference(calibration["trainer"])
             own = {
                 stage: _canonical(self._settings(_group(stage), stage).as_dict()),
-                f"{stage}_trainer": {key: value for key, value in trainer.items() if key not in ignored},
+                own_trainer: {key: value for key, value in trainer.items() if key not in ignored},
             }
+            if is_teacher(stage):
+                own[stage]["sign"] = self._sign(stage)
         return {**own, "data": {key: data[key] for key in of_data}}
 
     def built(self, key: str, value: Any, name: str | None = None) -> Any:
@@ -251,7 +277,7 @@ class ConfigBuilder:
 
     def _arguments(self, group: str, own: str) -> dict[str, Any]:
         """The arguments of a group's class, with the classes among them instantiated."""
-        changed = self.config.get(own) or {}
+        changed = self._changed(own)
         return {
             name: self.built(f"{group}.{name}", value, f"{own if name in changed else group}.{name}")
             for name, value in vars(self._settings(group, own)).items()
@@ -268,7 +294,7 @@ class ConfigBuilder:
         return self._merged[own].clone()
 
     def _merge(self, group: str, own: str) -> Namespace:
-        shared, changed = self.config[group], self.config.get(own)
+        shared, changed = self.config[group], self._changed(own)
         if own == group or not changed:
             return shared
         try:
@@ -279,9 +305,41 @@ class ConfigBuilder:
             raise UserError(readable(error, known, bound).replace(f"{group}.", f"{own}.")) from error
 
 
+    def _changed(self, own: str) -> dict[str, Any]:
+        """What the user set under a key of a stage's own."""
+        if not is_teacher(own):
+            return dict(self.config.get(own) or {})
+        _, name, *trainer = own.split(".")
+        settings = self.teachers[name]
+        if trainer:
+            return {**self._changed(trainer_of("extreme_region")), **settings.get("trainer", {})}
+        return {key: value for key, value in settings.items() if key not in TEACHER_ONLY}
+
+    def _sign(self, stage: str) -> int:
+        if is_teacher(stage):
+            sign: int = self.teachers[stage.removeprefix("teachers.")].get("sign", 1)
+            return sign
+        return -1 if stage == "unlearned" else 1
+
+
+def teacher_stage(name: str) -> str:
+    """The stage that trains a policy of `teachers`."""
+    return f"teachers.{name}"
+
+
+def is_teacher(stage: str) -> bool:
+    """Whether a stage, or its trainer, is that of a policy of `teachers`."""
+    return stage.startswith("teachers.")
+
+
+def trainer_of(stage: str) -> str:
+    """The key of a stage's trainer settings."""
+    return f"{stage}.trainer" if is_teacher(stage) else f"{stage}_trainer"
+
+
 def _group(stage: str) -> str:
-    """Where a stage's settings are; `unlearned` has only those that differ."""
-    return "extreme_region" if stage == "unlearned" else stage
+    """Where a stage's settings are; some stages have only those that differ from another's."""
+    return "extreme_region" if stage == "unlearned" or is_teacher(stage) else stage
 
 
 def _canonical(settings: Any) -> Any:

@@ -4,7 +4,7 @@ import math
 from dataclasses import astuple
 from itertools import count
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
@@ -13,7 +13,7 @@ from .data.batching import RolloutBatch, RolloutTable
 from .errors import UserError
 from .line import Landing, Line, land
 from .objectives.distillation import DistillObjective, TiltedTarget
-from .objectives.signal import Signal
+from .objectives.signal import AutoSignal, Signal
 from .objectives.tilt import (
     TwoAnchorSolution,
     UnreachableBudget,
@@ -41,7 +41,8 @@ class DistillModule(PolicyModule):
         total_budget: KL of the target to the first policy of all rounds, in nats per response token, that is not to
             be exceeded either; None for no such bound. It takes the scores and the reference of a policy `first`.
         beta: Price of a nat of KL, where it is given and not solved; `kl_budget` is then None.
-        signal: What the policies say about a token, as clipped log-ratios.
+        signal: What the policies say about a token, as clipped log-ratios; `auto`, or an `AutoSignal`, for one that
+            the chain chooses by preview.
         objective: How the student is drawn to the tilted base policy.
         calibrate: Correct beta after each epoch and the weights after the last, so that the budget is spent on fresh
             samples and not only on the stored states; needs a solved beta, a student that starts from the policy
@@ -60,7 +61,7 @@ class DistillModule(PolicyModule):
         kl_budget: float | None = 0.05,
         total_budget: float | None = None,
         beta: float | None = None,
-        signal: Signal | None = None,
+        signal: Signal | Literal["auto"] | None = None,
         objective: DistillObjective | None = None,
         calibrate: bool = True,
         learning_rate: float = 1e-3,
@@ -78,7 +79,9 @@ class DistillModule(PolicyModule):
         self.kl_budget = kl_budget
         self.total_budget = total_budget
         self.beta = beta
-        self.signal = signal or Signal()
+        self.signal = AutoSignal() if signal == "auto" else signal or Signal()
+        if isinstance(self.signal, AutoSignal) and kl_budget is None:
+            raise UserError("distill.signal is chosen for distill.kl_budget, not for a given distill.beta")
         self.objective = objective or TiltedTarget()
         self.solution: TwoAnchorSolution | None = None
         self.landing: Landing | None = None
@@ -90,6 +93,8 @@ class DistillModule(PolicyModule):
         """Solve beta for the budget on the stored states."""
         if stage != "fit" or self.solution is not None:
             return
+        if isinstance(self.signal, AutoSignal):
+            raise UserError("distill.signal is chosen by the chain of stages: give a Signal in a Trainer of your own")
         data: Any = getattr(self.trainer, "datamodule", None)
         rollouts = getattr(data, "rollouts", None)
         if rollouts is None or not rollouts.scores:

@@ -10,7 +10,7 @@ from lightning.pytorch import Trainer
 from lightning.pytorch.utilities import rank_zero_only
 from torch import Tensor
 
-from .candidates import Candidate, Preview, preview, solve
+from .candidates import Candidate, preview, solve
 from .data.store import atomic_write
 from .distill import DistillModule
 from .drawing import draw_preview
@@ -75,7 +75,7 @@ class PreviewTrainer(Trainer):
             "prompts": len(prompts),
             "samples_per_prompt": data.validation_samples,
             "signal": [asdict(term) for term in module.signal.terms],
-            "previews": [_row(row) for row in rows],
+            "previews": [row.record() for row in rows],
             "policies": _evaluated(folder, [*rounds.policies(number), "student"]),
         }
         atomic_write(folder / "preview.json", json.dumps(content, indent=2) + "\n")
@@ -145,23 +145,6 @@ def _candidates(
         raise UserError(f"budgets is [{given}]: at least one is needed, each a positive number of nats per token")
     name = " + ".join(f"{term.numerator}/{term.denominator}" for term in module.signal.terms)
     return [Candidate(name, module.signal, budget) for budget in budgets]
-
-
-def _row(row: Preview) -> Record:
-    """A preview by the keys of `summary.json`."""
-    return {
-        "candidate": row.candidate.name,
-        "budget": row.candidate.budget,
-        "beta": row.beta,
-        "kl_on_stored_states": row.kl_on_stored_states,
-        "pass@1": row.pass_at_1,
-        "pass@1_stderr": row.pass_at_1_stderr,
-        "kl_per_token": row.kl_per_token,
-        "kl_per_token_stderr": row.kl_per_token_stderr,
-        "entropy_per_token": row.entropy_per_token,
-        "mean_length": row.mean_length,
-        "samples": row.samples,
-    }
 
 
 def _evaluated(folder: Path, names: Sequence[str]) -> dict[str, Record]:

@@ -62,19 +62,24 @@ def round_summary(folder: Path, number: int, policies: Iterable[str]) -> Record:
         number: The round.
         policies: Names of the policies that were evaluated.
     """
-    stages = ("rollouts", "extreme_region", "unlearned", "signal", "distill")
+    stages = ("rollouts", "extreme_region", "unlearned", "signal", "choice", "distill")
     paths = [folder / stage / "stage.json" for stage in stages]
+    paths += sorted(folder.glob("teachers/*/stage.json"))
     records = [json.loads(path.read_text()) for path in paths if path.is_file()]
     outcomes = {record["stage"]: record["outcome"] for record in records}
     evaluations = {
         name: json.loads((folder / "evaluation" / name / "stage.json").read_text()) for name in policies
     }
     records += evaluations.values()
+    choice = outcomes.get("choice")
+    previewed = 0 if choice is None else choice["rollouts"]
+    chosen = {} if choice is None else {"signal": choice["name"], "candidates": choice["candidates"]}
     nothing_to_spend = {"spending": {"budget": None, "beta": None}}
     return {
         "round": number,
         **outcomes.get("distill", nothing_to_spend)["spending"],
-        "rollouts": outcomes.get("rollouts", outcomes["extreme_region"])["rollouts"],
+        **chosen,
+        "rollouts": outcomes.get("rollouts", outcomes["extreme_region"])["rollouts"] + previewed,
         "seconds": round(sum(record["seconds"] for record in records), 1),
         "cpu_seconds": round(sum(record["cpu_seconds"] for record in records), 1),
         "policies": {name: record["outcome"] for name, record in evaluations.items()},

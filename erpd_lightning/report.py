@@ -93,6 +93,8 @@ def _budget(entry: dict[str, Any]) -> str:
         f"Round {entry['round']}: budget {entry['budget']:.4g} nats per token, {spent:.4f} spent "
         f"({spent / entry['budget']:.0%}), beta {entry['beta']:.4g}"
     )
+    if "signal" in entry:
+        line = f"{line}, signal {entry['signal']}"
     if entry.get("total_budget") is None:
         return line
     total = entry["policies"]["student"]["kl_per_token_to_first"]

@@ -9,8 +9,8 @@ happened. A stage whose record names other settings is never overwritten: that i
 import hashlib
 import json
 import time
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping
+from dataclasses import asdict, dataclass
 from functools import cached_property
 from pathlib import Path
 from typing import Any, Protocol
@@ -20,6 +20,7 @@ from lightning.pytorch import Trainer, seed_everything
 from lightning.pytorch.utilities import rank_zero_only
 
 from .callbacks import ResumeCheckpoint
+from .candidates import choose, preview, within
 from .data.arithmetic import Arithmetic
 from .data.batching import RolloutTable
 from .data.demonstrations import write_demonstrations
@@ -29,16 +30,22 @@ from .distill import DistillModule
 from .errors import UserError
 from .extreme_region import ExtremeRegionModule
 from .objectives.extreme import CrossEntropy
-from .policy import export_policy, policy_fingerprint
+from .objectives.signal import AutoSignal, Signal, Term
+from .objectives.tilt import UnreachableBudget
+from .policy import export_policy, load_policy, policy_fingerprint
 from .policy_module import PolicyModule
 from .records import Record, holds_work, read_record, round_summary, write_record
 from .report import format_summary
 from .seeds import derive_seed
 
-STAGES = ("base", "rollouts", "extreme_region", "unlearned", "signal", "distill", "evaluation")
+STAGES = ("base", "rollouts", "extreme_region", "unlearned", "signal", "choice", "distill", "evaluation")
 
 class Builder(Protocol):
     """Makes what a stage needs from the user's settings and what the chain binds."""
+
+    @property
+    def teachers(self) -> Mapping[str, Any]:
+        """The further policies to train on the rollouts, by name."""
 
     def data(self, **bound: Any) -> RolloutDataModule:
         """The data module."""
@@ -73,8 +80,8 @@ class Rounds:
         checkpoint_every: Optimiser steps between the checkpoints that a killed stage goes on from.
         last_stage: The stage whose policy is a round's student: distill; or extreme_region for methods without a
             second stage, such as on-policy policy gradients or rejection-sampling fine-tuning.
-        stage: The only stage to run, whose inputs have to be there: base, rollouts, extreme_region, unlearned, signal,
-            distill or evaluation; None for all.
+        stage: The only stage to run, whose inputs have to be there: base, rollouts, extreme_region, unlearned,
+            teachers.NAME, signal, choice, distill or evaluation; None for all.
         round: The round of that stage; None for the first in which it is not finished.
         seed: Seed of all draws.
 
@@ -112,14 +119,17 @@ class Rounds:
                 "data.iterations is above 1, but a student is distilled from fixed rollouts: "
                 "leave it at 1, or set last_stage to extreme_region"
             )
-        if self.stage is not None and self.stage not in STAGES:
-            raise UserError(f"stage is {self.stage!r}: it must be one of {', '.join(STAGES)}")
+        stages = [*STAGES, *(f"teachers.{name}" for name in self.builder.teachers)]
+        if self.stage is not None and self.stage not in stages:
+            raise UserError(f"stage is {self.stage!r}: it must be one of {', '.join(stages)}")
         if self.stage == "base" and self.task is None:
             raise UserError("stage is 'base', but policy gives the base policy: only a task makes one")
-        if self.stage in ("unlearned", "signal", "distill") and not self._distils:
+        if self.stage not in (None, "base", "rollouts", "extreme_region", "evaluation") and not self._distils:
             raise UserError(f"stage is {self.stage!r}, but last_stage is extreme_region: there is no such stage")
         if self.stage == "unlearned" and not self._unlearns:
             raise UserError("stage is 'unlearned', but distill.signal uses no unlearned policy")
+        if self.stage == "choice" and self._auto is None:
+            raise UserError("stage is 'choice', but distill.signal is given: there is none to choose")
         if self.stage == "rollouts" and self._iterates:
             raise UserError("stage is 'rollouts', but data.iterations is above 1: extreme_region samples as it trains")
         if self.round is not None and not 1 <= self.round <= self.rounds:
@@ -156,6 +166,8 @@ class Rounds:
             policies["teacher"] = folder / "extreme_region" / "teacher"
         if self._unlearns:
             policies["unlearned"] = folder / "unlearned" / "policy"
+        if self._distils:
+            policies |= {name: folder / "teachers" / name / "policy" for name in self.builder.teachers}
         return policies
 
     def data(self, number: int, with_scores: bool = False) -> RolloutDataModule:
@@ -170,6 +182,7 @@ class Rounds:
             tokenizer=self.student(0),
             scores=folder / "signal" if with_scores else None,
             round=number,
+            preview_prompts=0 if self._auto is None else self._auto.prompts,
             seed=derive_seed(self.seed, "data", number),
             **bound,
         )
@@ -192,6 +205,12 @@ class Rounds:
     def _unlearns(self) -> bool:
         """Whether the signal uses the unlearned policy, which is only then made."""
         return self._distils and "unlearned" in self._distillation.signal.policies
+
+    @property
+    def _auto(self) -> AutoSignal | None:
+        """The candidates, where the signal is to be chosen among some."""
+        signal = self._distillation.signal
+        return signal if self._distils and isinstance(signal, AutoSignal) else None
 
     @property
     def _distils(self) -> bool:
@@ -259,12 +278,14 @@ class Rounds:
 
     def _two_stages(self, number: int, inputs: dict[str, str]) -> None:
         """From rollouts to a distilled student; what is made along the way is noted in `inputs`."""
-        for stage, name in (("extreme_region", "teacher"), ("unlearned", "unlearned")):
-            if name in self.policies(number):
-                needed = {key: inputs[key] for key in ("base", "rollouts")}
+        needed = {key: inputs[key] for key in ("base", "rollouts")}
+        for name in self.policies(number):
+            if name != "base":
+                stage = {"teacher": "extreme_region", "unlearned": "unlearned"}.get(name, f"teachers.{name}")
                 inputs[name] = self._extreme(stage, name, number, needed)["outcome"]["policy"]
-        signal = self._signal(number, inputs)
-        student = self._distill(number, {**inputs, "signal": signal["outcome"]["fingerprint"]})
+        inputs["signal"] = self._signal(number, inputs)["outcome"]["fingerprint"]
+        choice = None if self._auto is None else self._choose(number, self._auto, inputs)["outcome"]
+        student = self._distill(number, inputs if choice is None else {**inputs, "choice": choice["name"]}, choice)
         inputs["student"] = student["outcome"]["policy"]
 
     def _rollouts(self, number: int, base: str) -> Record:
@@ -288,12 +309,11 @@ class Rounds:
         return record
 
     def _extreme(self, stage: str, name: str, number: int, inputs: dict[str, str]) -> Record:
-        folder = self.round_dir(number) / stage
+        folder = self.round_dir(number) / stage.replace(".", "/")
         path = {**self.policies(number), "student": self.student(number)}[name]
 
         def body() -> Record:
-            sign = -1 if name == "unlearned" else 1
-            module = self.builder.module(stage, policy=self.student(number - 1), sign=sign)
+            module = self.builder.module(stage, policy=self.student(number - 1))
             data = self.data(number)
             self._fit(stage, folder, module, data)
             module.export(path, tokenizer=self.student(0))
@@ -306,7 +326,7 @@ class Rounds:
             "student": "training the student on its own fresh rollouts"
             if self._iterates
             else "training the student on the fixed rollouts",
-        }[name]
+        }.get(name, f"driving {name} away from the base policy on the fixed rollouts")
         return self._stage(stage, number, folder, about, inputs, body)
 
     def _signal(self, number: int, inputs: dict[str, str]) -> Record:
@@ -325,14 +345,49 @@ class Rounds:
             Store.open(folder / name)
         return record
 
-    def _distill(self, number: int, inputs: dict[str, str]) -> Record:
+    def _choose(self, number: int, auto: AutoSignal, inputs: dict[str, str]) -> Record:
+        folder = self.round_dir(number) / "choice"
+
+        def body() -> Record:
+            data = self.data(number, with_scores=True)
+            names = auto.policies
+            scores = {name: data.rollouts.flat_scores(name) for name in {"base", *names}}
+            assert self._distillation.kl_budget is not None
+            try:
+                candidates = within(auto, self._distillation.kl_budget, scores)
+            except UnreachableBudget as error:
+                raise UserError(f"distill.kl_budget: {error}") from error
+            prompts = data.held_out_for_previews()
+            batches = list(data.prompt_batches(prompts, auto.samples, "choice", 0, 1))
+            trainer = self.builder.trainer("choice", logger=False)
+            paths = {name: path for name, path in self.policies(number).items() if name in scores}
+            device = trainer.strategy.root_device
+            models = {name: load_policy(path).to(device).model for name, path in paths.items()}
+            with trainer.precision_plugin.forward_context():
+                rows = preview(candidates, models, scores, batches)
+            best = choose(rows)
+            return {
+                "name": best.candidate.name,
+                "terms": [asdict(term) for term in best.candidate.signal.terms],
+                "budget": best.candidate.budget or best.kl_on_stored_states,
+                "rollouts": sum(row.samples for row in rows),
+                "candidates": [row.record() for row in rows],
+            }
+
+        about = f"choosing among {len(auto.candidates())} signals by decoding from them"
+        return self._stage("choice", number, folder, about, inputs, body)
+
+    def _distill(self, number: int, inputs: dict[str, str], choice: Record | None) -> Record:
         folder = self.round_dir(number) / "distill"
+        chosen: Record = {}
+        if choice is not None:
+            chosen = {"signal": Signal([Term(**term) for term in choice["terms"]]), "kl_budget": choice["budget"]}
 
         def body() -> Record:
             references = {"base": str(self.student(number - 1))}
             if "first" in self._scored(number):
                 references["first"] = str(self.student(0))
-            module = self.builder.module("distill", policy=self.student(number - 1), references=references)
+            module = self.builder.module("distill", policy=self.student(number - 1), references=references, **chosen)
             assert isinstance(module, DistillModule)
             self._fit("distill", folder, module, self.data(number, with_scores=True))
             module.export(self.student(number), tokenizer=self.student(0))

@@ -12,7 +12,7 @@ from erpd_lightning.rounds import Rounds
 
 CONFIGS = DEMO.parent
 FILES = sorted(CONFIGS.rglob("*.yaml"))
-OVERRIDES = {CONFIGS / "smoke.yaml", *(CONFIGS / "baselines").glob("*.yaml")}
+OVERRIDES = {CONFIGS / "smoke.yaml", CONFIGS / "auto.yaml", *(CONFIGS / "baselines").glob("*.yaml")}
 """What only goes on top of the demo."""
 
 

@@ -55,6 +55,8 @@ class RolloutDataModule(LightningDataModule):
         group_size: Responses to each prompt, the group whose mean reward is the baseline.
         prompts_per_round: Prompts to sample from in a round; None for all of them. Each round takes the next ones.
         round: The round, from 1, that says which prompts are next.
+        preview_prompts: The last of the round's prompts, on which signals are previewed: no rollouts are sampled
+            from them.
         iterations: Parts of the round's prompts, each answered by the policy as it is when its turn comes; 1 for
             fixed rollouts of the starting policy alone.
         batch_size: Responses per optimiser step, over all ranks and micro-batches.
@@ -82,6 +84,7 @@ class RolloutDataModule(LightningDataModule):
         group_size: int = 16,
         prompts_per_round: int | None = None,
         round: int = 1,
+        preview_prompts: int = 0,
         iterations: int = 1,
         batch_size: int = 256,
         max_tokens: int = 16384,
@@ -106,8 +109,9 @@ class RolloutDataModule(LightningDataModule):
         for name, count in counts.items():
             if count is not None and count < 1:
                 raise UserError(f"data.{name} is {count}: it must be at least 1")
-        if calibration_prompts < 0:
-            raise UserError(f"data.calibration_prompts is {calibration_prompts}: it must be at least 0")
+        for name, count in {"calibration_prompts": calibration_prompts, "preview_prompts": preview_prompts}.items():
+            if count < 0:
+                raise UserError(f"data.{name} is {count}: it must be at least 0")
         self.root = Path(store)
         self.tokenizer_path = tokenizer
         self.prompts = prompts
@@ -118,6 +122,7 @@ class RolloutDataModule(LightningDataModule):
         self.group_size = group_size
         self.prompts_per_round = prompts_per_round
         self.round = round
+        self.preview_prompts = preview_prompts
         self.iterations = iterations
         self.iteration = 1
         self.batch_size = batch_size
@@ -320,15 +325,27 @@ class RolloutDataModule(LightningDataModule):
     def round_prompts(self) -> list[Prompt]:
         """The prompts of this round: the next `prompts_per_round`, from the start again after the last.
 
-        Of these, the iteration's part.
+        Of these, the iteration's part; not those that are for previews.
 
         Raises:
-            UserError: If there is no file of prompts.
+            UserError: If there is no file of prompts, or previews take all that are in it.
         """
         prompts = read_prompts(self._prompt_source())
         indices = self._round_indices(len(prompts))
+        if self.preview_prompts >= len(indices):
+            raise UserError(
+                f"distill.signal holds out {self.preview_prompts} prompts for previews, but a round has only "
+                f"{len(indices)}: lower its prompts, or raise data.prompts_per_round"
+            )
+        indices = indices[: len(indices) - self.preview_prompts]
         first, last = ((self.iteration - k) * len(indices) // self.iterations for k in (1, 0))
         return [prompts[i] for i in indices[first:last]]
+
+    def held_out_for_previews(self) -> list[Prompt]:
+        """The prompts of this round that signals are previewed on."""
+        prompts = read_prompts(self._prompt_source())
+        indices = self._round_indices(len(prompts))
+        return [prompts[i] for i in indices[len(indices) - self.preview_prompts :]]
 
     def unused_prompts(self) -> list[Prompt]:
         """The training prompts that this round does not sample from, the next ones first."""
@@ -392,6 +409,7 @@ class RolloutDataModule(LightningDataModule):
             "round": self.round,
             "iteration": self.iteration,
             "iterations": self.iterations,
+            "preview_prompts": self.preview_prompts,
             "group_size": self.group_size,
             "sampler": [type(self.sampler).__qualname__, vars(self.sampler)],
             "verifier": [type(self.verifier).__qualname__, repr(sorted(vars(self.verifier).items()))],

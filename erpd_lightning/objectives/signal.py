@@ -7,6 +7,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+UNCLIPPED = 1e3
+"""Nats: no two policies in float32 differ by more."""
+
 
 @dataclass(frozen=True)
 class Term:
@@ -67,6 +70,76 @@ class Signal:
             for term in self.terms
         ]
         return torch.stack(ratios).sum(0)
+
+
+class AutoSignal(Signal):
+    """A signal, and the share of the KL budget to spend on it, that are chosen by preview. Ours.
+
+    The candidates are each teacher over each denominator at each clip and each share of the budget, and each
+    teacher itself (over the base policy at beta = 1, unclipped), as far as the budget allows. Decoding from the
+    candidates for some training prompts, held out for it, tells which is best; these verified samples count as
+    rollouts.
+
+    Args:
+        teachers: Names of the policies whose opinion may be followed; by default `teacher` alone.
+        denominators: Names of those that they are compared with; by default `unlearned` and `base`.
+        clips: Bounds on the absolute log-ratio, in nats; by default 3 alone.
+        shares: Shares of the budget, in (0, 1]; by default all of it and half of it.
+        themselves: Whether the teachers themselves are candidates.
+        prompts: Prompts of each round that are held out of its rollouts.
+        samples: Responses to each of them for each candidate.
+
+    Raises:
+        ValueError: for no candidates, or a value out of range.
+    """
+
+    def __init__(
+        self,
+        teachers: Sequence[str] | None = None,
+        denominators: Sequence[str] | None = None,
+        clips: Sequence[float] | None = None,
+        shares: Sequence[float] | None = None,
+        themselves: bool = True,
+        prompts: int = 48,
+        samples: int = 4,
+    ) -> None:
+        self.teachers = ["teacher"] if teachers is None else list(teachers)
+        self.denominators = ["unlearned", "base"] if denominators is None else list(denominators)
+        self.clips = [3.0] if clips is None else list(clips)
+        self.shares = [1.0, 0.5] if shares is None else list(shares)
+        self.themselves = themselves
+        if not all(0 < share <= 1 for share in self.shares):
+            raise ValueError(f"shares is {self.shares}; each has to be above 0 and at most 1")
+        if min(prompts, samples) < 1:
+            raise ValueError(f"prompts ({prompts}) and samples ({samples}) have to be at least 1")
+        self.prompts = prompts
+        self.samples = samples
+        super().__init__([signal.terms[0] for _, signal, _ in self.candidates()])
+
+    def candidates(self) -> list[tuple[str, Signal, float | None]]:
+        """Name, signal, and share of the budget of each; no share for a teacher itself, whose beta is 1."""
+        found: list[tuple[str, Signal, float | None]] = [
+            (
+                f"{teacher}/{denominator}, clip {clip:g}, {share:.0%} of the budget",
+                Signal([Term(teacher, denominator, clip=clip)]),
+                share,
+            )
+            for teacher in self.teachers
+            for denominator in self.denominators
+            for clip in self.clips
+            for share in self.shares
+        ]
+        if self.themselves:
+            found += [(t, Signal([Term(t, "base", clip=UNCLIPPED)]), None) for t in self.teachers]
+        return found
+
+    def __call__(self, logps: Mapping[str, Tensor]) -> Tensor:
+        """No signal yet.
+
+        Raises:
+            ValueError: always.
+        """
+        raise ValueError("a signal that is chosen by preview says nothing before it is chosen")
 
 
 def _check(term: Term) -> None:
