@@ -44,8 +44,9 @@ def grpo(learning_rate: float, inner_epochs: int, rounds: int) -> list[str]:
 
 
 def sapo_kl(coefficient: float) -> list[str]:
-    """SAPO with a KL term of this weight and no second stage."""
-    return [f"--config={BASELINES / 'sapo_kl.yaml'}", f"--extreme_region.kl_coef={coefficient}", "--rounds=3"]
+    """SAPO with a KL term of this weight and no second stage; iterated where the weight is neither large nor small."""
+    rounds = 3 if 0.1 <= coefficient < 1 else 1
+    return [f"--config={BASELINES / 'sapo_kl.yaml'}", f"--extreme_region.kl_coef={coefficient}", f"--rounds={rounds}"]
 
 
 SQUARED_ERROR = "erpd_lightning.objectives.regression.SquaredError"
