@@ -16,7 +16,7 @@ if TYPE_CHECKING:
     from .objectives.distillation import TiltedTarget
     from .objectives.extreme import SAPO, CrossEntropy
     from .objectives.regression import SquaredError
-    from .objectives.signal import Signal, Term
+    from .objectives.signal import AutoSignal, Signal, Term
 
 __version__ = "0.1.0"
 
@@ -24,6 +24,7 @@ __all__ = [
     "CISPO",
     "GSPO",
     "SAPO",
+    "AutoSignal",
     "CrossEntropy",
     "DistillModule",
     "ExtremeRegionModule",
@@ -41,6 +42,7 @@ _HOMES = {
     "CISPO": ".objectives.clipped",
     "GSPO": ".objectives.clipped",
     "PPOClip": ".objectives.clipped",
+    "AutoSignal": ".objectives.signal",
     "SAPO": ".objectives.extreme",
     "CrossEntropy": ".objectives.extreme",
     "DistillModule": ".distill",

@@ -4,6 +4,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 import torch
+from lightning.pytorch.trainer.states import TrainerFn
 from torch import Tensor
 
 from .data.batching import RolloutBatch
@@ -27,6 +28,10 @@ class ExtremeRegionModule(PolicyModule):
         kl_estimator: `exact` over the vocabulary, which takes the base policy into memory, or from the stored tokens
             and the sampler's log-probs alone, which vary more: `k2` for `reverse`, `k1` or `k3` for `forward`. What
             they constrain to is the sampler as it sampled, temperature and all.
+        keep: What training ends with: the `last` weights, or the `best` of those that were validated, by pass@1 on
+            the held-out prompts (with `sign` -1 the lowest). Judge what was chosen so on other prompts.
+        stop_at_kl: Stop after the first validation with at least this KL to the base policy, in nats per token; None
+            for the trainer's own end.
         **kwargs: Arguments of `PolicyModule`.
 
     Raises:
@@ -41,6 +46,8 @@ class ExtremeRegionModule(PolicyModule):
         kl_coef: float = 0.0,
         kl_direction: Direction = "reverse",
         kl_estimator: Literal["exact", "k1", "k2", "k3"] = "exact",
+        keep: Literal["last", "best"] = "last",
+        stop_at_kl: float | None = None,
         **kwargs: Any,
     ) -> None:
         super().__init__(policy, **kwargs)
@@ -54,11 +61,22 @@ class ExtremeRegionModule(PolicyModule):
             raise UserError(f"extreme_region.kl_estimator: {error}") from error
         if kl_coef > 0 and kl_estimator == "exact" and "base" not in self.references:
             raise UserError("extreme_region.kl_coef needs the reference `base` to measure the KL to")
+        if keep not in ("last", "best"):
+            raise UserError(f"extreme_region.keep is {keep!r}: it must be last or best")
+        if stop_at_kl is not None and not 0 < stop_at_kl < float("inf"):
+            raise UserError(f"extreme_region.stop_at_kl is {stop_at_kl}: it must be a positive, finite number")
+        if stop_at_kl is not None and "base" not in self.references:
+            raise UserError("extreme_region.stop_at_kl needs the reference `base` to measure the KL to")
         self.objective = objective or SAPO()
         self.sign = sign
         self.kl_coef = kl_coef
         self.kl_direction = kl_direction
         self.kl_estimator = kl_estimator
+        self.keep = keep
+        self.stop_at_kl = stop_at_kl
+        self._best: float | None = None
+        self._kept: dict[str, Tensor] = {}
+        self._passed = False
 
     @property
     def needs_groups(self) -> bool:  # type: ignore[override]
@@ -86,14 +104,50 @@ class ExtremeRegionModule(PolicyModule):
             terms = terms + self.kl_coef * self._share(kl, batch)
         return terms, values
 
+    def on_train_start(self) -> None:
+        """Stop at once where an interrupted run had come to its end."""
+        if self._passed:
+            self.trainer.should_stop = True
+
     def on_validation_end(self) -> None:
-        """Keep the base policy where the loss needs it."""
+        """Keep the weights that are the best so far, and the base policy where the loss needs it."""
         if self.kl_coef == 0 or self.kl_estimator != "exact":
             self.release_frozen()
+        found = self.trainer.callback_metrics
+        training = self.trainer.state.fn == TrainerFn.FITTING and not self.trainer.sanity_checking
+        if not training or "val/pass@1" not in found:
+            return
+        score = self.sign * float(found["val/pass@1"])
+        if self.keep == "best" and (self._best is None or score > self._best):
+            self._best = score
+            self._kept = {name: value.cpu().clone() for name, value in self.policy.state_dict().items()}
+        if self.stop_at_kl is not None and float(found["val/kl_per_token"]) >= self.stop_at_kl:
+            self._passed = True
+            self.trainer.should_stop = True
+
+    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Keep the best weights so far, and whether the KL is past its threshold."""
+        super().on_save_checkpoint(checkpoint)
+        checkpoint["teacher"] = {"best": self._best, "kept": self._kept, "passed": self._passed}
+
+    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Go on with them."""
+        super().on_load_checkpoint(checkpoint)
+        teacher = checkpoint.get("teacher")
+        if teacher is not None:
+            self._best, self._kept, self._passed = teacher["best"], teacher["kept"], teacher["passed"]
 
     def on_fit_end(self) -> None:
-        """Free the base policy."""
+        """Take the best weights, where these are asked for, and free the base policy.
+
+        Raises:
+            UserError: If none were validated.
+        """
         self.release_frozen()
+        if self.keep == "best" and not self.trainer.fast_dev_run:  # type: ignore[attr-defined]
+            if self._best is None:
+                raise UserError("extreme_region.keep is best, but nothing was validated: it takes validation prompts")
+            self.policy.load_state_dict(self._kept)
 
     def _kl(self, batch: RolloutBatch, hidden: Tensor, logps: Tensor) -> tuple[Tensor, Tensor]:
         """The KL to the base policy as a loss, and as a value to log: `(B, T)` each, in nats."""
