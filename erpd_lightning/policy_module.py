@@ -359,6 +359,12 @@ class PolicyModule(LightningModule):
         """A reference policy, loaded on first use and kept until training or evaluation ends."""
         if name not in self._frozen:
             policy = load_policy(self.references[name], self.weights_dtype, self.max_logits)
+            sizes = len(policy.head.weight), len(self.policy.head.weight)
+            if sizes[0] != sizes[1]:
+                raise UserError(
+                    f"references.{name} ({self.references[name]}) has a vocabulary of {sizes[0]} tokens, the policy "
+                    f"one of {sizes[1]}: there is no KL between them"
+                )
             self._frozen[name] = policy.to(self.device).eval().requires_grad_(False)
         return self._frozen[name]
 

@@ -720,6 +720,16 @@ def test_metrics_of_a_policy(
     assert logged == pytest.approx(expected, rel=1e-4)
 
 
+def test_a_reference_of_another_vocabulary(
+    evaluation_data: Callable[..., RolloutDataModule], policies: dict[str, Path], tmp_path: Path
+) -> None:
+    other = make_model()
+    other.resize_token_embeddings(VOCABULARY_SIZE + 5)
+    references = {"base": str(save_policy(tmp_path / "other", other))}
+    with pytest.raises(UserError, match=r"references.base .* has a vocabulary of 24 tokens, the policy one of 19"):
+        make_trainer().test(PolicyModule(policies["student"], references=references), datamodule=evaluation_data())
+
+
 def test_pass_at_k_of_fewer_than_all_samples(
     evaluation_data: Callable[..., RolloutDataModule], policies: dict[str, Path]
 ) -> None:

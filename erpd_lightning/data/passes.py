@@ -16,7 +16,7 @@ from torch import Tensor
 
 from ..errors import UserError
 from .batching import RolloutBatch, RolloutTable, ScoreTable, cut_step, pieces_needed
-from .prompts import PromptBatch
+from .prompts import PromptBatch, has_tokenizer, load_tokenizer
 from .store import ROLLOUTS, SCORES, Store, StoreWriter
 
 if TYPE_CHECKING:
@@ -164,6 +164,22 @@ class ScoringPass(StorePass):
         base = data.scores / "base"
         if name != "base" and not Store.exists(base):
             raise UserError(f"{base} is missing: score the policy 'base' first, its support is everyone's")
+
+    def predict_dataloader(self) -> Parts:
+        """See `StorePass`.
+
+        Raises:
+            UserError: If the policy speaks another vocabulary than the rollouts are written in.
+        """
+        assert self.trainer is not None
+        policy: Any = self.trainer.lightning_module
+        path = policy.policy_path
+        if has_tokenizer(path) and load_tokenizer(path).get_vocab() != self.data.tokenizer.get_vocab():
+            raise UserError(
+                f"{path} has another vocabulary than {self.data.tokenizer_path}: the policy {self.name!r} cannot be "
+                "asked about tokens that it does not know"
+            )
+        return super().predict_dataloader()
 
     def settings(self) -> dict[str, Any]:
         """See `StorePass`."""

@@ -175,6 +175,12 @@ def load_tokenizer(path: str | Path) -> Any:
     return tokenizer
 
 
+def has_tokenizer(path: str | Path) -> bool:
+    """Whether a tokenizer lies beside a policy; of a hub name it is taken for granted."""
+    folder = Path(path)
+    return not folder.is_dir() or any(folder.glob("tokenizer*")) or any(folder.glob("vocab*"))
+
+
 def context_length(path: str | Path) -> int | None:
     """Tokens that the policy at `path` can attend to, or None where its configuration does not say."""
     from transformers import AutoConfig

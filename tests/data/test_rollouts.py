@@ -1,6 +1,7 @@
 """`RolloutDataModule`: what its stores hold, on any number of ranks and after any interruption."""
 
 import json
+import shutil
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -648,6 +649,22 @@ def test_the_base_is_scored_first(
         data.scoring("teacher")
     with pytest.raises(UserError, match="directory for the scores"):
         make_data().scoring("base")
+
+
+def test_a_policy_of_another_vocabulary_is_not_asked(
+    make_data: Callable[..., RolloutDataModule], policy: Path, tmp_path: Path
+) -> None:
+    write_made_up(tmp_path / "rollouts")
+    data = make_data(scores=tmp_path / "scores")
+    score(data, "base", policy)
+    stranger = shutil.copytree(policy, tmp_path / "stranger")
+    tokenizer = (stranger / "tokenizer.json").read_text()
+    (stranger / "tokenizer.json").write_text(tokenizer.replace('"7"', '"x"'))
+    with pytest.raises(UserError, match=r"stranger has another vocabulary than .*'teacher' cannot be asked"):
+        score(data, "teacher", stranger)
+    for path in stranger.glob("tokenizer*"):  # Weights alone: there is nothing to compare.
+        path.unlink()
+    score(data, "teacher", stranger)
 
 
 def test_one_data_module_serves_all_stages(
