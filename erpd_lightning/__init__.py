@@ -13,7 +13,7 @@ if TYPE_CHECKING:
     from .errors import UserError
     from .extreme_region import ExtremeRegionModule
     from .objectives.clipped import CISPO, GSPO, PPOClip
-    from .objectives.distillation import TiltedTarget
+    from .objectives.distillation import ClippedPolicyGradient, TiltedTarget
     from .objectives.extreme import SAPO, CrossEntropy
     from .objectives.regression import SquaredError
     from .objectives.signal import AutoSignal, Signal, Term
@@ -25,6 +25,7 @@ __all__ = [
     "GSPO",
     "SAPO",
     "AutoSignal",
+    "ClippedPolicyGradient",
     "CrossEntropy",
     "DistillModule",
     "ExtremeRegionModule",
@@ -44,6 +45,7 @@ _HOMES = {
     "PPOClip": ".objectives.clipped",
     "AutoSignal": ".objectives.signal",
     "SAPO": ".objectives.extreme",
+    "ClippedPolicyGradient": ".objectives.distillation",
     "CrossEntropy": ".objectives.extreme",
     "DistillModule": ".distill",
     "ExtremeRegionModule": ".extreme_region",

@@ -183,6 +183,31 @@ def ppo_gradient(
     return result
 
 
+def clipped_policy_gradient_terms(
+    logps: Any,
+    anchor: Any,
+    sampler: Any,
+    signal: Any,
+    divergence: Any,
+    beta: float,
+    low: float,
+    high: float,
+    truncate: float,
+) -> tuple[Array, Array]:
+    """The terms, and their gradient with respect to the log-probs (the divergence's apart)."""
+    logps, anchor, sampler, signal = array(logps), array(anchor), array(sampler), array(signal)
+    divergence = array(divergence)
+    terms, gradient = np.zeros_like(logps), np.zeros_like(logps)
+    for b, t in np.ndindex(*logps.shape):
+        s, ratio = float(signal[b, t]), math.exp(logps[b, t] - anchor[b, t])
+        weight = min(truncate, math.exp(anchor[b, t] - sampler[b, t]))
+        gain = min(ratio * s, clip(ratio, 1 - low, 1 + high) * s)
+        terms[b, t] = beta * divergence[b, t] - weight * gain
+        if ratio < 1 + high if s > 0 else ratio > 1 - low:
+            gradient[b, t] = -weight * ratio * s
+    return terms, gradient
+
+
 def gspo_terms(logps: Any, anchor: Any, mask: Any, advantages: Any, low: float, high: float) -> Array:
     logps, anchor, mask, advantages = array(logps), array(anchor), np.asarray(mask), array(advantages)
     result = np.zeros(len(logps))

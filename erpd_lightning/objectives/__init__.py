@@ -2,7 +2,14 @@
 
 from .advantages import group_advantages
 from .clipped import CISPO, GSPO, PPOClip, cispo_terms, gspo_terms, ppo_terms
-from .distillation import DistillObjective, TiltedTarget, kl_to_target
+from .distillation import (
+    ClippedPolicyGradient,
+    DistillObjective,
+    TiltedTarget,
+    TokenObjective,
+    clipped_policy_gradient_terms,
+    kl_to_target,
+)
 from .divergences import check_kl_loss, entropy, exact_kl, kl_loss, kl_value
 from .extreme import (
     SAPO,
@@ -36,6 +43,7 @@ __all__ = [
     "SAPO",
     "AdvantageObjective",
     "BetaSolution",
+    "ClippedPolicyGradient",
     "CrossEntropy",
     "DistillObjective",
     "ExtremeObjective",
@@ -44,10 +52,12 @@ __all__ = [
     "SquaredError",
     "Term",
     "TiltedTarget",
+    "TokenObjective",
     "TwoAnchorSolution",
     "UnreachableBudget",
     "check_kl_loss",
     "cispo_terms",
+    "clipped_policy_gradient_terms",
     "cross_entropy_terms",
     "entropy",
     "exact_kl",

@@ -30,12 +30,14 @@ def ppo_terms(
     Args:
         logps: `(B, T)` of the policy that is trained, in nats.
         anchor_logps: `(B, T)` of the policy the importance ratio refers to, in nats.
-        advantages: `(B,)`, one for all tokens of a response.
+        advantages: `(B,)`, one for all tokens of a response, or `(B, T)`.
         epsilon_low: How far below 1 the ratio still has a gradient where the advantage is negative.
         epsilon_high: How far above 1 it still has one where the advantage is positive.
         dual_clip: Bound on the ratio where the advantage is negative, above 1; None for none.
     """
-    advantages = advantages.to(logps.dtype)[:, None]
+    advantages = advantages.to(logps.dtype)
+    if advantages.dim() == 1:
+        advantages = advantages[:, None]
     ratio = (logps - anchor_logps).clamp(-MAX_LOG_WEIGHT, MAX_LOG_WEIGHT).exp()
     return _clipped(ratio, advantages, epsilon_low, epsilon_high, dual_clip)
 
@@ -117,7 +119,7 @@ class PPOClip(AdvantageObjective):
     def __init__(
         self, epsilon_low: float = 0.2, epsilon_high: float = 0.2, dual_clip: float | None = None
     ) -> None:
-        _check(epsilon_low, epsilon_high)
+        check_clips(epsilon_low, epsilon_high)
         if dual_clip is not None and not 1 < dual_clip < math.inf:
             raise ValueError(f"dual_clip is {dual_clip}; it has to be above 1, or null for none")
         self.epsilon_low = epsilon_low
@@ -153,7 +155,7 @@ class GSPO(AdvantageObjective):
     per = "response"
 
     def __init__(self, epsilon_low: float = 3e-4, epsilon_high: float = 4e-4) -> None:
-        _check(epsilon_low, epsilon_high)
+        check_clips(epsilon_low, epsilon_high)
         self.epsilon_low = epsilon_low
         self.epsilon_high = epsilon_high
 
@@ -184,7 +186,7 @@ class CISPO(AdvantageObjective):
     """
 
     def __init__(self, epsilon_low: float = 1.0, epsilon_high: float = 4.0) -> None:
-        _check(epsilon_low, epsilon_high)
+        check_clips(epsilon_low, epsilon_high)
         self.epsilon_low = epsilon_low
         self.epsilon_high = epsilon_high
 
@@ -201,7 +203,12 @@ class CISPO(AdvantageObjective):
         )
 
 
-def _check(epsilon_low: float, epsilon_high: float) -> None:
+def check_clips(epsilon_low: float, epsilon_high: float) -> None:
+    """Refuse bounds of a ratio that are out of range.
+
+    Raises:
+        ValueError: names the bound.
+    """
     if not 0 < epsilon_low <= 1:
         raise ValueError(f"epsilon_low is {epsilon_low}; it has to be above 0 and at most 1")
     if not 0 < epsilon_high < math.inf:
