@@ -11,7 +11,7 @@ from lightning.pytorch.cli import LightningArgumentParser
 from lightning.pytorch.loggers import CSVLogger
 
 from .data.rollouts import RolloutDataModule
-from .distill import DistillModule
+from .distill import UNRESTRAINED, DistillModule
 from .errors import UserError
 from .extreme_region import ExtremeRegionModule
 from .messages import naming, readable
@@ -25,9 +25,9 @@ CLASSES = {
 }
 
 BOUND_BY_CHAIN = {
-    "data": {"store", "tokenizer", "scores", "round", "preview_prompts", "seed"},
+    "data": {"store", "tokenizer", "scores", "fresh", "round", "preview_prompts", "seed"},
     "extreme_region": {"policy", "references", "sign"},
-    "distill": {"policy", "references"},
+    "distill": {"policy", "references", "policies"},
     "trainer": {"default_root_dir", "enable_checkpointing"},
 }
 """Arguments that the chain fills in, stage by stage."""
@@ -77,6 +77,9 @@ OPERATIONAL = {
 
 SAMPLED = ("sampler", "verifier", "group_size", "prompts_per_round")
 """What of `data` the rollouts depend on."""
+
+ANSWERED = ("sampler", "group_size", "prompts_per_round")
+"""What of `data` a student depends on that answers the prompts itself."""
 
 NOT_TRAINED: dict[str, tuple[tuple[str, ...], tuple[str, ...]]] = {
     "rollouts": (SAMPLED, ("precision",)),
@@ -197,6 +200,9 @@ class ConfigBuilder:
             if isinstance(module, DistillModule) and (unused := self.teachers.keys() - {*module.signal.policies}):
                 raise UserError(f"teachers.{min(unused)} is trained in vain: distill.signal does not use it")
 
+            if isinstance(module, DistillModule) and module.unrestrained and data.calibration_prompts == 0:
+                raise UserError(UNRESTRAINED)
+
     def data(self, **bound: Any) -> RolloutDataModule:
         """See `rounds.Builder`."""
         return RolloutDataModule(**{**self._arguments("data", "data"), **bound})
@@ -251,7 +257,9 @@ class ConfigBuilder:
             own = {"trainer": {key: trainer[key] for key in of_trainer}}
         else:
             calibration = CALIBRATION if stage == "distill" else {"data": (), "trainer": ()}
-            sampled = ("iterations", *SAMPLED) if data["iterations"] > 1 else ()
+            sampled: tuple[str, ...] = ("iterations", *SAMPLED) if data["iterations"] > 1 else ()
+            if stage == "distill" and self.config["distill"]["iterations"] > 1:
+                sampled = ANSWERED
             of_data = ("batch_size", *sampled, *calibration["data"])
             ignored = OPERATIONAL.difference(calibration["trainer"])
             own = {

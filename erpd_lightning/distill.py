@@ -1,7 +1,7 @@
 """Stage 2: distil the teacher's opinion back into the base policy under a KL budget."""
 
 import math
-from dataclasses import astuple
+from dataclasses import astuple, replace
 from itertools import count
 from pathlib import Path
 from typing import Any, Literal
@@ -12,7 +12,8 @@ from torch import Tensor
 from .data.batching import RolloutBatch, RolloutTable
 from .errors import UserError
 from .line import Landing, Line, land
-from .objectives.distillation import DistillObjective, TiltedTarget
+from .objectives.distillation import DistillObjective, TiltedTarget, TokenObjective
+from .objectives.divergences import exact_kl
 from .objectives.signal import AutoSignal, Signal
 from .objectives.tilt import (
     TwoAnchorSolution,
@@ -21,10 +22,15 @@ from .objectives.tilt import (
     solve_beta,
     solve_two_anchors,
 )
-from .policy_module import PolicyModule
+from .policy_module import SUPPORT_MASS, SUPPORT_SIZE, PolicyModule
 
 # A student that is just starting has spent next to nothing: that says little about where it will end.
 MAX_CORRECTION = 1.5
+
+UNRESTRAINED = (
+    "distill.objective.kl_term is false, and no KL budget brings the student back: it would collapse. Set it to true, "
+    "or give distill.kl_budget with distill.calibrate and data.calibration_prompts"
+)
 
 
 class DistillModule(PolicyModule):
@@ -35,6 +41,10 @@ class DistillModule(PolicyModule):
     unused training prompts, exact over the vocabulary, corrects beta after every epoch. After the last one it moves
     the student along the line to the base policy until the budget is what it spends (see `line`). Ours.
 
+    With several `iterations` the student learns from its own answers: the round's prompts are cut into as many parts,
+    each answered by the student as it is when its turn comes. The policies of the signal are then asked about them as
+    it is trained, frozen beside it in memory. Beta is still solved on the stored and scored rollouts.
+
     Args:
         policy: Folder or hub name of the base policy, which the student starts from.
         kl_budget: KL of the target to the base policy to spend, in nats per response token on the stored states.
@@ -43,7 +53,13 @@ class DistillModule(PolicyModule):
         beta: Price of a nat of KL, where it is given and not solved; `kl_budget` is then None.
         signal: What the policies say about a token, as clipped log-ratios; `auto`, or an `AutoSignal`, for one that
             the chain chooses by preview.
-        objective: How the student is drawn to the tilted base policy.
+        objective: How the student is drawn to the tilted base policy: over the support of each state, or by the
+            signal of the sampled tokens, for which pi_old is the student as it was when the iteration began: the
+            epoch on stored rollouts, the part of the prompts on its own.
+        iterations: Parts of the round's prompts that the student answers itself; 1 for the stored rollouts alone.
+            The trainer's `max_epochs` are shared out evenly, so that `max_epochs / iterations` epochs are trained on
+            each. It takes a `RolloutDataModule` with a directory `fresh`.
+        policies: Folders or hub names of the policies of the signal, by name, for several `iterations`.
         calibrate: Correct beta after each epoch and the weights after the last, so that the budget is spent on fresh
             samples and not only on the stored states; needs a solved beta, a student that starts from the policy
             that its KL is measured to, and a `RolloutDataModule` with `calibration_prompts`.
@@ -52,7 +68,8 @@ class DistillModule(PolicyModule):
         **kwargs: Further arguments of `PolicyModule`.
 
     Raises:
-        UserError: For a budget or beta that is not a positive number, both or none of them.
+        UserError: For a budget or beta that is not a positive number, both or none of them, or an objective without
+            a KL term and nothing else that keeps the student near the base policy.
     """
 
     def __init__(
@@ -62,7 +79,9 @@ class DistillModule(PolicyModule):
         total_budget: float | None = None,
         beta: float | None = None,
         signal: Signal | Literal["auto"] | None = None,
-        objective: DistillObjective | None = None,
+        objective: DistillObjective | TokenObjective | None = None,
+        iterations: int = 1,
+        policies: dict[str, str] | None = None,
         calibrate: bool = True,
         learning_rate: float = 1e-3,
         lr_scheduler: str = "cosine",
@@ -76,6 +95,8 @@ class DistillModule(PolicyModule):
             raise UserError("give either distill.kl_budget or distill.beta, and leave the other null")
         if total_budget is not None and kl_budget is None:
             raise UserError("distill.total_budget goes with distill.kl_budget, not with a given distill.beta")
+        if iterations < 1:
+            raise UserError(f"distill.iterations is {iterations}: it must be at least 1")
         self.kl_budget = kl_budget
         self.total_budget = total_budget
         self.beta = beta
@@ -83,19 +104,39 @@ class DistillModule(PolicyModule):
         if isinstance(self.signal, AutoSignal) and kl_budget is None:
             raise UserError("distill.signal is chosen for distill.kl_budget, not for a given distill.beta")
         self.objective = objective or TiltedTarget()
+        self.iterations = iterations
+        self.policies = policies or {}
         self.solution: TwoAnchorSolution | None = None
         self.landing: Landing | None = None
         self.calibrates = calibrate and beta is None and self.references.get("base") == str(policy)
         self._log_gains: list[float] = []
         self._due = False
+        if self.unrestrained and not (calibrate and kl_budget is not None):
+            raise UserError(UNRESTRAINED)
+
+    @property
+    def re_anchors(self) -> bool:  # type: ignore[override]
+        """Whether its objective has an importance ratio, whose anchor is taken again in every iteration."""
+        return isinstance(self.objective, TokenObjective)
+
+    @property
+    def unrestrained(self) -> bool:
+        """Whether nothing in the loss keeps the student near the base policy."""
+        return isinstance(self.objective, TokenObjective) and not self.objective.kl_term
 
     def setup(self, stage: str) -> None:
         """Solve beta for the budget on the stored states."""
-        if stage != "fit" or self.solution is not None:
+        if stage != "fit":
             return
         if isinstance(self.signal, AutoSignal):
             raise UserError("distill.signal is chosen by the chain of stages: give a Signal in a Trainer of your own")
         data: Any = getattr(self.trainer, "datamodule", None)
+        if self.iterations > 1:
+            self._check_paths()
+        if self.unrestrained and not (self.calibrates and data is not None and data.calibration()):
+            raise UserError(UNRESTRAINED)
+        if self.solution is not None or (self.iterations > 1 and self.kl_budget is None):
+            return
         rollouts = getattr(data, "rollouts", None)
         if rollouts is None or not rollouts.scores:
             raise UserError(
@@ -121,9 +162,15 @@ class DistillModule(PolicyModule):
 
     def on_train_epoch_start(self) -> None:
         """Correct beta, once there is an epoch to train with it: what is reported is what was trained with."""
+        super().on_train_epoch_start()
         if self._due:
             self._due = False
             self._correct()
+
+    def on_validation_end(self) -> None:
+        """Keep the frozen policies where they are asked about what the student answers."""
+        if self.iterations == 1:
+            self.release_frozen()
 
     def on_fit_end(self) -> None:
         """Move along the line to the base policy until fresh samples say that the budget is spent.
@@ -225,21 +272,83 @@ class DistillModule(PolicyModule):
         return torch.ones_like(rewards, dtype=torch.bool)
 
     def terms(self, batch: RolloutBatch) -> tuple[Tensor, dict[str, Tensor]]:
-        """See `PolicyModule.terms`: the objective between student and tilted base policy."""
-        assert batch.scores is not None
-        assert batch.support_ids is not None
+        """See `PolicyModule.terms`: the objective between student and tilted base policy, or of the sampled tokens."""
         assert self.beta is not None
+        if self.iterations > 1:
+            batch = self._ask(batch)
         hidden = self.policy.hidden(batch)
-        student = self.policy.support_logps(batch, batch.support_ids, hidden)
-        terms = self.objective(student, self._anchor(batch.scores), self.signal(batch.scores), self.beta)
-        return terms, {}
+        if isinstance(self.objective, TokenObjective):
+            return self._token_terms(self.objective, batch, hidden)
+        assert batch.scores is not None
+        student = self._student(batch, hidden)
+        return self.objective(student, self._anchor(batch.scores), self.signal(batch.scores), self.beta), {}
+
+    def _token_terms(
+        self, objective: TokenObjective, batch: RolloutBatch, hidden: Tensor
+    ) -> tuple[Tensor, dict[str, Tensor]]:
+        """The objective of the sampled tokens."""
+        assert batch.token_scores is not None
+        assert self.beta is not None
+        logps, old = self.policy.token_logps(batch, hidden).logps, self._old.logps(batch)
+        signal = self.signal(batch.token_scores)
+        kl = self._kl(batch, hidden) if objective.kl_term else torch.zeros_like(logps)
+        terms = objective(logps, old, batch.anchor_logps, signal, kl, self.beta)
+        values = {"signal": signal, "log_ratio": logps - old}
+        return terms, {**values, "kl": kl} if objective.kl_term else values
+
+    def _kl(self, batch: RolloutBatch, hidden: Tensor) -> Tensor:
+        """KL of the student to the base policy, `(B, T)` in nats; with two anchors the mean by their prices.
+
+        Over support and tail where they are stored, over the vocabulary where the base policy is at hand.
+        """
+        if batch.scores is not None:
+            return exact_kl(self._student(batch, hidden), self._anchor(batch.scores))
+        kl = self.policy.divergence(self.frozen("base"), batch, hidden).kl
+        if self._base_share == 1:
+            return kl
+        return torch.lerp(self.policy.divergence(self.frozen("first"), batch, hidden).kl, kl, self._base_share)
+
+    def _student(self, batch: RolloutBatch, hidden: Tensor) -> Tensor:
+        assert batch.support_ids is not None
+        return self.policy.support_logps(batch, batch.support_ids, hidden)
+
+    @torch.no_grad()
+    def _ask(self, batch: RolloutBatch) -> RolloutBatch:
+        """What the frozen policies say of a batch that the student answered: what its objective takes."""
+        names = self.signal.policies if self.re_anchors else sorted(self._scored)
+        hidden = {name: self.frozen(name).hidden(batch) for name in names}
+        if self.re_anchors:
+            logps = {name: self.frozen(name).token_logps(batch, hidden[name]).logps for name in names}
+            return replace(batch, token_scores=logps)
+        ids = self.frozen("base").select_support(batch, SUPPORT_MASS, SUPPORT_SIZE, hidden["base"])
+        scores = {name: self.frozen(name).support_logps(batch, ids, hidden[name]) for name in names}
+        return replace(batch, scores=scores, support_ids=ids)
 
     def _anchor(self, scores: dict[str, Tensor]) -> Tensor:
         """What the signal tilts: the base policy, or what lies between it and the first one."""
-        if self.solution is None or self.solution.beta_first == 0:
+        if self._base_share == 1:
             return scores["base"]
+        return between(scores["base"], scores["first"], self._base_share)
+
+    @property
+    def _base_share(self) -> float:
+        """The base policy's share of beta; the rest is the price of KL to the first policy."""
+        if self.solution is None or self.solution.beta_first == 0:
+            return 1.0
         assert self.beta is not None
-        return between(scores["base"], scores["first"], self.solution.beta_base / self.beta)
+        return self.solution.beta_base / self.beta
+
+    @property
+    def _paths(self) -> dict[str, str]:
+        """See `PolicyModule`: the policies of the signal too."""
+        return {"base": str(self.policy_path), **self.policies, **self.references}
+
+    def _check_paths(self) -> None:
+        if missing := self._scored - self._paths.keys():
+            raise UserError(
+                f"distill.iterations is {self.iterations}: what the student answers is scored as it is trained, but "
+                f"distill.policies names no {', '.join(sorted(missing))}"
+            )
 
     def _check_policies(self, rollouts: RolloutTable) -> None:
         missing = self._scored - rollouts.scores.keys()

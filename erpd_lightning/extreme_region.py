@@ -32,6 +32,9 @@ class ExtremeRegionModule(PolicyModule):
             the held-out prompts (with `sign` -1 the lowest). Judge what was chosen so on other prompts.
         stop_at_kl: Stop after the first validation with at least this KL to the base policy, in nats per token; None
             for the trainer's own end.
+        anchor: What the objective's importance ratio refers to: `base`, the policy that sampled the rollouts, or
+            `iteration`, this policy as it was when the iteration began: the epoch on fixed rollouts, and the part of
+            the prompts with `data.iterations`.
         **kwargs: Arguments of `PolicyModule`.
 
     Raises:
@@ -48,6 +51,7 @@ class ExtremeRegionModule(PolicyModule):
         kl_estimator: Literal["exact", "k1", "k2", "k3"] = "exact",
         keep: Literal["last", "best"] = "last",
         stop_at_kl: float | None = None,
+        anchor: Literal["base", "iteration"] = "base",
         **kwargs: Any,
     ) -> None:
         super().__init__(policy, **kwargs)
@@ -55,6 +59,8 @@ class ExtremeRegionModule(PolicyModule):
             raise UserError(f"extreme_region.sign is {sign}: it must be 1 or -1")
         if not 0 <= kl_coef < float("inf"):
             raise UserError(f"extreme_region.kl_coef is {kl_coef}: it must be at least 0")
+        if anchor not in ("base", "iteration"):
+            raise UserError(f"extreme_region.anchor is {anchor!r}: it must be base or iteration")
         try:
             check_kl_loss(kl_direction, kl_estimator)
         except ValueError as error:
@@ -77,6 +83,12 @@ class ExtremeRegionModule(PolicyModule):
         self._best: float | None = None
         self._kept: dict[str, Tensor] = {}
         self._passed = False
+        self.anchor = anchor
+
+    @property
+    def re_anchors(self) -> bool:  # type: ignore[override]
+        """Whether the anchor is taken again in every iteration."""
+        return self.anchor == "iteration"
 
     @property
     def needs_groups(self) -> bool:  # type: ignore[override]
@@ -92,12 +104,13 @@ class ExtremeRegionModule(PolicyModule):
         hidden = self.policy.hidden(batch)
         stats = self.policy.token_logps(batch, hidden)
         outcomes = self._outcomes(batch.rewards, batch.advantages)
-        terms = self.objective(stats.logps, batch.anchor_logps, batch.mask, *outcomes)
+        anchor_logps = self._old.logps(batch) if self.re_anchors else batch.anchor_logps
+        terms = self.objective(stats.logps, anchor_logps, batch.mask, *outcomes)
         self._check_shape(terms, batch.mask)
         values = {
             "entropy": stats.entropy,
             "logp": stats.logps,
-            "log_ratio": stats.logps - batch.anchor_logps,
+            "log_ratio": stats.logps - anchor_logps,
         }
         if self.kl_coef > 0:
             kl, values["kl"] = self._kl(batch, hidden, stats.logps)

@@ -11,6 +11,7 @@ import torch
 from lightning.pytorch import LightningModule
 from torch import Tensor, nn
 
+from .anchor import Anchor
 from .data.batching import RolloutBatch, RolloutTable, cut_step, pieces_needed
 from .data.passes import Scores, ScoringPart, StorePass
 from .data.prompts import PromptBatch, load_tokenizer
@@ -54,6 +55,10 @@ class PolicyModule(LightningModule):
 
     needs_groups = False
     calibrates = False
+    re_anchors = False
+    """Whether the anchor of its importance ratios is taken again in every iteration."""
+    iterations = 1
+    """Parts of the prompts that it answers itself while it is distilled; 1 for the rollouts that it is given."""
 
     def __init__(
         self,
@@ -100,6 +105,7 @@ class PolicyModule(LightningModule):
         self.metrics = nn.ModuleDict({stage: nn.ModuleDict() for stage in EVALUATIONS})
         # Frozen policies, kept from the optimizer, from checkpoints and from wrapping by leaving them unregistered.
         self._frozen: dict[str, Policy] = {}
+        self._old = Anchor()
         self._step_sums: dict[str, Tensor] = {}
         self._step_rows: list[Tensor] = []
         self._epoch_sums: dict[str, Tensor] = {}
@@ -161,6 +167,26 @@ class PolicyModule(LightningModule):
 
     # Training: sums of micro-batches, divided once by the tokens or responses of the whole optimiser step.
 
+    def on_train_epoch_start(self) -> None:
+        """Take the anchor of the importance ratios again where an iteration begins, with the policy as it is."""
+        if not self.re_anchors:
+            return
+        data: Any = getattr(self.trainer, "datamodule", None)
+        if data is None:
+            raise UserError("an anchor that is taken again in every iteration needs a RolloutDataModule")
+        if not data.trained.begins_iteration():
+            return
+        copies = self.trainer.world_size // self._data_parallel_size  # of a batch, where tensors are parallel
+        # As in training, so that the ratios begin at 1.
+        with self.trainer.precision_plugin.train_step_context():
+            self._old.take(
+                self.policy,
+                data.trained.rollouts.response_offsets,
+                data.trained.sweep(),
+                self.device,
+                lambda logps: self.trainer.strategy.reduce(logps, reduce_op="sum") / copies,
+            )
+
     def training_step(self, batch: RolloutBatch, batch_idx: int) -> Tensor:
         """The micro-batch's share of the step's loss, per response token or per response of the step.
 
@@ -213,13 +239,23 @@ class PolicyModule(LightningModule):
                 self.log(f"train/logp_{kind}", mean, sync_dist=True)
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Keep the running sums of an epoch that is not over."""
+        """Keep the running sums of an epoch that is not over, and the anchor of its iteration."""
         checkpoint["epoch_sums"] = self._reduced(self._epoch_sums)
+        if self.re_anchors:
+            checkpoint["anchor"] = self._old.state_dict()
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Go on with the running sums, which are those of all ranks: one of them takes them over."""
+        """Go on with them. The running sums are those of all ranks: one of them takes them over.
+
+        Raises:
+            UserError: If the checkpoint holds no anchor and one is needed.
+        """
         share = 1.0 if self.trainer.is_global_zero else 0.0
         self._epoch_sums = {name: total * share for name, total in checkpoint["epoch_sums"].items()}
+        if self.re_anchors:
+            if "anchor" not in checkpoint:
+                raise UserError("the checkpoint holds no anchor: the objective or its anchor was another one then")
+            self._old.load_state_dict(checkpoint["anchor"])
 
     def _note(self, batch: RolloutBatch, loss: Tensor, values: dict[str, Tensor]) -> None:
         """Add a micro-batch to the sums of its step and of the epoch."""
@@ -358,15 +394,20 @@ class PolicyModule(LightningModule):
     def frozen(self, name: str) -> Policy:
         """A reference policy, loaded on first use and kept until training or evaluation ends."""
         if name not in self._frozen:
-            policy = load_policy(self.references[name], self.weights_dtype, self.max_logits)
+            policy = load_policy(self._paths[name], self.weights_dtype, self.max_logits)
             sizes = len(policy.head.weight), len(self.policy.head.weight)
             if sizes[0] != sizes[1]:
                 raise UserError(
-                    f"references.{name} ({self.references[name]}) has a vocabulary of {sizes[0]} tokens, the policy "
+                    f"{'references' if name in self.references else 'policies'}.{name} ({self._paths[name]}) has a vocabulary of {sizes[0]} tokens, the policy "
                     f"one of {sizes[1]}: there is no KL between them"
                 )
             self._frozen[name] = policy.to(self.device).eval().requires_grad_(False)
         return self._frozen[name]
+
+    @property
+    def _paths(self) -> dict[str, str]:
+        """Where the policies lie that can be had frozen."""
+        return self.references
 
     def release_frozen(self) -> None:
         """Let the reference policies go from memory."""

@@ -181,6 +181,7 @@ class Rounds:
             store=folder / "rollouts",
             tokenizer=self.student(0),
             scores=folder / "signal" if with_scores else None,
+            fresh=folder / "distill" / "rollouts",
             round=number,
             preview_prompts=0 if self._auto is None else self._auto.prompts,
             seed=derive_seed(self.seed, "data", number),
@@ -387,9 +388,14 @@ class Rounds:
             references = {"base": str(self.student(number - 1))}
             if "first" in self._scored(number):
                 references["first"] = str(self.student(0))
-            module = self.builder.module("distill", policy=self.student(number - 1), references=references, **chosen)
+            policies = {name: str(path) for name, path in self._scored(number).items()}
+            module = self.builder.module(
+                "distill", policy=self.student(number - 1), references=references, policies=policies, **chosen
+            )
             assert isinstance(module, DistillModule)
-            self._fit("distill", folder, module, self.data(number, with_scores=True))
+            data = self.data(number, with_scores=True)
+            self._fit("distill", folder, module, data)
+            answered = [Store.open(path).rows for path in data.trained.stores()] if module.iterations > 1 else []
             module.export(self.student(number), tokenizer=self.student(0))
             return {
                 "policy": policy_fingerprint(self.student(number)),
@@ -399,6 +405,7 @@ class Rounds:
                     "beta": module.beta,
                     "beta_first": None if module.solution is None else module.solution.beta_first,
                     "kl_on_stored_states": None if module.solution is None else module.solution.kl_base,
+                    "answered_in_distillation": sum(answered),
                     "line_share": None if module.landing is None else module.landing.share,
                 },
             }

@@ -16,6 +16,7 @@ LAYERS: list[set[str]] = [
     {"head", "seeds"},
     {"metrics", "data"},
     {"policy", "line"},
+    {"anchor"},
     {"policy_module"},
     {"extreme_region", "distill", "candidates"},
     {"callbacks", "records", "report", "drawing", "messages"},

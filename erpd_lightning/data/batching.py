@@ -48,6 +48,7 @@ class RolloutBatch:
             the tail, so that what is computed there is finite.
         support_ids: (B, T, K) long, the vocabulary entries of the support, the same for all
             policies; pads -1.
+        token_scores: Per policy (B, T) float32 log-probs of the response tokens, in nats; pads 0.
     """
 
     input_ids: Tensor
@@ -65,6 +66,7 @@ class RolloutBatch:
     last: bool
     scores: dict[str, Tensor] | None = None
     support_ids: Tensor | None = None
+    token_scores: dict[str, Tensor] | None = None
 
     def to(self, device: torch.device | str) -> "RolloutBatch":
         """The same batch with all tensors on `device`."""
@@ -73,8 +75,9 @@ class RolloutBatch:
             for f in fields(self)
             if isinstance(value := getattr(self, f.name), Tensor)
         }
-        if self.scores is not None:
-            moved["scores"] = {name: logps.to(device) for name, logps in self.scores.items()}
+        for name in ("scores", "token_scores"):
+            if (scores := getattr(self, name)) is not None:
+                moved[name] = {policy: logps.to(device) for policy, logps in scores.items()}
         return replace(self, **moved)
 
 
@@ -285,7 +288,6 @@ class RolloutTable:
         token_index = (starts + token) * mask
         prompt_ids = _take(self.prompt_ids, prompt_index)
         input_ids = prompt_ids.where(in_prompt, _take(self.response_ids, column_index))
-        scores, support_ids = self._batch_scores(rows, token, mask)
         return RolloutBatch(
             input_ids=input_ids.where(attention_mask, 0).long(),
             attention_mask=attention_mask,
@@ -300,28 +302,30 @@ class RolloutTable:
             step_responses=step_responses,
             micro_batches=micro_batches,
             last=last,
-            scores=scores,
-            support_ids=support_ids,
+            **self._batch_scores(rows, token, mask),
         )
 
     def _batch_scores(
         self, rows: Tensor, token: Tensor, mask: Tensor
-    ) -> tuple[dict[str, Tensor] | None, Tensor | None]:
+    ) -> dict[str, Any]:
+        """What a batch holds of the scores, where there are any."""
         reference = next(iter(self.scores.values()), None)
         if reference is None:
-            return None, None
+            return {}
         # All policies share rows and supports: one index serves them all.
         token_index = (reference.token_starts(rows)[:, None] + token) * mask
         sizes = _take(reference.sizes, token_index).where(mask, 0)[..., None]
         slot = torch.arange(int(sizes.max()) if sizes.numel() else 0)
         used = slot < sizes
         index = (_take(reference.support_offsets, token_index)[..., None] + slot) * used
-        scores = {}
+        scores, token_scores = {}, {}
         for name, score in self.scores.items():
+            token_scores[name] = _take(score.logps, token_index).where(mask, 0.0)
             support = _take(score.support_logps, index).where(used, LOG_ZERO)
             tail = _take(score.tail_logps, token_index).where(mask, 0.0)
             scores[name] = torch.cat([support, tail[..., None]], dim=-1)
-        return scores, _take(reference.support_ids, index).where(used, -1).long()
+        support_ids = _take(reference.support_ids, index).where(used, -1).long()
+        return {"scores": scores, "support_ids": support_ids, "token_scores": token_scores}
 
     def _check_scores(self, name: str, score: ScoreTable, reference: ScoreTable) -> None:
         fits = len(score.rows) > 0 and score.rows[0] >= 0 and score.rows[-1] < len(self.rewards)
@@ -420,6 +424,11 @@ class StepLoader:
                 self._batches += 1
                 yield batch
         self._epoch, self._batches = self._epoch + 1, 0
+
+    def sweep(self) -> Iterator[RolloutBatch]:
+        """This rank's share of all rows once, in as many micro-batches on every rank; the state stays as it is."""
+        for rows in torch.split(self.rows, self.batch_size):
+            yield from self._micro_batches(rows, 0)
 
     @property
     def sampler(self) -> "StepLoader":

@@ -1,5 +1,6 @@
 """`RolloutDataModule`: rollouts sampled once, kept in a store, and read again in every epoch."""
 
+import copy
 from collections.abc import Iterator
 from functools import cached_property, partial
 from pathlib import Path
@@ -13,7 +14,7 @@ from torch import Tensor
 from ..errors import UserError
 from ..objectives.advantages import group_advantages
 from ..seeds import derive_seed
-from .batching import RolloutTable, ScoreTable, StepLoader, pieces_needed
+from .batching import RolloutBatch, RolloutTable, ScoreTable, StepLoader, pieces_needed
 from .passes import Parts, SamplingPass, ScoringPass, ranks, run_pass
 from .prompts import (
     Prompt,
@@ -25,7 +26,7 @@ from .prompts import (
 )
 from .samplers import Sampler, TransformersSampler
 from .store import Store, sha256_file
-from .verifiers import ExactMatch, Verifier
+from .verifiers import ExactMatch, Unverified, Verifier
 
 
 class RolloutDataModule(LightningDataModule):
@@ -50,6 +51,8 @@ class RolloutDataModule(LightningDataModule):
             the store is complete.
         validation_prompts: Held-out prompts in the same format; None for no validation.
         scores: Directory with the stored scores of policies on the rollouts, for distillation.
+        fresh: Directory for the rollouts of a student that answers the prompts itself while it is distilled
+            (`distill.iterations`); they are not verified.
         sampler: Draws the responses.
         verifier: Checks the responses against the answers.
         group_size: Responses to each prompt, the group whose mean reward is the baseline.
@@ -79,6 +82,7 @@ class RolloutDataModule(LightningDataModule):
         prompts: str | Path | None = None,
         validation_prompts: str | Path | None = None,
         scores: str | Path | None = None,
+        fresh: str | Path | None = None,
         sampler: Sampler | None = None,
         verifier: Verifier | None = None,
         group_size: int = 16,
@@ -117,6 +121,7 @@ class RolloutDataModule(LightningDataModule):
         self.prompts = prompts
         self.validation_prompts = validation_prompts
         self.scores = None if scores is None else Path(scores)
+        self.fresh = None if fresh is None else Path(fresh)
         self.sampler = sampler or TransformersSampler()
         self.verifier = verifier or ExactMatch()
         self.group_size = group_size
@@ -134,6 +139,38 @@ class RolloutDataModule(LightningDataModule):
         self.seed = seed
         self._loader: StepLoader | None = None
         self._resumed: dict[str, int] | None = None
+        self._least_pieces = 1
+        self._student: RolloutDataModule | None = None
+        self._is_student = False
+
+    @property
+    def trained(self) -> "RolloutDataModule":
+        """What serves the rollouts that are trained on: itself, or those of a student that answers prompts itself."""
+        module: Any = None if self.trainer is None else self.trainer.lightning_module
+        if module is None or module.iterations == 1 or self._is_student:
+            return self
+        if self._student is None or self._student.iterations != module.iterations:
+            self._student = self._of_student(module.iterations)
+        self._student.trainer = self.trainer
+        return self._student
+
+    def _of_student(self, iterations: int) -> "RolloutDataModule":
+        """The same prompts in so many parts, their answers in `fresh`, without rewards.
+
+        Raises:
+            UserError: If there is no place for them.
+        """
+        if self.fresh is None:
+            raise UserError(
+                f"distill.iterations is {iterations}: RolloutDataModule(fresh=…) has to say where the student's "
+                "rollouts are to be kept"
+            )
+        student = copy.copy(self)
+        student.forget()
+        student.root, student.scores, student.verifier = self.fresh, None, Unverified()
+        student.iterations, student.iteration, student._is_student = iterations, 1, True
+        student._loader = student._resumed = None
+        return student
 
     @property
     def store(self) -> Path:
@@ -196,6 +233,8 @@ class RolloutDataModule(LightningDataModule):
         """
         assert self.trainer is not None
         module: Any = self.trainer.lightning_module
+        if self.trained is not self:
+            return self.trained.train_dataloader()
         if self.iterations > 1:
             self._iterate(self.trainer)
         if not Store.exists(self.store):
@@ -221,7 +260,7 @@ class RolloutDataModule(LightningDataModule):
         rank, world_size = ranks(self.trainer)
         lengths = rollouts.lengths
         needed = pieces_needed(lengths[rows], self.batch_size, self.max_tokens)
-        pieces = max(-(-needed // world_size), self.trainer.accumulate_grad_batches)
+        pieces = max(-(-needed // world_size), self.trainer.accumulate_grad_batches, self._least_pieces)
         self.trainer.accumulate_grad_batches = pieces
         self._loader = StepLoader(
             partial(rollouts.batch, advantages=self.advantages),
@@ -245,15 +284,31 @@ class RolloutDataModule(LightningDataModule):
             UserError: If the epochs cannot be shared out evenly.
         """
         if trainer.max_epochs < 1 or (trainer.max_epochs % self.iterations and not trainer.fast_dev_run):
+            key = "distill.iterations" if self._is_student else "data.iterations"
             raise UserError(
-                f"max_epochs is {trainer.max_epochs}: it must be a multiple of data.iterations ({self.iterations}), "
-                "each of which is trained on for as many epochs"
+                f"max_epochs is {trainer.max_epochs}: it must be a multiple of {key} ({self.iterations}), each of "
+                "which is trained on for as many epochs"
             )
         trainer.reload_dataloaders_every_n_epochs = 1
-        iteration = 1 + trainer.current_epoch // max(1, trainer.max_epochs // self.iterations)
+        iteration = 1 + trainer.current_epoch // self._epochs_of_iteration
         if iteration != self.iteration:
             self.iteration = iteration
             self.forget()
+
+    @property
+    def _epochs_of_iteration(self) -> int:
+        assert self.trainer is not None
+        return 1 if self.iterations == 1 else max(1, (self.trainer.max_epochs or 1) // self.iterations)
+
+    def begins_iteration(self) -> bool:
+        """Whether the trainer is in the first epoch of an iteration; of fixed rollouts each epoch is one."""
+        assert self.trainer is not None
+        return self.trainer.current_epoch % self._epochs_of_iteration == 0
+
+    def sweep(self) -> Iterator[RolloutBatch]:
+        """This rank's share of what the trainer trains on, once, in as many micro-batches on every rank."""
+        assert self._loader is not None
+        return self._loader.sweep()
 
     def state_dict(self) -> dict[str, Any]:
         """How far into the epoch training is; Lightning keeps it in its checkpoints.
@@ -261,6 +316,8 @@ class RolloutDataModule(LightningDataModule):
         Lightning would keep the loader's own state too, but it restores that only if nothing has asked for the
         loader before, and the learning rate's schedule does.
         """
+        if self.trained is not self:
+            return self.trained.state_dict()
         loader = self._loader
         if loader is None:
             return {}
@@ -268,7 +325,13 @@ class RolloutDataModule(LightningDataModule):
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Go on from there."""
+        if self.trained is not self:
+            self.trained.load_state_dict(state_dict)
+            return
         self._resumed = state_dict
+        if self.iterations > 1 and state_dict:
+            # The parts before may have needed more micro-batches than those that are read again.
+            self._least_pieces = state_dict["pieces"]
         self._go_on()
 
     def _go_on(self) -> None:

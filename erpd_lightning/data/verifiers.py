@@ -21,6 +21,14 @@ class Verifier(ABC):
         """The reward of each response: 1.0 right, 0.0 wrong, None where it could not be checked."""
 
 
+class Unverified(Verifier):
+    """Checks nothing: for responses whose reward nobody asks for."""
+
+    def __call__(self, responses: Sequence[str], answers: Sequence[str]) -> list[float | None]:
+        """See `Verifier`."""
+        return [None for _ in responses]
+
+
 class ExactMatch(Verifier):
     """Compares what a pattern finds in the response with the reference answer, as strings.
 

@@ -19,11 +19,11 @@ from erpd_lightning.objectives import (
 )
 
 INF = float("inf")
-WIDE = {"epsilon_low": 1.0, "epsilon_high": 1e6, "truncate": 1e6}
+WIDE: dict[str, Any] = {"epsilon_low": 1.0, "epsilon_high": 1e6, "truncate": 1e6}
 """Neither clip nor truncation."""
 
 
-def some_tokens(dtype: torch.dtype = torch.float64) -> tuple[Tensor, ...]:
+def some_tokens(dtype: torch.dtype = torch.float64) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     """Log-probs of student, anchor and sampler, a signal of both signs, and a KL."""
     anchor = -3 * torch.rand(6, 5, dtype=dtype)
     logps = anchor + 0.5 * torch.randn(6, 5, dtype=dtype)
@@ -134,28 +134,30 @@ def test_padding_changes_neither_loss_nor_gradient(garbage: float) -> None:
     tensors = some_tokens()
     mask = torch.rand(6, 5) < 0.6
 
-    def run(logps: Tensor, *others: Tensor, mask: Tensor) -> tuple[Tensor, Tensor]:
+    def run(logps: Tensor, others: Any, mask: Tensor) -> tuple[Tensor, Tensor]:
         logps = logps.clone().requires_grad_()
-        loss = masked_mean(ClippedPolicyGradient()(logps, *others, 0.5), mask)
+        old, sampler, signal, kl = others
+        loss = masked_mean(ClippedPolicyGradient()(logps, old, sampler, signal, kl, 0.5), mask)
         loss.backward()
         assert (grad(logps)[~mask] == 0).all()
         return loss, grad(logps)[mask]
 
-    loss, gradient = run(*tensors, mask=mask)
+    loss, gradient = run(tensors[0], tensors[1:], mask)
     assert (gradient != 0).any()
     # What a batch holds in its padding is 0, except for the student's log-probs here.
     padded = [torch.nn.functional.pad(x.masked_fill(~mask, 0.0), (0, 2)) for x in tensors]
     padded[4] = torch.nn.functional.pad(tensors[4].masked_fill(~mask, garbage), (0, 2), value=garbage)
-    again, gradient_again = run(*padded, mask=torch.nn.functional.pad(mask, (0, 2), value=False))
+    again, gradient_again = run(padded[0], padded[1:], torch.nn.functional.pad(mask, (0, 2), value=False))
     torch.testing.assert_close(again, loss, rtol=1e-12, atol=0)
     torch.testing.assert_close(gradient_again, gradient, rtol=1e-12, atol=0)
 
 
 @pytest.mark.parametrize("tokens", [0, 3])
 def test_empty_mask_is_zero_and_runs_backward(tokens: int) -> None:
-    logps, *others = (x[:, :tokens] for x in some_tokens())
+    logps, old, sampler, signal, kl = (x[:, :tokens] for x in some_tokens())
     logps = logps.clone().requires_grad_()
-    loss = masked_mean(ClippedPolicyGradient()(logps, *others, 1.0), torch.zeros(6, tokens, dtype=torch.bool))
+    terms = ClippedPolicyGradient()(logps, old, sampler, signal, kl, 1.0)
+    loss = masked_mean(terms, torch.zeros(6, tokens, dtype=torch.bool))
     assert loss.item() == 0.0
     loss.backward()
     assert torch.equal(grad(logps), torch.zeros_like(logps))
@@ -167,9 +169,9 @@ def test_empty_mask_is_zero_and_runs_backward(tokens: int) -> None:
 @pytest.mark.parametrize("logp", [-INF, -1e4, -1.0, 0.0])
 def test_extreme_log_probs_stay_finite(logp: float, anchor: float, sampler: float, dtype: torch.dtype) -> None:
     leaf = torch.full((1, 2), logp, dtype=dtype, requires_grad=True)
-    others = [torch.full((1, 2), value, dtype=dtype) for value in (anchor, sampler)]
+    old, drawn = (torch.full((1, 2), value, dtype=dtype) for value in (anchor, sampler))
     signal = torch.tensor([[3.0, -3.0]], dtype=dtype)
-    terms = ClippedPolicyGradient()(leaf, *others, signal, torch.zeros(1, 2, dtype=dtype), 0.5)
+    terms = ClippedPolicyGradient()(leaf, old, drawn, signal, torch.zeros(1, 2, dtype=dtype), 0.5)
     assert torch.isfinite(terms).all()
     terms.sum().backward()
     assert torch.isfinite(grad(leaf)).all()
