@@ -397,8 +397,9 @@ class PolicyModule(LightningModule):
             policy = load_policy(self._paths[name], self.weights_dtype, self.max_logits)
             sizes = len(policy.head.weight), len(self.policy.head.weight)
             if sizes[0] != sizes[1]:
+                key = "references" if name in self.references else "policies"
                 raise UserError(
-                    f"{'references' if name in self.references else 'policies'}.{name} ({self._paths[name]}) has a vocabulary of {sizes[0]} tokens, the policy "
+                    f"{key}.{name} ({self._paths[name]}) has a vocabulary of {sizes[0]} tokens, the policy "
                     f"one of {sizes[1]}: there is no KL between them"
                 )
             self._frozen[name] = policy.to(self.device).eval().requires_grad_(False)
