@@ -179,7 +179,7 @@ class ConfigBuilder:
         """
         data = self.data(store="", tokenizer="")
         policies = POLICIES | self.teachers.keys()
-        for stage in (*STAGES, *map(teacher_stage, self.teachers)):
+        for stage in (*map(teacher_stage, self.teachers), *STAGES):
             module = self.module(stage, policy="")
             self.trainer(stage)
             if module.pass_at_k is not None and module.pass_at_k > data.validation_samples:
@@ -187,6 +187,8 @@ class ConfigBuilder:
                     f"{stage}.pass_at_k is {module.pass_at_k}, but data.validation_samples is only "
                     f"{data.validation_samples}"
                 )
+            if isinstance(module, ExtremeRegionModule):
+                module.check_rollouts(data)
             if module.needs_groups and data.group_size < 2:
                 raise UserError(
                     f"data.group_size is {data.group_size}: {stage}.objective compares the responses of a group, "

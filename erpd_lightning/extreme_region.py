@@ -8,6 +8,7 @@ from lightning.pytorch.trainer.states import TrainerFn
 from torch import Tensor
 
 from .data.batching import RolloutBatch
+from .data.rollouts import RolloutDataModule
 from .errors import UserError
 from .objectives.divergences import Direction, check_kl_loss, kl_loss, kl_value
 from .objectives.extreme import SAPO, ExtremeObjective, flip
@@ -116,6 +117,24 @@ class ExtremeRegionModule(PolicyModule):
             kl, values["kl"] = self._kl(batch, hidden, stats.logps)
             terms = terms + self.kl_coef * self._share(kl, batch)
         return terms, values
+
+    def setup(self, stage: str) -> None:
+        """Refuse rollouts that the loss would take for what they are not."""
+        data: Any = getattr(self.trainer, "datamodule", None)
+        if stage == "fit" and data is not None:
+            self.check_rollouts(data)
+
+    def check_rollouts(self, data: RolloutDataModule) -> None:
+        """Whether the rollouts are those that the KL term takes them for.
+
+        Raises:
+            UserError: If they are the policy's own, and the KL to the base policy is estimated from them.
+        """
+        if data.iterations > 1 and self.kl_coef > 0 and self.kl_estimator != "exact":
+            raise UserError(
+                f"extreme_region.kl_estimator is {self.kl_estimator}, which takes rollouts for those of the base "
+                "policy; with data.iterations above 1 they are the policy's own: take exact"
+            )
 
     def on_train_start(self) -> None:
         """Stop at once where an interrupted run had come to its end."""

@@ -549,6 +549,25 @@ def test_a_mistake_in_a_process_of_its_own(tmp_path: Path) -> None:
         ("--extreme_region.dtype=int8", "extreme_region.dtype is 'int8'"),
         ("--distill.lr_scheduler=cosin", "distill.lr_scheduler is 'cosin'"),
         ("--unlearned.kl_coef=-1", "unlearned.kl_coef is -1.0: it must be at least 0"),
+        ("--extreme_region.kl_estimator=k1", "extreme_region.kl_estimator: k1 is no loss for the reverse KL: its"),
+        (
+            '--unlearned={"kl_direction": "forward", "kl_estimator": "k2"}',
+            "unlearned.kl_estimator: k2 is no loss for the forward KL: its gradient is that of no KL",
+        ),
+        ("--distill.total_budget=0", "distill.total_budget is 0.0: it must be a positive, finite number"),
+        ("--distill.signal.terms=[]", "distill.signal: a signal needs at least one term whose weight is not zero"),
+        ('--distill.signal.terms=[{"weight": 0}]', "distill.signal: a signal needs at least one term whose weight"),
+        (
+            '--distill.signal.terms=[{"denominator": "unlerned"}]',
+            "distill.signal: no policy is called unlerned; there are base, teacher, unlearned",
+        ),
+        ('--teachers={"mild": {"kl_coef": 0.3}}', "teachers.mild is trained in vain: distill.signal does not use it"),
+        ('--teachers={"mild": {"kl_cof": 0.3}}', "teachers.mild.kl_cof is no option: did you mean"),
+        ('--teachers={"mild": {"trainer": {"max_epoch": 1}}}', "teachers.mild.trainer.max_epoch is no option: did you"),
+        ('--teachers={"mild": {"sign": 3}}', "teachers.mild.sign is 3: it must be 1 or -1"),
+        ('--teachers={"base": {}}', "teachers.base: a policy of its own needs a name of its own"),
+        ("--last_stage=signal", "last_stage is 'signal': it must be distill or extreme_region"),
+        ("--data.iterations=2", "data.iterations is above 1, but a student is distilled from fixed rollouts"),
         ("--data.group_size=0", "data.group_size is 0: it must be at least 1"),
         ("--data.calibration_prompts=-1", "data.calibration_prompts is -1: it must be at least 0"),
         ("--distill.pass_at_k=9", "distill.pass_at_k is 9, but data.validation_samples is only 2"),
@@ -602,6 +621,12 @@ def test_a_mistake_in_a_configuration_file(refused: Run, tmp_path: Path, text: s
 @pytest.mark.parametrize("args", [[], ["fits"], ["fit", "--config"]])
 def test_a_command_that_is_none(refused: Run, args: list[str]) -> None:
     refused(*args)
+
+
+def test_an_estimate_of_the_kl_from_the_policy_s_own_rollouts(refused: Run, tmp_path: Path) -> None:
+    args = arguments(tmp_path / "run", last_stage="extreme_region", **{"data.iterations": 2})
+    estimate = ["--extreme_region.kl_coef=0.1", "--extreme_region.kl_estimator=k2"]
+    assert refused(*args, *estimate).startswith("extreme_region.kl_estimator is k2, which takes rollouts for those of")
 
 
 def test_a_group_of_one_is_enough_for_cross_entropy(chain: Callable[..., Rounds], refused: Run, tmp_path: Path) -> None:
