@@ -19,7 +19,8 @@ from .objectives.tilt import UnreachableBudget
 from .policy import load_policy, policy_fingerprint
 from .records import Record
 from .report import format_preview
-from .rounds import Rounds, say
+from .rounds import Rounds
+from .stages import say
 
 SHARES = (0.5, 1.0, 1.5, 2.0)
 """Parts and multiples of the configured budget that are previewed where none are given."""

@@ -86,6 +86,19 @@ def round_summary(folder: Path, number: int, policies: Iterable[str]) -> Record:
     }
 
 
+@rank_zero_only
+def write_summary(run_dir: Path, rounds: list[Record]) -> None:
+    """Write `summary.json` from what `round_summary` says of the rounds so far, unless it holds them already."""
+    total = 0
+    for summary in rounds:
+        total += summary["rollouts"]
+        summary["rollouts_total"] = total
+    path = run_dir / "summary.json"
+    known = json.loads(path.read_text())["rounds"] if path.is_file() else []
+    if known[: len(rounds)] != rounds:
+        atomic_write(path, json.dumps({"rounds": rounds}, indent=2) + "\n")
+
+
 def _difference(old: Any, new: Any, key: str) -> tuple[str, Any, Any] | None:
     """The first leaf that two nested dictionaries do not share, by its dotted name."""
     if not (isinstance(old, dict) and isinstance(new, dict)):

@@ -1,70 +1,34 @@
 """The chain: rollouts, extreme region, unlearned policy, signal, distillation, evaluation; round after round.
 
-Each stage lives in a directory of its own and ends by writing a `stage.json`, last and atomically. A finished
-stage that was made from the same settings and inputs is skipped. One that was killed goes on from its last
-checkpoint or its last stored part; since all draws are functions of names (`seeds`), it ends as if nothing had
-happened. A stage whose record names other settings is never overwritten: that is an error.
+What the stages are and what flows from one to the next; `stages` says how they run.
 """
 
 import hashlib
 import json
-import time
-from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import Any, Protocol
 
 import torch
-from lightning.pytorch import Trainer, seed_everything
-from lightning.pytorch.utilities import rank_zero_only
 
-from .callbacks import ResumeCheckpoint
+from .base_policy import make_base
 from .candidates import choose, preview, within
 from .data.arithmetic import Arithmetic
 from .data.batching import RolloutTable
-from .data.demonstrations import write_demonstrations
 from .data.rollouts import RolloutDataModule
-from .data.store import Store, atomic_write, sha256_file
+from .data.store import Store, sha256_file
 from .distill import DistillModule
 from .errors import UserError
-from .extreme_region import ExtremeRegionModule
-from .objectives.extreme import CrossEntropy
 from .objectives.signal import AutoSignal, Signal, Term
 from .objectives.tilt import UnreachableBudget
-from .policy import export_policy, load_policy, policy_fingerprint
+from .policy import load_policy, policy_fingerprint
 from .policy_module import PolicyModule
-from .records import Record, holds_work, read_record, round_summary, write_record
+from .records import Record, round_summary, write_summary
 from .report import format_summary
 from .seeds import derive_seed
+from .stages import Builder, StageOnly, Stages, barrier, say
 
 STAGES = ("base", "rollouts", "extreme_region", "unlearned", "signal", "choice", "distill", "evaluation")
-
-class Builder(Protocol):
-    """Makes what a stage needs from the user's settings and what the chain binds."""
-
-    @property
-    def teachers(self) -> Mapping[str, Any]:
-        """The further policies to train on the rollouts, by name."""
-
-    def data(self, **bound: Any) -> RolloutDataModule:
-        """The data module."""
-
-    def module(self, stage: str, **bound: Any) -> PolicyModule:
-        """The module of `extreme_region`, `unlearned` or `distill`."""
-
-    def trainer(self, stage: str, **bound: Any) -> Trainer:
-        """A trainer with the shared settings, those of the stage over them, and `bound` over both.
-
-        Callbacks in `bound` are added to the configured ones.
-        """
-
-    def settings(self, stage: str) -> Record:
-        """What a stage's result depends on, as JSON: recorded, and compared when a run goes on."""
-
-
-class StageOnly(Exception):
-    """The one stage that was asked for is done."""
 
 
 @dataclass
@@ -101,7 +65,15 @@ class Rounds:
     seed: int = 0
 
     def __post_init__(self) -> None:
-        self._ran = False
+        self._stages = Stages(
+            builder=self.builder,
+            task=self.task,
+            rounds=self.rounds,
+            checkpoint_every=self.checkpoint_every,
+            only=self.stage,
+            only_round=self.round,
+            seed=self.seed,
+        )
         if self.rounds < 1 or self.checkpoint_every < 1:
             raise UserError(
                 f"rounds ({self.rounds}) and checkpoint_every ({self.checkpoint_every}) must be at least 1"
@@ -138,7 +110,8 @@ class Rounds:
     def run(self) -> None:
         """Run what is not done yet, write `summary.json` after each round, and print the table."""
         try:
-            self._base()
+            if self.task is not None:
+                make_base(self.task, self.run_dir, self._stages)
             for number in range(1, self.rounds + 1):
                 self._round(number)
         except StageOnly:
@@ -225,42 +198,6 @@ class Rounds:
 
     # The stages.
 
-    def _base(self) -> None:
-        """Prompts and base policy of the task; nothing where they are given."""
-        if self.task is None:
-            return
-        task = self.task
-        folder = self.run_dir / "prepare"
-
-        def body() -> Record:
-            self._write_task(folder)
-            data = RolloutDataModule(
-                store=folder / "demonstrations",
-                tokenizer=folder / "initial",
-                batch_size=task.batch_size,
-                seed=derive_seed(self.seed, "base"),
-            )
-            module = ExtremeRegionModule(
-                folder / "initial",
-                objective=CrossEntropy(),
-                references={},
-                learning_rate=task.learning_rate,
-                warmup_steps=20,
-                lr_scheduler="cosine",
-            )
-            self._fit("base", folder, module, data, max_epochs=task.epochs, limit_val_batches=0)
-            module.export(self.run_dir / "base")
-            return {"policy": policy_fingerprint(self.run_dir / "base")}
-
-        self._stage(
-            "base",
-            0,
-            folder,
-            f"a deliberately weak base policy on {task.demonstrations} demonstrations",
-            {},
-            body,
-        )
-
     def _round(self, number: int) -> None:
         inputs = {"base": policy_fingerprint(self.student(number - 1))}
         if self._iterates:
@@ -272,9 +209,12 @@ class Rounds:
         else:
             inputs["student"] = self._extreme("extreme_region", "student", number, inputs)["outcome"]["policy"]
         self._evaluate(number, inputs)
-        self._summarise(number)
+        done = range(1, number + 1)
+        write_summary(
+            self.run_dir, [round_summary(self.round_dir(n), n, [*self.policies(n), "student"]) for n in done]
+        )
         barrier()
-        if self.stage == "evaluation" and (self._ran or self.round == number):
+        if self.stage == "evaluation" and (self._stages.ran or self.round == number):
             raise StageOnly
 
     def _two_stages(self, number: int, inputs: dict[str, str]) -> None:
@@ -300,12 +240,12 @@ class Rounds:
                     "data.group_size is 1: the objective compares the responses of a group, "
                     "which takes at least 2"
                 )
-            self._predict("rollouts", folder, self.student(number - 1), data.sampling())
+            self._stages.predict("rollouts", folder, self.student(number - 1), data.sampling())
             return _outcome([Store.open(folder, verify=False)])
 
         inputs = {"base": base, **self._prompt_files()}
         about = "sampling and verifying responses of the base policy"
-        record = self._stage("rollouts", number, folder, about, inputs, body)
+        record = self._stages.run("rollouts", number, folder, about, inputs, body)
         Store.open(folder)  # An altered store must not be trained on.
         return record
 
@@ -316,7 +256,7 @@ class Rounds:
         def body() -> Record:
             module = self.builder.module(stage, policy=self.student(number - 1))
             data = self.data(number)
-            self._fit(stage, folder, module, data)
+            self._stages.fit(stage, folder, module, data)
             module.export(path, tokenizer=self.student(0))
             sampled = _outcome([Store.open(path) for path in data.stores()]) if self._iterates else {}
             return {"policy": policy_fingerprint(path), **sampled}
@@ -328,7 +268,7 @@ class Rounds:
             if self._iterates
             else "training the student on the fixed rollouts",
         }.get(name, f"driving {name} away from the base policy on the fixed rollouts")
-        return self._stage(stage, number, folder, about, inputs, body)
+        return self._stages.run(stage, number, folder, about, inputs, body)
 
     def _signal(self, number: int, inputs: dict[str, str]) -> Record:
         folder = self.round_dir(number) / "signal"
@@ -336,12 +276,12 @@ class Rounds:
         def body() -> Record:
             data = self.data(number, with_scores=True)
             for name, path in self._scored(number).items():
-                self._predict("signal", folder, path, data.scoring(name))
+                self._stages.predict("signal", folder, path, data.scoring(name))
             prints = [Store.open(folder / n, verify=False).fingerprint for n in self._scored(number)]
             return {"fingerprint": _together(prints)}
 
         about = "scoring the rollouts once with each policy"
-        record = self._stage("signal", number, folder, about, inputs, body)
+        record = self._stages.run("signal", number, folder, about, inputs, body)
         for name in self._scored(number):
             Store.open(folder / name)
         return record
@@ -376,7 +316,7 @@ class Rounds:
             }
 
         about = f"choosing among {len(auto.candidates())} signals by decoding from them"
-        return self._stage("choice", number, folder, about, inputs, body)
+        return self._stages.run("choice", number, folder, about, inputs, body)
 
     def _distill(self, number: int, inputs: dict[str, str], choice: Record | None) -> Record:
         folder = self.round_dir(number) / "distill"
@@ -394,7 +334,7 @@ class Rounds:
             )
             assert isinstance(module, DistillModule)
             data = self.data(number, with_scores=True)
-            self._fit("distill", folder, module, data)
+            self._stages.fit("distill", folder, module, data)
             answered = [Store.open(path).rows for path in data.trained.stores()] if module.iterations > 1 else []
             module.export(self.student(number), tokenizer=self.student(0))
             return {
@@ -411,7 +351,7 @@ class Rounds:
             }
 
         about = "distilling the signal back into the base policy under the KL budget"
-        return self._stage("distill", number, folder, about, inputs, body)
+        return self._stages.run("distill", number, folder, about, inputs, body)
 
     def _evaluate(self, number: int, inputs: dict[str, str]) -> None:
         policies = {**self.policies(number), "student": self.student(number)}
@@ -436,85 +376,7 @@ class Rounds:
 
             about = f"measuring {name} on fresh samples for held-out prompts"
             prints = {key: inputs[key] for key in ("base", name)}
-            self._stage("evaluation", number, folder, about, prints, body)
-
-    # How stages run.
-
-    def _fit(
-        self,
-        stage: str,
-        folder: Path,
-        module: PolicyModule,
-        data: RolloutDataModule,
-        **bound: Any,
-    ) -> None:
-        """Train from the last checkpoint of an earlier attempt, or from the start."""
-        saver = ResumeCheckpoint(folder / "checkpoints", self.checkpoint_every)
-        trainer = self.builder.trainer(stage, default_root_dir=folder, callbacks=[saver], **bound)
-        trainer.fit(module, datamodule=data, ckpt_path=saver.latest(), weights_only=True)
-
-    def _predict(self, stage: str, folder: Path, policy: Path | str, data: Any) -> None:
-        trainer = self.builder.trainer(stage, default_root_dir=folder, logger=False)
-        module = PolicyModule(policy, references={})
-        trainer.predict(module, datamodule=data, return_predictions=False)
-
-    def _stage(
-        self,
-        stage: str,
-        number: int,
-        folder: Path,
-        about: str,
-        inputs: dict[str, str],
-        body: Callable[[], Record],
-    ) -> Record:
-        """Skip a stage that is done, or run it and record it.
-
-        Raises:
-            UserError: If the directory was made with other settings or from other inputs.
-            StageOnly: If this was the only stage to run.
-        """
-        made_with = {"settings": self._settings(stage), "inputs": inputs, "seed": self.seed}
-        made_with = json.loads(json.dumps(made_with, default=str))
-        wanted = self.stage == stage and self.round in (None, number)
-        title = f"[round {number}/{self.rounds}] {stage}" if number else f"[base] {stage}"
-        done = read_record(folder / "stage.json", made_with)
-        if done is None and self.stage is not None and not wanted:
-            raise UserError(
-                f"--stage {self.stage} needs the stage {stage} in {folder}, which is not finished: "
-                f"run --stage {stage} first"
-            )
-        if done is not None:
-            say(f"{title}: done already")
-            if wanted and self.round is not None and stage != "evaluation":
-                raise StageOnly
-            return done
-        if holds_work(folder):
-            read_record(folder / "started.json", made_with)
-        say(f"{title}: {about}")
-        write_record(folder / "started.json", made_with)
-        seed_everything(derive_seed(self.seed, stage, number) % 2**32, verbose=False)
-        wall, cpu = time.perf_counter(), time.process_time()
-        outcome = body()
-        record = {
-            "stage": stage,
-            "round": number,
-            **made_with,
-            "seconds": round(time.perf_counter() - wall, 3),
-            "cpu_seconds": round(time.process_time() - cpu, 3),
-            "outcome": outcome,
-        }
-        write_record(folder / "stage.json", record)
-        barrier()
-        self._ran = True
-        if wanted and stage != "evaluation":
-            raise StageOnly
-        return record
-
-    def _settings(self, stage: str) -> Record:
-        if stage == "base":
-            assert self.task is not None
-            return {"task": vars(self.task)}
-        return self.builder.settings(stage)
+            self._stages.run("evaluation", number, folder, about, prints, body)
 
     def _prompt_files(self) -> dict[str, str]:
         data = self.data(1)
@@ -523,39 +385,6 @@ class Rounds:
             name: sha256_file(path) if path is not None and Path(path).is_file() else str(path)
             for name, path in files.items()
         }
-
-    @rank_zero_only
-    def _write_task(self, folder: Path) -> None:
-        """Prompts, the initial policy and its demonstrations; what is there already stays."""
-        assert self.task is not None
-        task, prompts = self.task, self.run_dir / "prompts"
-        prompts.mkdir(parents=True, exist_ok=True)
-        for name, rows in zip(("train", "validation"), task.prompts(self.seed), strict=True):
-            atomic_write(
-                prompts / f"{name}.jsonl", "".join(json.dumps(row) + "\n" for row in rows)
-            )
-        if not (folder / "initial").is_dir():
-            tokenizer = task.tokenizer()
-            export_policy(task.initial_policy(self.seed), tokenizer, folder / "initial")
-        if not Store.exists(folder / "demonstrations"):
-            write_demonstrations(task, self.seed, folder / "demonstrations")
-
-    @rank_zero_only
-    def _summarise(self, number: int) -> None:
-        """Write `summary.json` from the records of the rounds that are done, unless it holds them already."""
-        rounds = [
-            round_summary(self.round_dir(n), n, [*self.policies(n), "student"])
-            for n in range(1, number + 1)
-        ]
-        total = 0
-        for summary in rounds:
-            total += summary["rollouts"]
-            summary["rollouts_total"] = total
-        path = self.run_dir / "summary.json"
-        known = json.loads(path.read_text())["rounds"] if path.is_file() else []
-        if known[:number] != rounds:
-            atomic_write(path, json.dumps({"rounds": rounds}, indent=2) + "\n")
-
 
 def _outcome(stores: list[Store]) -> Record:
     """What a record says of rollouts."""
@@ -571,18 +400,6 @@ def _outcome(stores: list[Store]) -> Record:
 def _together(fingerprints: list[str]) -> str:
     """One fingerprint for several."""
     return hashlib.sha256("".join(fingerprints).encode()).hexdigest()
-
-
-def barrier() -> None:
-    """Wait for the other ranks, where there are any."""
-    if torch.distributed.is_available() and torch.distributed.is_initialized():
-        torch.distributed.barrier()
-
-
-@rank_zero_only
-def say(text: str) -> None:
-    """Tell the user, once."""
-    print(text, flush=True)
 
 
 def _is_local(policy: str) -> bool:

@@ -20,6 +20,8 @@ LAYERS: list[set[str]] = [
     {"policy_module"},
     {"extreme_region", "distill", "candidates"},
     {"callbacks", "records", "report", "drawing", "messages"},
+    {"stages"},
+    {"base_policy"},
     {"rounds", "config"},
     {"preview"},
     {"cli"},
