@@ -1,6 +1,5 @@
 """What the two stages share: one policy that is trained, evaluated on fresh samples, and exported."""
 
-from collections import defaultdict
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -12,12 +11,12 @@ from lightning.pytorch import LightningModule
 from torch import Tensor, nn
 
 from .anchor import Anchor
-from .data.batching import RolloutBatch, RolloutTable, cut_step, pieces_needed
+from .data.batching import RolloutBatch
 from .data.passes import Scores, ScoringPart, StorePass
 from .data.prompts import PromptBatch, load_tokenizer
 from .errors import UserError
+from .evaluation import add_metrics, evaluated, prompt_sums, update_metrics
 from .head import MAX_LOGITS
-from .metrics import ClusteredRatio, PassAtK
 from .objectives.reduction import masked_sum
 from .policy import Policy, export_policy, load_policy, policy_fingerprint
 from .seeds import derive_seed
@@ -314,16 +313,8 @@ class PolicyModule(LightningModule):
         if not prompts.prompts:
             return
         table = prompts.respond(self.policy.model, derive_seed(prompts.seed, self.global_step))
-        sums = self._prompt_sums(table, prompts)
-        samples = torch.full((len(prompts.prompts),), prompts.samples)
-        metrics["pass_at_1"].update(sums["correct"], samples.double())
-        metrics["pass_at_k"].update(sums["correct"].long(), samples)
-        metrics["entropy_per_token"].update(sums["entropy"], sums["tokens"])
-        metrics["mean_length"].update(sums["tokens"], samples.double())
-        metrics["truncated"].update(sums["truncated"], samples.double())
-        for name in self.references:
-            metrics[f"kl_per_token/{name}"].update(sums[name], sums["tokens"])
-            metrics[f"kl_per_response/{name}"].update(sums[name], samples.double())
+        sums = prompt_sums(self.policy, self.frozen, self.references, table, prompts)
+        update_metrics(metrics, sums, prompts.samples, self.references)
 
     @contextmanager
     def _evaluating(self) -> Iterator[None]:
@@ -332,29 +323,6 @@ class PolicyModule(LightningModule):
             self.eval()
             yield
             self.train()
-
-    def _prompt_sums(self, table: pa.Table, prompts: PromptBatch) -> dict[str, Tensor]:
-        """Sums over each prompt's responses, `(prompts,)` each, of KL, entropy, tokens, right and cut-off ones."""
-        rollouts = RolloutTable.from_arrow(table)
-        first = prompts.groups[0]
-        sums: dict[str, Tensor] = defaultdict(
-            lambda: torch.zeros(len(prompts.prompts), dtype=torch.float64)
-        )
-        reasons = table["finish_reason"].to_numpy(zero_copy_only=False)
-        truncated = torch.tensor(reasons == "length").double()
-        sums["correct"].index_add_(0, rollouts.groups - first, rollouts.rewards.double())
-        sums["truncated"].index_add_(0, rollouts.groups - first, truncated)
-        for batch in micro_batches(rollouts, prompts.max_tokens):
-            group = rollouts.groups[batch.rows] - first
-            sums["tokens"].index_add_(0, group, batch.mask.sum(-1).double())
-            batch = batch.to(self.device)
-            hidden = self.policy.hidden(batch)
-            entropy = self.policy.token_logps(batch, hidden).entropy
-            sums["entropy"].index_add_(0, group, entropy.sum(-1).double().cpu())
-            for name in self.references:
-                kl = self.policy.divergence(self.frozen(name), batch, hidden).kl
-                sums[name].index_add_(0, group, kl.sum(-1).double().cpu())
-        return sums
 
     def _add_metrics(self, metrics: Any, samples: int) -> None:
         """Make the metrics when the first batch says how many samples there are."""
@@ -365,12 +333,7 @@ class PolicyModule(LightningModule):
             k = min(k, samples)
         if k > samples:
             raise UserError(f"pass_at_k is {k}, but only {samples} responses are sampled to a prompt")
-        metrics["pass_at_k"] = PassAtK(k)
-        ratios = ["pass_at_1", "entropy_per_token", "mean_length", "truncated"]
-        for name in self.references:
-            ratios += [f"kl_per_token/{name}", f"kl_per_response/{name}"]
-        for name in ratios:
-            metrics[name] = ClusteredRatio()
+        add_metrics(metrics, k, self.references)
         metrics.to(self.device)
 
     def on_validation_epoch_end(self) -> None:
@@ -384,7 +347,7 @@ class PolicyModule(LightningModule):
     def _log_metrics(self, stage: str) -> None:
         metrics: Any = self.metrics[stage]
         shown = ("pass@1", "kl_per_token")
-        for name, value in evaluation(metrics).items():
+        for name, value in evaluated(metrics).items():
             # The value is the same on all ranks: sync_dist only says that it is meant to be.
             shown_here = stage == "val" and name in shown
             self.log(f"{stage}/{name}", value.float(), prog_bar=shown_here, sync_dist=True)
@@ -481,38 +444,6 @@ class PolicyModule(LightningModule):
         finally:
             if trainer is not None:
                 trainer.strategy.barrier()
-
-
-def evaluation(metrics: Any) -> dict[str, Tensor]:
-    """The values of evaluation metrics under the names that logs and summaries use.
-
-    KL to the reference `base` is plain `kl_per_token`, to others `kl_per_token_to_NAME`.
-    """
-    values: dict[str, Tensor] = {}
-    for name, metric in metrics.items():
-        if isinstance(metric, PassAtK):
-            values["pass@k"] = metric.compute()
-            continue
-        ratio = metric.compute()
-        name = name.replace("pass_at_1", "pass@1").removesuffix("/base").replace("/", "_to_")
-        values[name] = ratio.value
-        if name.startswith(("pass@1", "kl_per_token")):
-            values[f"{name}_stderr"] = ratio.stderr
-    return values
-
-
-def micro_batches(rollouts: RolloutTable, max_tokens: int) -> Iterator[RolloutBatch]:
-    """All rows of a table once, responses of similar length together, within `max_tokens` padded tokens each."""
-    lengths = rollouts.lengths
-    for rows in cut_step(lengths, pieces_needed(lengths, len(lengths), max_tokens)):
-        yield rollouts.batch(
-            rows,
-            torch.zeros(len(lengths)),
-            step_tokens=int(rollouts.response_lengths[rows].sum()),
-            step_responses=len(rows),
-            micro_batches=1,
-            last=True,
-        )
 
 
 def _add(sums: dict[str, Tensor], more: dict[str, Tensor]) -> None:

@@ -16,7 +16,7 @@ LAYERS: list[set[str]] = [
     {"head", "seeds"},
     {"metrics", "data"},
     {"policy", "line"},
-    {"anchor"},
+    {"anchor", "evaluation"},
     {"policy_module"},
     {"extreme_region", "distill", "candidates"},
     {"callbacks", "records", "report", "drawing", "messages"},
