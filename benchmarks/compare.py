@@ -55,7 +55,7 @@ METHODS: dict[str, list[str]] = {
     "erpd": ["--rounds=3"],
     "erpd_auto": [f"--config={ROOT / 'configs' / 'auto.yaml'}", "--rounds=3"],
     "erpd_squared_error": ["--rounds=1", f"--extreme_region.objective={SQUARED_ERROR}"],
-    "rft": [f"--config={BASELINES / 'rft.yaml'}", "--rounds=3"],
+    "rft": [f"--config={BASELINES / 'rft.yaml'}", "--rounds=1"],
     **{f"sapo_kl_{coefficient:g}": sapo_kl(coefficient) for coefficient in COEFFICIENTS},
     "grpo": grpo(5e-4, 1, 3),
 }
