@@ -181,7 +181,15 @@ class ConfigBuilder:
         policies = POLICIES | self.teachers.keys()
         for stage in (*map(teacher_stage, self.teachers), *STAGES):
             module = self.module(stage, policy="")
-            self.trainer(stage)
+            trainer = self.trainer(stage)
+            epochs = trainer.max_epochs or -1
+            shared_out = epochs > 0 and epochs % module.iterations == 0
+            tried = self._settings("trainer", trainer_of(stage))["fast_dev_run"]
+            if module.iterations > 1 and not (shared_out or tried):
+                raise UserError(
+                    f"{stage}_trainer.max_epochs is {epochs}: it must be a multiple of {stage}.iterations "
+                    f"({module.iterations}), each of which is trained on for as many epochs"
+                )
             if module.pass_at_k is not None and module.pass_at_k > data.validation_samples:
                 raise UserError(
                     f"{stage}.pass_at_k is {module.pass_at_k}, but data.validation_samples is only "
@@ -201,7 +209,6 @@ class ConfigBuilder:
                 )
             if isinstance(module, DistillModule) and (unused := self.teachers.keys() - {*module.signal.policies}):
                 raise UserError(f"teachers.{min(unused)} is trained in vain: distill.signal does not use it")
-
             if isinstance(module, DistillModule) and module.unrestrained and data.calibration_prompts == 0:
                 raise UserError(UNRESTRAINED)
 

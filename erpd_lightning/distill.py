@@ -12,7 +12,7 @@ from torch import Tensor
 from .data.batching import RolloutBatch, RolloutTable
 from .errors import UserError
 from .line import Landing, Line, land
-from .objectives.distillation import DistillObjective, TiltedTarget, TokenObjective
+from .objectives.distillation import DistillObjective, StudentObjective, TiltedTarget, TokenObjective
 from .objectives.divergences import exact_kl
 from .objectives.signal import AutoSignal, Signal
 from .objectives.tilt import (
@@ -79,7 +79,7 @@ class DistillModule(PolicyModule):
         total_budget: float | None = None,
         beta: float | None = None,
         signal: Signal | Literal["auto"] | None = None,
-        objective: DistillObjective | TokenObjective | None = None,
+        objective: StudentObjective | None = None,
         iterations: int = 1,
         policies: dict[str, str] | None = None,
         calibrate: bool = True,
@@ -95,6 +95,8 @@ class DistillModule(PolicyModule):
             raise UserError("give either distill.kl_budget or distill.beta, and leave the other null")
         if total_budget is not None and kl_budget is None:
             raise UserError("distill.total_budget goes with distill.kl_budget, not with a given distill.beta")
+        if not isinstance(objective, DistillObjective | TokenObjective | None):
+            raise UserError(f"distill.objective: {type(objective).__name__} is no DistillObjective or TokenObjective")
         if iterations < 1:
             raise UserError(f"distill.iterations is {iterations}: it must be at least 1")
         self.kl_budget = kl_budget
@@ -280,6 +282,7 @@ class DistillModule(PolicyModule):
         if isinstance(self.objective, TokenObjective):
             return self._token_terms(self.objective, batch, hidden)
         assert batch.scores is not None
+        assert isinstance(self.objective, DistillObjective)
         student = self._student(batch, hidden)
         return self.objective(student, self._anchor(batch.scores), self.signal(batch.scores), self.beta), {}
 

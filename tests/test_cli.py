@@ -554,6 +554,17 @@ def test_a_mistake_in_a_process_of_its_own(tmp_path: Path) -> None:
             '--unlearned={"kl_direction": "forward", "kl_estimator": "k2"}',
             "unlearned.kl_estimator: k2 is no loss for the forward KL: its gradient is that of no KL",
         ),
+        ("--distill.iterations=0", "distill.iterations is 0: it must be at least 1"),
+        ("--distill.iterations=3", "distill_trainer.max_epochs is 2: it must be a multiple of distill.iterations (3)"),
+        (
+            '--distill.objective={"class_path": "ClippedPolicyGradient", "init_args": {"truncate": 0}}',
+            "distill.objective: truncate is 0.0; it has to be a positive number",
+        ),
+        (
+            '--distill={"objective": {"class_path": "ClippedPolicyGradient", "init_args": {"kl_term": false}}, '
+            '"kl_budget": null, "beta": 1}',
+            "distill.objective.kl_term is false, and no KL budget brings the student back: it would collapse",
+        ),
         ("--distill.total_budget=0", "distill.total_budget is 0.0: it must be a positive, finite number"),
         ("--distill.signal.terms=[]", "distill.signal: a signal needs at least one term whose weight is not zero"),
         ('--distill.signal.terms=[{"weight": 0}]', "distill.signal: a signal needs at least one term whose weight"),

@@ -391,3 +391,13 @@ def test_killed_at_any_point_it_ends_the_same(case: str, runs: Runs, tmp_path: P
     assert entry["rollouts"] == entry["rollouts_total"] == 16 * 8
     assert entry["answered_in_distillation"] == (16 * 8 if case == "own" else 0)
     assert entry["policies"]["student"]["kl_per_token"] > 0
+
+
+def test_two_processes(runs: Runs, tmp_path: Path) -> None:
+    """They share the work of the anchor and of the answers."""
+    overrides, _ = RUNS["own"]
+    two = {**overrides, "trainer.devices": 2, "trainer.strategy": "ddp"}
+    runs.run(arguments(tmp_path / "two", **two), processes=2)
+    (entry,) = json.loads((tmp_path / "two" / "summary.json").read_text())["rounds"]
+    assert entry["answered_in_distillation"] == 16 * 8
+    assert entry["policies"]["student"]["kl_per_token"] > 0

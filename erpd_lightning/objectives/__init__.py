@@ -5,6 +5,7 @@ from .clipped import CISPO, GSPO, PPOClip, cispo_terms, gspo_terms, ppo_terms
 from .distillation import (
     ClippedPolicyGradient,
     DistillObjective,
+    StudentObjective,
     TiltedTarget,
     TokenObjective,
     clipped_policy_gradient_terms,
@@ -50,6 +51,7 @@ __all__ = [
     "PPOClip",
     "Signal",
     "SquaredError",
+    "StudentObjective",
     "Term",
     "TiltedTarget",
     "TokenObjective",

@@ -55,7 +55,11 @@ def clipped_policy_gradient_terms(
     return beta * kl - weights * gain
 
 
-class DistillObjective(ABC):
+class StudentObjective(ABC):  # noqa: B024
+    """What the distillation stage minimises: a `DistillObjective` or a `TokenObjective`, by what it is given."""
+
+
+class DistillObjective(StudentObjective):
     """What the distillation stage minimises, over the support of every state."""
 
     @abstractmethod
@@ -78,7 +82,7 @@ class TiltedTarget(DistillObjective):
         return kl_to_target(student, tilt(base, signal, beta))
 
 
-class TokenObjective(ABC):
+class TokenObjective(StudentObjective):
     """What the distillation stage minimises where the signal of the sampled tokens alone is asked for.
 
     Attributes:
