@@ -20,7 +20,7 @@ demo: $(VENV)/.installed
 	$(BIN)/python -m erpd_lightning fit --config configs/demo.yaml
 
 test: lint
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest -n 2 --dist loadfile
 
 lint: $(VENV)/.installed-test
 	$(BIN)/python -m ruff check .
