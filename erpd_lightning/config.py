@@ -15,6 +15,7 @@ from .distill import UNRESTRAINED, DistillModule
 from .errors import UserError
 from .extreme_region import ExtremeRegionModule
 from .messages import naming, readable
+from .objectives.signal import AutoSignal
 from .policy_module import PolicyModule
 
 CLASSES = {
@@ -207,17 +208,27 @@ class ConfigBuilder:
                     f"distill.signal: no policy is called {', '.join(sorted(unknown))}; "
                     f"there are {', '.join(sorted(policies))}"
                 )
+            if isinstance(module, DistillModule):
+                self._check_preview(module, data)
             if isinstance(module, DistillModule) and (unused := self.teachers.keys() - {*module.signal.policies}):
                 raise UserError(f"teachers.{min(unused)} is trained in vain: distill.signal does not use it")
             if isinstance(module, DistillModule) and module.unrestrained and data.calibration_prompts == 0:
                 raise UserError(UNRESTRAINED)
 
+    def _check_preview(self, module: DistillModule, data: RolloutDataModule) -> None:
+        held_out = module.signal.prompts if isinstance(module.signal, AutoSignal) else 0
+        if data.prompts_per_round is not None and held_out >= data.prompts_per_round:
+            raise UserError(
+                f"distill.signal holds out {held_out} prompts for previews, but data.prompts_per_round is only "
+                f"{data.prompts_per_round}"
+            )
+
     def data(self, **bound: Any) -> RolloutDataModule:
-        """See `rounds.Builder`."""
+        """See `stages.Builder`."""
         return RolloutDataModule(**{**self._arguments("data", "data"), **bound})
 
     def module(self, stage: str, **bound: Any) -> PolicyModule:
-        """See `rounds.Builder`."""
+        """See `stages.Builder`."""
         kind = DistillModule if stage == "distill" else ExtremeRegionModule
         if kind is ExtremeRegionModule:
             bound = {"sign": self._sign(stage), **bound}
@@ -228,7 +239,7 @@ class ConfigBuilder:
             raise UserError(message if f"{stage}." in message else f"{stage}.{message}") from error
 
     def trainer(self, stage: str, kind: type[Trainer] = Trainer, **bound: Any) -> Trainer:
-        """See `rounds.Builder`; the `kind` is `Trainer` or a subclass that takes the same arguments."""
+        """See `stages.Builder`; the `kind` is `Trainer` or a subclass that takes the same arguments."""
         own = trainer_of(stage)
         kwargs = self._arguments("trainer", own)
         root = bound.get("default_root_dir")
@@ -253,7 +264,7 @@ class ConfigBuilder:
             raise UserError(f"{key}: {readable(error)}") from error
 
     def settings(self, stage: str) -> dict[str, Any]:
-        """See `rounds.Builder`."""
+        """See `stages.Builder`."""
         data = _canonical(self.config["data"].as_dict())
         own_trainer = trainer_of(stage)
         of_data: tuple[str, ...]

@@ -10,11 +10,12 @@ from lightning.pytorch import Trainer
 from lightning.pytorch.utilities import rank_zero_only
 from torch import Tensor
 
-from .candidates import Candidate, preview, solve
+from .candidates import Candidate, preview, solve, within
 from .data.store import atomic_write
 from .distill import DistillModule
 from .drawing import draw_preview
 from .errors import UserError
+from .objectives.signal import AutoSignal
 from .objectives.tilt import UnreachableBudget
 from .policy import load_policy, policy_fingerprint
 from .records import Record
@@ -131,7 +132,7 @@ def _record(rounds: Rounds, number: int) -> Record:
 def _candidates(
     module: DistillModule, budgets: Sequence[float] | None, scores: Mapping[str, Tensor]
 ) -> list[Candidate]:
-    """The configured signal on each budget.
+    """The configured signal on each budget, or all that it is to be chosen from.
 
     Raises:
         UserError: If there is none, or one of them is not positive.
@@ -144,6 +145,9 @@ def _candidates(
     if not budgets or not all(0 < budget < float("inf") for budget in budgets):
         given = ", ".join(f"{budget:g}" for budget in budgets)
         raise UserError(f"budgets is [{given}]: at least one is needed, each a positive number of nats per token")
+    if isinstance(module.signal, AutoSignal):
+        found = [candidate for budget in budgets for candidate in within(module.signal, budget, scores)]
+        return list({(candidate.name, candidate.budget): candidate for candidate in found}.values())
     name = " + ".join(f"{term.numerator}/{term.denominator}" for term in module.signal.terms)
     return [Candidate(name, module.signal, budget) for budget in budgets]
 

@@ -92,6 +92,7 @@ class Stages:
         trainer.fit(module, datamodule=data, ckpt_path=saver.latest(), weights_only=True)
 
     def predict(self, stage: str, folder: Path, policy: Path | str, data: Any) -> None:
+        """Run a pass over prompts or rollouts with a policy as it is."""
         trainer = self.builder.trainer(stage, default_root_dir=folder, logger=False)
         module = PolicyModule(policy, references={})
         trainer.predict(module, datamodule=data, return_predictions=False)

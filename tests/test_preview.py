@@ -311,6 +311,15 @@ def test_around_a_given_beta(command: Command, run_dir: Path) -> None:
     assert rows[2]["budget"] == pytest.approx(3 * rows[0]["budget"])
 
 
+def test_all_that_a_signal_is_to_be_chosen_from(command: Command, run_dir: Path) -> None:
+    command("--distill.signal=auto", "--budgets=[0.005, 0.02]")
+    rows = json.loads((run_dir / "round-1" / "preview.json").read_text())["previews"]
+    kinds = [(row["candidate"].partition(",")[0], row["budget"]) for row in rows]
+    assert len(set(kinds)) == len(kinds)
+    for budget in (0.005, 0.0025, 0.02, 0.01):
+        assert {("teacher/unlearned", budget), ("teacher/base", budget)} <= set(kinds)
+
+
 def test_before_any_student_is_there(command: Command, run_dir: Path) -> None:
     for stage in ("distill", "evaluation"):
         shutil.rmtree(run_dir / "round-1" / stage)
