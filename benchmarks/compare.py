@@ -234,25 +234,32 @@ def draw(found: list[Point], path: Path) -> None:
     matplotlib.use("Agg")
     from matplotlib import pyplot
 
-    sizes = sorted({point.rollouts for point in found})
-    figure, panels = pyplot.subplots(1, len(sizes), figsize=(5.5 * len(sizes), 4.5), squeeze=False, sharey=True)
+    # The last teachers, degenerate ones, are off the paper.
+    shown = [p for p in found if ":" not in p.method or p.method == "erpd: teacher, best by looking"]
+    sizes, methods = sorted({p.rollouts for p in shown}), sorted({p.method for p in shown})
+    figure, panels = pyplot.subplots(
+        1, len(sizes), figsize=(4 * len(sizes) + 3, 4), squeeze=False, sharex=True, sharey=True
+    )
+    colors = pyplot.colormaps["tab20"].colors
     for panel, rollouts in zip(panels[0], sizes, strict=True):
-        for method in sorted({p.method for p in found}):
-            those = [p for p in found if (p.method, p.rollouts) == (method, rollouts)]
-            if not those or max(p.kl_to_first for p in those) > 1:  # Degenerate teachers are off the paper.
+        for number, method in enumerate(methods):
+            those = [p for p in shown if (p.method, p.rollouts) == (method, rollouts)]
+            if not those:
                 continue
             x, y = ([getattr(p, name) for p in those] for name in ("kl_to_first", "accuracy"))
             bars = [statistics.stdev(v) / len(v) ** 0.5 if len(v) > 1 else 0 for v in (x, y)]
-            panel.errorbar(
-                statistics.mean(x), statistics.mean(y), xerr=bars[0], yerr=bars[1], fmt="o", capsize=3, label=method
-            )
+            look = {"color": colors[number % 20], "marker": "osD^vP*X<>"[number % 10], "capsize": 2, "linestyle": ""}
+            place = (statistics.mean(x), statistics.mean(y))
+            panel.errorbar(*place, xerr=bars[0], yerr=bars[1], label=method, **look)
         panel.set_title(f"{rollouts:,} verified rollouts")
         panel.set_xlabel("KL to the first base policy, nats per token")
         panel.grid(alpha=0.3)
-        panel.legend(fontsize=7)
     panels[0][0].set_ylabel("pass@1 on held-out prompts")
-    figure.tight_layout()
-    figure.savefig(path, dpi=150)
+    handles = [panel.get_legend_handles_labels() for panel in panels[0]]
+    entries = {label: handle for pair in handles for handle, label in zip(*pair, strict=True)}
+    figure.legend(entries.values(), entries.keys(), loc="center right", fontsize=8)
+    figure.tight_layout(rect=(0, 0, 1 - 2.8 / (4 * len(sizes) + 3), 1))
+    figure.savefig(path, dpi=120)
 
 
 def finished(out: Path, methods: Iterable[str], seeds: Iterable[int]) -> list[tuple[str, int]]:

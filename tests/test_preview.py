@@ -312,7 +312,8 @@ def test_around_a_given_beta(command: Command, run_dir: Path) -> None:
 
 
 def test_all_that_a_signal_is_to_be_chosen_from(command: Command, run_dir: Path) -> None:
-    command("--distill.signal=auto", "--budgets=[0.005, 0.02]")
+    auto = '{"class_path": "erpd_lightning.AutoSignal", "init_args": {"prompts": 4}}'
+    command(f"--distill.signal={auto}", "--budgets=[0.005, 0.02]")
     rows = json.loads((run_dir / "round-1" / "preview.json").read_text())["previews"]
     kinds = [(row["candidate"].partition(",")[0], row["budget"]) for row in rows]
     assert len(set(kinds)) == len(kinds)
