@@ -13,7 +13,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from fork_server import exit_code, meeting_place
 from lightning.pytorch import Callback, Trainer
 from torch import Tensor
 
@@ -26,6 +25,7 @@ from erpd_lightning.extreme_region import ExtremeRegionModule
 from erpd_lightning.objectives.extreme import CrossEntropy
 from erpd_lightning.objectives.regression import SquaredError
 from erpd_lightning.policy_module import PolicyModule, TrainingDiverged
+from fork_server import exit_code, meeting_place
 
 STILL: dict[str, Any] = {"learning_rate": 1e-30, "warmup_steps": 0}
 """Weights that do not move, so that every step compares with the same step elsewhere."""

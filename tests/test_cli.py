@@ -23,7 +23,6 @@ import torch
 import yaml
 from lightning.pytorch.callbacks import EarlyStopping
 from safetensors import SafetensorError
-from small import DEMO, arguments, parsers_built_once
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 
 from erpd_lightning import DistillModule, ExtremeRegionModule, RolloutDataModule
@@ -33,6 +32,7 @@ from erpd_lightning.data.verifiers import Verifier
 from erpd_lightning.policy import policy_fingerprint
 from erpd_lightning.rounds import STAGES as ALL_STAGES
 from erpd_lightning.rounds import Rounds
+from small import DEMO, arguments, parsers_built_once
 
 ROOT = Path(__file__).parents[1]
 

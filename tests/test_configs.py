@@ -5,10 +5,10 @@ from pathlib import Path
 
 import pytest
 import yaml
-from small import DEMO
 
 from erpd_lightning.cli import main
 from erpd_lightning.rounds import Rounds
+from small import DEMO
 
 CONFIGS = DEMO.parent
 FILES = sorted(CONFIGS.rglob("*.yaml"))

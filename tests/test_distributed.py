@@ -13,15 +13,15 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import ranks
 import torch
 from lightning.pytorch import Trainer
+
+import ranks
+from erpd_lightning.data.rollouts import RolloutDataModule
+from erpd_lightning.policy_module import PolicyModule
 from runs import CHECKPOINT, MODULE, ROOT, Kill, Runs, contents, written
 from small import arguments
 from tiny import TASK, make_rows, save_policy, write_rollouts
-
-from erpd_lightning.data.rollouts import RolloutDataModule
-from erpd_lightning.policy_module import PolicyModule
 
 UNCUT = next(iter(ranks.CUTS))
 ENVIRONMENT = {**os.environ, "PYTHONPATH": os.pathsep.join([str(ROOT), str(ROOT / "tests")])}

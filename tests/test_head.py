@@ -7,14 +7,13 @@ from typing import Any
 
 import numpy as np
 import pytest
-import reference
 import torch
-from reference import grad
 from torch import Tensor, nn
 from torch.multiprocessing.reductions import StorageWeakRef
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
+import reference
 from erpd_lightning.head import (
     MAX_LOGITS,
     Head,
@@ -25,6 +24,7 @@ from erpd_lightning.head import (
 )
 from erpd_lightning.objectives.divergences import Direction
 from erpd_lightning.objectives.tilt import LOG_ZERO
+from reference import grad
 
 N, V, D = 7, 11, 5
 # one token a chunk (also when not even one fits), 2 (rest 1), 3 (rest 1), 6 (rest 1), exactly all

@@ -7,9 +7,9 @@ from collections.abc import Callable
 import numpy as np
 import pytest
 import torch
-from tiny import make_model
 
 from erpd_lightning.line import MOST, Line, land
+from tiny import make_model
 
 BUDGET = 0.05
 

@@ -12,22 +12,13 @@ from typing import Any
 
 import numpy as np
 import pytest
-import reference
 import torch
 from lightning.pytorch import Trainer
 from lightning.pytorch.callbacks import Callback, ModelCheckpoint
-from tiny import (
-    VOCABULARY_SIZE,
-    fake_trainer,
-    make_model,
-    make_rows,
-    save_policy,
-    token_logps,
-    write_rollouts,
-)
 from torch import Tensor
 from transformers import AutoModelForCausalLM
 
+import reference
 from erpd_lightning import policy_module
 from erpd_lightning.data.passes import run_pass
 from erpd_lightning.data.rollouts import RolloutDataModule
@@ -45,6 +36,15 @@ from erpd_lightning.objectives.signal import Signal, Term
 from erpd_lightning.policy import load_policy, policy_fingerprint
 from erpd_lightning.policy_module import PolicyModule, TrainingDiverged
 from erpd_lightning.seeds import derive_seed
+from tiny import (
+    VOCABULARY_SIZE,
+    fake_trainer,
+    make_model,
+    make_rows,
+    save_policy,
+    token_logps,
+    write_rollouts,
+)
 
 NAMES = ("base", "teacher", "unlearned", "student")
 CLIP = 3.0

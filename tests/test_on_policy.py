@@ -11,9 +11,6 @@ import pytest
 import torch
 from lightning.pytorch import Trainer
 from lightning.pytorch.callbacks import Callback
-from runs import CHECKPOINT, MODULE, Kill, Runs, after, contents, written
-from small import arguments
-from tiny import save_policy, token_logps
 
 from erpd_lightning.data.rollouts import RolloutDataModule
 from erpd_lightning.data.samplers import TransformersSampler
@@ -21,6 +18,9 @@ from erpd_lightning.data.store import Store
 from erpd_lightning.data.verifiers import Verifier
 from erpd_lightning.errors import UserError
 from erpd_lightning.extreme_region import ExtremeRegionModule
+from runs import CHECKPOINT, MODULE, Kill, Runs, after, contents, written
+from small import arguments
+from tiny import save_policy, token_logps
 
 PROMPTS = ["1+1=", "2*3-1=", "4-1=", "5*2+3=", "7+2="]
 ITERATIONS = 3

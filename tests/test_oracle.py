@@ -10,11 +10,11 @@ from typing import Any
 
 import pytest
 import torch
-from small import arguments
 from torch import Tensor
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from erpd_lightning.cli import ERPDCLI
+from small import arguments
 
 BUDGET = 0.05
 CLIP = 3.0

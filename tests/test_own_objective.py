@@ -9,12 +9,12 @@ import pytest
 import torch
 import yaml
 from lightning.pytorch import Trainer
-from small import DEMO
-from tiny import fake_trainer, make_rows, save_policy, write_rollouts
 
 from erpd_lightning.cli import main
 from erpd_lightning.data.rollouts import RolloutDataModule
 from erpd_lightning.rounds import Rounds
+from small import DEMO
+from tiny import fake_trainer, make_rows, save_policy, write_rollouts
 
 MY_FILE = '''
 from torch import Tensor

@@ -5,7 +5,6 @@ from typing import Any
 
 import pytest
 import torch
-from tiny import ARCHITECTURES, TASK, VOCABULARY_SIZE, build, make_model, make_rows, save_policy, token_logps
 from torch import Tensor
 
 from erpd_lightning.data.batching import RolloutBatch, RolloutTable
@@ -13,6 +12,7 @@ from erpd_lightning.data.store import ROLLOUTS
 from erpd_lightning.errors import UserError
 from erpd_lightning.objectives.tilt import LOG_ZERO
 from erpd_lightning.policy import Policy, align, export_policy, load_policy, policy_fingerprint
+from tiny import ARCHITECTURES, TASK, VOCABULARY_SIZE, build, make_model, make_rows, save_policy, token_logps
 
 
 def make_table(rows: list[dict[str, Any]]) -> RolloutTable:

@@ -12,8 +12,6 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from small import arguments, parsers_built_once
-from tiny import TASK, make_model, token_logps
 
 from erpd_lightning.candidates import Candidate, preview, solve
 from erpd_lightning.cli import ERPDCLI, main
@@ -23,6 +21,8 @@ from erpd_lightning.data.tilted import TiltedSampler
 from erpd_lightning.data.verifiers import Verifier
 from erpd_lightning.objectives.signal import Signal, Term
 from erpd_lightning.objectives.tilt import UnreachableBudget
+from small import arguments, parsers_built_once
+from tiny import TASK, make_model, token_logps
 
 SIGNAL = Signal([Term("teacher", "unlearned", 1.0, 2.0)])
 TEACHER_ITSELF = Candidate("teacher", Signal([Term("teacher", "base", 1.0, 1e6)]), beta=1.0)

@@ -11,6 +11,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+
 from runs import CHECKPOINT, MODULE, Kill, Runs, after, contents, without_seconds, written
 from small import arguments
 

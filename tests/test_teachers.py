@@ -9,9 +9,6 @@ import pytest
 import torch
 from lightning.pytorch import Trainer
 from lightning.pytorch.callbacks import Callback
-from runs import MODULE, Kill, Runs, after, contents, written
-from small import arguments
-from tiny import make_rows, save_policy, write_rollouts
 
 from erpd_lightning.candidates import Candidate, Preview, choose, within
 from erpd_lightning.cli import ERPDCLI
@@ -22,6 +19,9 @@ from erpd_lightning.errors import UserError
 from erpd_lightning.extreme_region import ExtremeRegionModule
 from erpd_lightning.objectives.signal import AutoSignal, Signal, Term
 from erpd_lightning.objectives.tilt import UnreachableBudget, tilted_kl
+from runs import MODULE, Kill, Runs, after, contents, written
+from small import arguments
+from tiny import make_rows, save_policy, write_rollouts
 
 ACCURACY = [0.1, 0.5, 0.3, 0.5]
 KL = [0.01, 0.05, 0.2, 0.4]

@@ -10,9 +10,6 @@ import pytest
 import torch
 from lightning.pytorch import Trainer
 from lightning.pytorch.callbacks import Callback
-from runs import CHECKPOINT, MODULE, Kill, Runs, after, contents, written
-from small import arguments
-from tiny import fake_trainer, make_model, make_rows, save_policy, token_logps, write_rollouts
 from torch import Tensor
 
 from erpd_lightning import policy_module
@@ -28,6 +25,9 @@ from erpd_lightning.extreme_region import ExtremeRegionModule
 from erpd_lightning.objectives.clipped import PPOClip
 from erpd_lightning.objectives.distillation import ClippedPolicyGradient, TiltedTarget
 from erpd_lightning.policy_module import PolicyModule
+from runs import CHECKPOINT, MODULE, Kill, Runs, after, contents, written
+from small import arguments
+from tiny import fake_trainer, make_model, make_rows, save_policy, token_logps, write_rollouts
 
 NAMES = ("base", "teacher", "unlearned")
 CLIP, BETA, TRUNCATE = 3.0, 0.7, 2.0

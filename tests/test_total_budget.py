@@ -10,7 +10,6 @@ import pytest
 import torch
 from lightning.pytorch import Trainer
 from lightning.pytorch.callbacks import Callback
-from tiny import fake_trainer, make_model, make_rows, save_policy, write_rollouts
 
 from erpd_lightning.data.passes import run_pass
 from erpd_lightning.data.rollouts import RolloutDataModule
@@ -20,6 +19,7 @@ from erpd_lightning.errors import UserError
 from erpd_lightning.line import Line
 from erpd_lightning.metrics import ClusteredRatio
 from erpd_lightning.policy_module import PolicyModule
+from tiny import fake_trainer, make_model, make_rows, save_policy, write_rollouts
 
 BUDGET = 0.05
 

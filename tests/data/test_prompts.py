@@ -11,7 +11,6 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 import torch
-from tiny import TASK, save_policy
 
 from erpd_lightning.data.prompts import (
     Prompt,
@@ -27,6 +26,7 @@ from erpd_lightning.data.store import ROLLOUTS
 from erpd_lightning.data.verifiers import Verifier
 from erpd_lightning.errors import UserError
 from erpd_lightning.policy import load_policy
+from tiny import TASK, save_policy
 
 MESSAGES = [{"role": "system", "content": "1"}, {"role": "user", "content": "2+3:"}]
 TEMPLATE = (

@@ -10,16 +10,6 @@ import pytest
 import torch
 from lightning.pytorch import Trainer
 from lightning.pytorch.callbacks import Callback
-from tiny import (
-    TASK,
-    VOCABULARY_SIZE,
-    fake_trainer,
-    make_model,
-    make_rows,
-    save_policy,
-    token_logps,
-    write_rollouts,
-)
 
 from erpd_lightning import policy_module
 from erpd_lightning.data.batching import RolloutTable
@@ -35,6 +25,16 @@ from erpd_lightning.extreme_region import ExtremeRegionModule
 from erpd_lightning.objectives.advantages import STD_OFFSET
 from erpd_lightning.objectives.extreme import CrossEntropy
 from erpd_lightning.policy_module import PolicyModule
+from tiny import (
+    TASK,
+    VOCABULARY_SIZE,
+    fake_trainer,
+    make_model,
+    make_rows,
+    save_policy,
+    token_logps,
+    write_rollouts,
+)
 
 GROUP_SIZE = 4
 PROMPTS = [("3+4*2:", "4"), ("5-9-1:", "5"), ("7*8+1:", "7"), ("1+1:", "2"), ("2*2*2:", "8"), ("0-1+5:", "4")]

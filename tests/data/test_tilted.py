@@ -5,12 +5,12 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from tiny import ARCHITECTURES, TASK, VOCABULARY_SIZE, build, make_model, token_logps
 from transformers import GenerationConfig
 
 from erpd_lightning.data.samplers import TransformersSampler
 from erpd_lightning.data.tilted import TiltedResponse, TiltedSampler
 from erpd_lightning.objectives.signal import Signal, Term
+from tiny import ARCHITECTURES, TASK, VOCABULARY_SIZE, build, make_model, token_logps
 
 EOS = 2
 # Of unequal length: sampled together, the shorter ones are padded on the left.

@@ -1,7 +1,7 @@
 import pytest
-import reference
 import torch
 
+import reference
 from erpd_lightning.objectives import group_advantages
 
 

@@ -2,11 +2,10 @@ import math
 from collections.abc import Callable
 
 import pytest
-import reference
 import torch
-from reference import grad
 from torch import Tensor
 
+import reference
 from erpd_lightning.objectives import (
     DistillObjective,
     TiltedTarget,
@@ -15,6 +14,7 @@ from erpd_lightning.objectives import (
     masked_sum,
 )
 from erpd_lightning.objectives.tilt import LOG_ZERO
+from reference import grad
 
 Reduce = Callable[[Tensor, Tensor], Tensor]
 INF = float("inf")

@@ -3,12 +3,12 @@ import math
 from typing import Any
 
 import pytest
-import reference
 import torch
-from reference import grad
 from torch import Tensor
 
+import reference
 from erpd_lightning.objectives import check_kl_loss, entropy, exact_kl, kl_loss, kl_value
+from reference import grad
 
 INF = float("inf")
 

@@ -2,11 +2,10 @@ import math
 from collections.abc import Callable
 
 import pytest
-import reference
 import torch
-from reference import grad
 from torch import Tensor
 
+import reference
 from erpd_lightning.objectives import (
     CISPO,
     GSPO,
@@ -21,6 +20,7 @@ from erpd_lightning.objectives import (
     masked_sum,
     sapo_terms,
 )
+from reference import grad
 
 Reduce = Callable[[Tensor, Tensor], Tensor]
 INF = float("inf")

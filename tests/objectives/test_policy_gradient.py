@@ -4,11 +4,10 @@ import math
 from typing import Any
 
 import pytest
-import reference
 import torch
-from reference import grad
 from torch import Tensor
 
+import reference
 from erpd_lightning.objectives import (
     ClippedPolicyGradient,
     TokenObjective,
@@ -17,6 +16,7 @@ from erpd_lightning.objectives import (
     masked_mean,
     tilt,
 )
+from reference import grad
 
 INF = float("inf")
 WIDE: dict[str, Any] = {"epsilon_low": 1.0, "epsilon_high": 1e6, "truncate": 1e6}

@@ -2,12 +2,12 @@ from collections.abc import Callable
 from typing import Any
 
 import pytest
-import reference
 import torch
-from reference import grad
 from torch import Tensor
 
+import reference
 from erpd_lightning.objectives import masked_mean, masked_sum
+from reference import grad
 
 Reduce = Callable[[Tensor, Tensor], Tensor]
 Expected = Callable[[Any, Any], float]

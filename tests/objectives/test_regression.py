@@ -2,12 +2,12 @@ import math
 from typing import Any
 
 import pytest
-import reference
 import torch
-from reference import grad
 from torch import Tensor
 
+import reference
 from erpd_lightning.objectives import SquaredError, squared_error_terms
+from reference import grad
 
 MASK = torch.arange(4) < torch.tensor([[4], [1], [2], [3], [4]])
 

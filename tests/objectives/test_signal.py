@@ -2,9 +2,9 @@ import dataclasses
 from typing import Any
 
 import pytest
-import reference
 import torch
 
+import reference
 from erpd_lightning.objectives import Signal, Term
 
 INF, NAN = float("inf"), float("nan")

@@ -3,11 +3,10 @@ import math
 import re
 
 import pytest
-import reference
 import torch
-from reference import grad
 from torch import Tensor
 
+import reference
 from erpd_lightning.objectives import (
     BetaSolution,
     Signal,
@@ -18,6 +17,7 @@ from erpd_lightning.objectives import (
     tilted_kl,
 )
 from erpd_lightning.objectives.tilt import LOG_ZERO
+from reference import grad
 
 BETAS = [0.1, 0.5, 1.0, 3.0, 40.0]
 DTYPES = pytest.mark.parametrize(

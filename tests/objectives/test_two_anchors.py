@@ -5,10 +5,10 @@ from typing import Any
 
 import numpy as np
 import pytest
-import reference
 import torch
 from torch import Tensor
 
+import reference
 from erpd_lightning.objectives import (
     LOG_ZERO,
     UnreachableBudget,
