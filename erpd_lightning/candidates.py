@@ -6,9 +6,11 @@ before anything is distilled.
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
+from lightning.pytorch import Trainer
 from torch import Tensor
 
 from .data.prompts import PromptBatch
@@ -16,6 +18,7 @@ from .data.tilted import TiltedSampler
 from .metrics import clustered_ratio
 from .objectives.signal import AutoSignal, Signal
 from .objectives.tilt import BetaSolution, UnreachableBudget, solve_beta, tilted_kl
+from .policy import load_policy
 
 CHUNK = 65536
 """States that a KL is measured on at a time, a bound on memory."""
@@ -122,6 +125,12 @@ def preview(
         _measure(candidate, solution, models, batches)
         for candidate, solution in zip(candidates, solutions, strict=True)
     ]
+
+
+def load_models(paths: Mapping[str, str | Path], trainer: Trainer) -> dict[str, Any]:
+    """Policies to decode from, by name, as language models on a trainer's device and in its precision."""
+    device, convert = trainer.strategy.root_device, trainer.precision_plugin.convert_module
+    return {name: convert(load_policy(path)).to(device).model for name, path in paths.items()}
 
 
 def choose(rows: Sequence[Preview]) -> Preview:

@@ -17,6 +17,7 @@ from .extreme_region import ExtremeRegionModule
 from .messages import naming, readable
 from .objectives.signal import AutoSignal
 from .policy_module import PolicyModule
+from .stages import is_teacher, teacher_stage
 
 CLASSES = {
     "data": RolloutDataModule,
@@ -348,16 +349,6 @@ class ConfigBuilder:
             sign: int = self.teachers[stage.removeprefix("teachers.")].get("sign", 1)
             return sign
         return -1 if stage == "unlearned" else 1
-
-
-def teacher_stage(name: str) -> str:
-    """The stage that trains a policy of `teachers`."""
-    return f"teachers.{name}"
-
-
-def is_teacher(stage: str) -> bool:
-    """Whether a stage, or its trainer, is that of a policy of `teachers`."""
-    return stage.startswith("teachers.")
 
 
 def trainer_of(stage: str) -> str:

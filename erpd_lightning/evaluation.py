@@ -1,14 +1,14 @@
 """What is measured of a policy on its own fresh responses: sums over prompts, and the metrics that take them."""
 
 from collections import defaultdict
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import pyarrow as pa
 import torch
 from torch import Tensor
 
-from .data.batching import RolloutBatch, RolloutTable, cut_step, pieces_needed
+from .data.batching import RolloutTable, micro_batches
 from .data.prompts import PromptBatch
 from .metrics import ClusteredRatio, PassAtK
 from .policy import Policy
@@ -82,20 +82,6 @@ def prompt_sums(
             kl = policy.divergence(reference(name), batch, hidden).kl
             sums[name].index_add_(0, group, kl.sum(-1).double().cpu())
     return sums
-
-
-def micro_batches(rollouts: RolloutTable, max_tokens: int) -> Iterator[RolloutBatch]:
-    """All rows of a table once, responses of similar length together, within `max_tokens` padded tokens each."""
-    lengths = rollouts.lengths
-    for rows in cut_step(lengths, pieces_needed(lengths, len(lengths), max_tokens)):
-        yield rollouts.batch(
-            rows,
-            torch.zeros(len(lengths)),
-            step_tokens=int(rollouts.response_lengths[rows].sum()),
-            step_responses=len(rows),
-            micro_batches=1,
-            last=True,
-        )
 
 
 def evaluated(metrics: Any) -> dict[str, Tensor]:

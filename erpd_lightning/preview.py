@@ -10,14 +10,14 @@ from lightning.pytorch import Trainer
 from lightning.pytorch.utilities import rank_zero_only
 from torch import Tensor
 
-from .candidates import Candidate, preview, solve, within
+from .candidates import Candidate, load_models, preview, solve, within
 from .data.store import atomic_write
 from .distill import DistillModule
 from .drawing import draw_preview
 from .errors import UserError
 from .objectives.signal import AutoSignal
 from .objectives.tilt import UnreachableBudget
-from .policy import load_policy, policy_fingerprint
+from .policy import policy_fingerprint
 from .records import Record
 from .report import format_preview
 from .rounds import Rounds
@@ -91,15 +91,11 @@ class PreviewTrainer(Trainer):
             UserError: If one of them is missing or has changed since.
         """
         scored = _record(rounds, number)["inputs"]
-        models = {}
-        for name, path in rounds.policies(number).items():
-            if name not in names:
-                continue
+        paths = {name: path for name, path in rounds.policies(number).items() if name in names}
+        for name, path in paths.items():
             if policy_fingerprint(path) != scored[name]:
                 raise UserError(f"{path} is not the policy that the stage signal of round {number} scored")
-            policy = self.precision_plugin.convert_module(load_policy(path))
-            models[name] = policy.to(self.strategy.root_device).model
-        return models
+        return load_models(paths, self)
 
 
 def _round(rounds: Rounds) -> int:

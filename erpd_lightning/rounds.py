@@ -12,7 +12,7 @@ from pathlib import Path
 import torch
 
 from .base_policy import make_base
-from .candidates import choose, preview, within
+from .candidates import choose, load_models, preview, within
 from .data.arithmetic import Arithmetic
 from .data.batching import RolloutTable
 from .data.rollouts import RolloutDataModule
@@ -21,12 +21,12 @@ from .distill import DistillModule
 from .errors import UserError
 from .objectives.signal import AutoSignal, Signal, Term
 from .objectives.tilt import UnreachableBudget
-from .policy import load_policy, policy_fingerprint
+from .policy import policy_fingerprint
 from .policy_module import PolicyModule
 from .records import Record, round_summary, write_summary
 from .report import format_summary
 from .seeds import derive_seed
-from .stages import Builder, StageOnly, Stages, barrier, say
+from .stages import Builder, StageOnly, Stages, barrier, say, teacher_stage
 
 STAGES = ("base", "rollouts", "extreme_region", "unlearned", "signal", "choice", "distill", "evaluation")
 
@@ -91,7 +91,7 @@ class Rounds:
                 "data.iterations is above 1, but a student is distilled from fixed rollouts: "
                 "leave it at 1, or set last_stage to extreme_region"
             )
-        stages = [*STAGES, *(f"teachers.{name}" for name in self.builder.teachers)]
+        stages = [*STAGES, *map(teacher_stage, self.builder.teachers)]
         if self.stage is not None and self.stage not in stages:
             raise UserError(f"stage is {self.stage!r}: it must be one of {', '.join(stages)}")
         if self.stage == "base" and self.task is None:
@@ -222,7 +222,7 @@ class Rounds:
         needed = {key: inputs[key] for key in ("base", "rollouts")}
         for name in self.policies(number):
             if name != "base":
-                stage = {"teacher": "extreme_region", "unlearned": "unlearned"}.get(name, f"teachers.{name}")
+                stage = {"teacher": "extreme_region", "unlearned": "unlearned"}.get(name, teacher_stage(name))
                 inputs[name] = self._extreme(stage, name, number, needed)["outcome"]["policy"]
         inputs["signal"] = self._signal(number, inputs)["outcome"]["fingerprint"]
         choice = None if self._auto is None else self._choose(number, self._auto, inputs)["outcome"]
@@ -258,7 +258,7 @@ class Rounds:
             data = self.data(number)
             self._stages.fit(stage, folder, module, data)
             module.export(path, tokenizer=self.student(0))
-            sampled = _outcome([Store.open(path) for path in data.stores()]) if self._iterates else {}
+            sampled = _outcome([Store.open(store) for store in data.stores()]) if self._iterates else {}
             return {"policy": policy_fingerprint(path), **sampled}
 
         about = {
@@ -302,8 +302,7 @@ class Rounds:
             batches = list(data.prompt_batches(prompts, auto.samples, "choice", 0, 1))
             trainer = self.builder.trainer("choice", logger=False)
             paths = {name: path for name, path in self.policies(number).items() if name in scores}
-            device = trainer.strategy.root_device
-            models = {name: load_policy(path).to(device).model for name, path in paths.items()}
+            models = load_models(paths, trainer)
             with trainer.precision_plugin.forward_context():
                 rows = preview(candidates, models, scores, batches)
             best = choose(rows)

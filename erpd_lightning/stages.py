@@ -156,6 +156,16 @@ class Stages:
         return self.builder.settings(stage)
 
 
+def teacher_stage(name: str) -> str:
+    """The stage that trains a policy of `teachers`."""
+    return f"teachers.{name}"
+
+
+def is_teacher(stage: str) -> bool:
+    """Whether a stage, or its trainer, is that of a policy of `teachers`."""
+    return stage.startswith("teachers.")
+
+
 def barrier() -> None:
     """Wait for the other ranks, where there are any."""
     if torch.distributed.is_available() and torch.distributed.is_initialized():

@@ -479,6 +479,24 @@ class StepLoader:
             yield batch
 
 
+def micro_batches(rollouts: RolloutTable, max_tokens: int, rows: Tensor | None = None) -> Iterator[RolloutBatch]:
+    """Some rows of a table once, similar lengths together, within `max_tokens` padded tokens each; by default all.
+
+    Each is a step of its own, without advantages: for asking, not for training.
+    """
+    rows = torch.arange(len(rollouts.lengths)) if rows is None else rows
+    lengths = rollouts.lengths[rows]
+    for piece in cut_step(lengths, pieces_needed(lengths, len(rows), max_tokens)):
+        yield rollouts.batch(
+            rows[piece],
+            torch.zeros(len(rollouts.lengths)),
+            step_tokens=int(rollouts.response_lengths[rows[piece]].sum()),
+            step_responses=len(piece),
+            micro_batches=1,
+            last=True,
+        )
+
+
 def plan_steps(
     count: int, batch_size: int, *, seed: int, epoch: int, shuffle: bool
 ) -> list[Tensor]:

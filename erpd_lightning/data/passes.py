@@ -15,7 +15,7 @@ from lightning.pytorch import LightningDataModule
 from torch import Tensor
 
 from ..errors import UserError
-from .batching import RolloutBatch, RolloutTable, ScoreTable, cut_step, pieces_needed
+from .batching import RolloutBatch, RolloutTable, ScoreTable, cut_step, micro_batches, pieces_needed
 from .prompts import PromptBatch, has_tokenizer, load_tokenizer
 from .store import ROLLOUTS, SCORES, Store, StoreWriter
 
@@ -197,7 +197,7 @@ class ScoringPass(StorePass):
         parts = cut_step(lengths, pieces_needed(lengths, len(lengths), tokens))
         for index, rows in enumerate(parts):
             mine = index % world_size == rank
-            yield index, ScoringPart(index, self._cut(rollouts, rows)) if mine else None
+            yield index, ScoringPart(index, list(micro_batches(rollouts, self.data.max_tokens, rows))) if mine else None
 
     def columns(self, batch: ScoringPart, output: list[Scores]) -> pa.Table:
         """See `StorePass`: the rows of the `SCORES` schema."""
@@ -206,21 +206,6 @@ class ScoringPass(StorePass):
             for rollouts, scores in zip(batch.batches, output, strict=True)
         ]
         return pa.concat_tables(rows)
-
-    def _cut(self, rollouts: RolloutTable, rows: Tensor) -> list[RolloutBatch]:
-        """The batches of a part, within `max_tokens` each."""
-        lengths = rollouts.lengths[rows]
-        return [
-            rollouts.batch(
-                rows[piece],
-                torch.zeros(len(rollouts.lengths)),
-                step_tokens=int(rollouts.response_lengths[rows[piece]].sum()),
-                step_responses=len(piece),
-                micro_batches=1,
-                last=True,
-            )
-            for piece in cut_step(lengths, pieces_needed(lengths, len(rows), self.data.max_tokens))
-        ]
 
     def _rollouts(self) -> RolloutTable:
         """The rollouts, with the base's support for everyone but the base."""
