@@ -174,19 +174,15 @@ class DistillModule(PolicyModule):
         if self.iterations == 1:
             self.release_frozen()
 
-    def on_fit_end(self) -> None:
-        """Move along the line to the base policy until fresh samples say that the budget is spent.
-
-        Not in the last epoch: checkpoints hold what was trained, and a run that is killed here lands the same again.
-        """
+    def settle(self) -> None:
+        """Move along the line to the base policy until fresh samples say that the budget is spent."""
         trainer: Any = self.trainer
         if self.calibrates and trainer.datamodule.calibration() and not trainer.fast_dev_run:
             assert self.kl_budget is not None  # What is measured is in units of it, whichever budget is tighter.
-            line, attempts = Line(self.frozen("base"), self.policy), count()
+            line, attempts = Line(self.frozen("base").parameters(), self.policy.parameters()), count()
             with self._evaluating():
                 self.landing = land(lambda share: self._spent(line, share, next(attempts)), self.kl_budget)
             line.move_to(self.landing.share)
-        self.release_frozen()
 
     def _spent(self, line: Line, share: float, attempt: int) -> float:
         """The KL of a place on the line on fresh samples of the calibration prompts, in nats per token.

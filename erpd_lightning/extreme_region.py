@@ -169,13 +169,12 @@ class ExtremeRegionModule(PolicyModule):
         if teacher is not None:
             self._best, self._kept, self._passed = teacher["best"], teacher["kept"], teacher["passed"]
 
-    def on_fit_end(self) -> None:
-        """Take the best weights, where these are asked for, and free the base policy.
+    def settle(self) -> None:
+        """Take the best weights, where these are asked for.
 
         Raises:
             UserError: If none were validated.
         """
-        self.release_frozen()
         if self.keep == "best" and not self.trainer.fast_dev_run:  # type: ignore[attr-defined]
             if self._best is None:
                 raise UserError("extreme_region.keep is best, but nothing was validated: it takes validation prompts")

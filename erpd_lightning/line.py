@@ -1,4 +1,4 @@
-"""The line between two policies' weights, and the point on it where a KL budget is spent.
+"""The line between two policies' weights, and the points on it where a KL budget is spent.
 
 Between a base policy and what was trained from it, weights can be mixed: `base + share * (trained - base)`. KL to the
 base policy grows along the line, near the base with the square of the share. Mixing of weights: arXiv 2109.01903, and
@@ -6,11 +6,11 @@ towards the initial policy of reinforcement learning arXiv 2406.16768; the searc
 """
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 
 import torch
-from torch import nn
+from torch import Tensor
 
 NEAR = 0.1
 """Measurements at shares that differ by less than this are taken together: there, KL grows with the square."""
@@ -33,20 +33,20 @@ class Landing:
 
 
 class Line:
-    """The weights between two policies of the same shape; moving along changes the second one.
+    """The weights between those of two policies of the same shape; moving along changes the second ones.
 
     Args:
-        start: The policy at share 0, which stays as it is.
-        end: The policy at share 1. A copy of its weights is kept.
+        start: Weights at share 0, which stay as they are.
+        end: Weights at share 1, in the same order. A copy of them is kept.
     """
 
-    def __init__(self, start: nn.Module, end: nn.Module) -> None:
-        pairs = zip(start.parameters(), end.parameters(), strict=True)
+    def __init__(self, start: Iterable[Tensor], end: Iterable[Tensor]) -> None:
+        pairs = zip(start, end, strict=True)
         self._weights = [(weight, origin.detach(), weight.detach().clone()) for origin, weight in pairs]
 
     @torch.no_grad()
     def move_to(self, share: float) -> None:
-        """Give the second policy the weights at a place on the line."""
+        """Give the second ones the values at a place on the line."""
         for weight, start, end in self._weights:
             weight.copy_(torch.lerp(start.float(), end.float(), share))
 
@@ -76,3 +76,63 @@ def land(measure: Callable[[float], float], budget: float, *, tries: int = 5) ->
         share = min(wanted, MOST)
     share = min(wanted, MOST)
     return Landing(share, budget * (share / wanted) ** 2)
+
+
+@dataclass(frozen=True)
+class Measured:
+    """A KL and its standard error, in the unit of the budget."""
+
+    kl: float
+    stderr: float
+
+
+def go_back(
+    measure: Callable[[float], Measured],
+    budget: float,
+    *,
+    inside: float,
+    outside: float,
+    margin: float,
+    tolerance: float = 0.05,
+    tries: int = 10,
+) -> tuple[float, Measured | None]:
+    """The place on a line, from weights inside a budget (share 0) to weights outside (1), where it is nearly spent.
+
+    What counts is the upper confidence bound: a place is inside where `kl + margin * stderr` is at most the budget, and
+    near enough where the KL is no less than `1 - tolerance` of it. The search aims at the middle of what is left
+    between the two, by a root of KL that is linear in the share between the nearest places on both sides.
+
+    Args:
+        measure: KL at a share; each call draws anew.
+        budget: The most KL.
+        inside: KL at share 0.
+        outside: KL at share 1.
+        margin: Standard errors between the KL and its upper confidence bound.
+        tolerance: The most of the budget that is to be left, as a share of it.
+        tries: Most measurements.
+
+    Returns:
+        The share, and what was measured there: the first near enough, or else of those inside that with the most KL;
+        share 0 and None where no place was inside.
+    """
+    low, high = (0.0, max(inside, 0.0)), (1.0, outside)
+    best: tuple[float, Measured | None] = (0.0, None)
+    stderr = 0.0
+    for _ in range(tries):
+        least = (1 - tolerance) * budget
+        aim = max((least + budget - margin * stderr) / 2, 0.0)
+        slope = (high[0] - low[0]) / max(math.sqrt(high[1]) - math.sqrt(low[1]), 1e-12)
+        share = low[0] + slope * (math.sqrt(aim) - math.sqrt(low[1]))
+        share = min(max(share, low[0]), high[0])
+        found = measure(share)
+        stderr = found.stderr
+        if found.kl + margin * stderr <= budget:
+            if best[1] is None or found.kl > best[1].kl:
+                best = (share, found)
+            if found.kl >= least:
+                break
+        if found.kl > aim:
+            high = (share, found.kl)
+        else:
+            low = (share, max(found.kl, 0.0))
+    return best

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from .data.batching import RolloutBatch
 from .data.prompts import loading
 from .data.store import sha256_file
+from .errors import UserError
 from .head import (
     MAX_LOGITS,
     Divergence,
@@ -126,6 +127,28 @@ def load_policy(path: str | Path, dtype: str = "float32", max_logits: int = MAX_
             str(path), config=config, dtype=getattr(torch, dtype), trust_remote_code=False
         )
     return Policy(model, max_logits).train()
+
+
+def load_frozen(path: str | Path, policy: Policy, name: str, dtype: str = "float32") -> Policy:
+    """Load a policy that others are compared with: on the device of `policy`, and without gradient.
+
+    Args:
+        path: Folder or hub name.
+        policy: The policy that is to be compared.
+        name: What to call the other one in a message.
+        dtype: Data type of its weights.
+
+    Raises:
+        UserError: If it cannot be loaded, or there is no KL to it.
+    """
+    frozen = load_policy(path, dtype, policy.max_logits)
+    sizes = len(frozen.head.weight), len(policy.head.weight)
+    if sizes[0] != sizes[1]:
+        raise UserError(
+            f"{name} ({path}) has a vocabulary of {sizes[0]} tokens, the policy one of {sizes[1]}: there is no KL "
+            "between them"
+        )
+    return frozen.to(policy.head.weight.device).eval().requires_grad_(False)
 
 
 def _no_dropout(config: Any) -> None:

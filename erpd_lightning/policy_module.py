@@ -18,7 +18,7 @@ from .errors import UserError
 from .evaluation import add_metrics, evaluated, prompt_sums, update_metrics
 from .head import MAX_LOGITS
 from .objectives.reduction import masked_sum
-from .policy import Policy, export_policy, load_policy, policy_fingerprint
+from .policy import Policy, export_policy, load_frozen, load_policy, policy_fingerprint
 from .seeds import derive_seed
 
 SUPPORT_MASS = 0.999
@@ -108,6 +108,7 @@ class PolicyModule(LightningModule):
         self._step_sums: dict[str, Tensor] = {}
         self._step_rows: list[Tensor] = []
         self._epoch_sums: dict[str, Tensor] = {}
+        self._finished = False
 
     # What a stage has to say.
 
@@ -237,6 +238,33 @@ class PolicyModule(LightningModule):
                 mean = sums[f"{kind}_logp"] / sums[f"{kind}_tokens"]
                 self.log(f"train/logp_{kind}", mean, sync_dist=True)
 
+    # The end of training: what is done to the weights after the last step, once, and never in a checkpoint, so that a
+    # run that is killed here ends the same.
+
+    def settle(self) -> None:
+        """Bring the weights to where training is to end."""
+
+    def finish(self) -> None:
+        """Settle, unless that is done; a callback whose last word is on the weights calls it first."""
+        if not self._finished:
+            self._finished = True
+            self.settle()
+
+    def on_fit_start(self) -> None:
+        """A new training, a new end."""
+        self._finished = False
+
+    def on_train_end(self) -> None:
+        """Settle, with the policy still on its device."""
+        self.finish()
+
+    def on_fit_end(self) -> None:
+        """Settle where Lightning found nothing left to train, after a kill, and free the reference policies."""
+        if not self._finished:
+            self.to(self.trainer.strategy.root_device)
+        self.finish()
+        self.release_frozen()
+
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Keep the running sums of an epoch that is not over, and the anchor of its iteration."""
         checkpoint["epoch_sums"] = self._reduced(self._epoch_sums)
@@ -357,16 +385,20 @@ class PolicyModule(LightningModule):
     def frozen(self, name: str) -> Policy:
         """A reference policy, loaded on first use and kept until training or evaluation ends."""
         if name not in self._frozen:
-            policy = load_policy(self._paths[name], self.weights_dtype, self.max_logits)
-            sizes = len(policy.head.weight), len(self.policy.head.weight)
-            if sizes[0] != sizes[1]:
-                key = "references" if name in self.references else "policies"
-                raise UserError(
-                    f"{key}.{name} ({self._paths[name]}) has a vocabulary of {sizes[0]} tokens, the policy "
-                    f"one of {sizes[1]}: there is no KL between them"
-                )
-            self._frozen[name] = policy.to(self.device).eval().requires_grad_(False)
+            key = "references" if name in self.references else "policies"
+            path = self._paths[name]
+            self._frozen[name] = load_frozen(path, self.policy, f"{key}.{name}", self.weights_dtype)
         return self._frozen[name]
+
+    @contextmanager
+    def borrowed(self, name: str) -> Iterator[Policy]:
+        """A reference policy for a while; it goes again unless it was in memory before."""
+        held = name in self._frozen
+        try:
+            yield self.frozen(name)
+        finally:
+            if not held:
+                self._frozen.pop(name, None)
 
     @property
     def _paths(self) -> dict[str, str]:

@@ -96,7 +96,7 @@ def test_a_policy_that_did_not_move(kl: float) -> None:
 def test_weights_along_the_line() -> None:
     start, end = make_model(0), make_model(1)
     origin, target = copy.deepcopy(start.state_dict()), copy.deepcopy(end.state_dict())
-    line = Line(start, end)
+    line = Line(start.parameters(), end.parameters())
     line.move_to(0.25)
     for name, weight in end.state_dict().items():
         torch.testing.assert_close(weight, 0.75 * origin[name] + 0.25 * target[name])
@@ -109,4 +109,4 @@ def test_weights_along_the_line() -> None:
 
 def test_policies_of_different_shapes() -> None:
     with pytest.raises(ValueError, match="argument"):
-        Line(torch.nn.Linear(2, 2), torch.nn.Linear(2, 2, bias=False))
+        Line(torch.nn.Linear(2, 2).parameters(), torch.nn.Linear(2, 2, bias=False).parameters())

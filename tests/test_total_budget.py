@@ -27,7 +27,7 @@ BUDGET = 0.05
 def mixed(share: float) -> Any:
     """A policy that is this far from that of seed 0 on the way to that of seed 3."""
     model = make_model(3)
-    Line(make_model(0), model).move_to(share)
+    Line(make_model(0).parameters(), model.parameters()).move_to(share)
     return model
 
 
@@ -130,7 +130,7 @@ def test_a_total_budget_that_is_not_spent_changes_nothing(folder: Path) -> None:
 def test_landing_keeps_to_the_tighter_budget(folder: Path) -> None:
     """Twice the total budget is spent where the round's is just spent: the search is told of twice the round's."""
     module, spent = make_student(folder, 0.2), {"base": BUDGET, "first": 0.4}
-    line = Line(make_model(0), make_model(1))
+    line = Line(make_model(0).parameters(), make_model(1).parameters())
     trainer = SimpleNamespace(datamodule=SimpleNamespace(calibration_batches=lambda purpose: [None]))
     module._trainer = trainer  # type: ignore[assignment]
 
