@@ -97,6 +97,6 @@ def evaluated(metrics: Any) -> dict[str, Tensor]:
         ratio = metric.compute()
         name = name.replace("pass_at_1", "pass@1").removesuffix("/base").replace("/", "_to_")
         found[name] = ratio.value
-        if name.startswith(("pass@1", "kl_per_token")):
+        if name.startswith(("pass@1", "kl_per_")):
             found[f"{name}_stderr"] = ratio.stderr
     return found

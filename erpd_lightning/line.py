@@ -15,6 +15,9 @@ from torch import Tensor
 NEAR = 0.1
 """Measurements at shares that differ by less than this are taken together: there, KL grows with the square."""
 
+SURELY = 0.97
+"""What share of the KL that would be just inside is aimed at where noise leaves no room for a tolerance."""
+
 MOST = 1.25
 """How far beyond the trained policy the search goes: what lies further was hardly seen in training."""
 
@@ -100,7 +103,8 @@ def go_back(
 
     What counts is the upper confidence bound: a place is inside where `kl + margin * stderr` is at most the budget, and
     near enough where the KL is no less than `1 - tolerance` of it. The search aims at the middle of what is left
-    between the two, by a root of KL that is linear in the share between the nearest places on both sides.
+    between the two, by a root of KL that is linear in the share between the nearest places on both sides, and halves
+    where that does not lead on.
 
     Args:
         measure: KL at a share; each call draws anew.
@@ -117,22 +121,23 @@ def go_back(
     """
     low, high = (0.0, max(inside, 0.0)), (1.0, outside)
     best: tuple[float, Measured | None] = (0.0, None)
-    stderr = 0.0
+    stderr, sides = 0.0, ""
+    least = (1 - tolerance) * budget
     for _ in range(tries):
-        least = (1 - tolerance) * budget
-        aim = max((least + budget - margin * stderr) / 2, 0.0)
-        slope = (high[0] - low[0]) / max(math.sqrt(high[1]) - math.sqrt(low[1]), 1e-12)
-        share = low[0] + slope * (math.sqrt(aim) - math.sqrt(low[1]))
-        share = min(max(share, low[0]), high[0])
+        most = max(budget - margin * stderr, 0.0)
+        aim = (least + most) / 2 if least < most else SURELY * most
+        part = (math.sqrt(aim) - math.sqrt(low[1])) / max(math.sqrt(high[1]) - math.sqrt(low[1]), 1e-12)
+        if not 0 < part < 1 or sides[-2:] in ("<<", ">>"):  # A root of KL is not what is linear here.
+            part = 0.5
+        share = low[0] + part * (high[0] - low[0])
         found = measure(share)
         stderr = found.stderr
-        if found.kl + margin * stderr <= budget:
-            if best[1] is None or found.kl > best[1].kl:
-                best = (share, found)
-            if found.kl >= least:
-                break
-        if found.kl > aim:
-            high = (share, found.kl)
-        else:
-            low = (share, max(found.kl, 0.0))
+        if found.kl + margin * stderr > budget:
+            high, sides = (share, found.kl), sides + ">"
+            continue
+        if best[1] is None or found.kl > best[1].kl:
+            best = (share, found)
+        if found.kl >= least:
+            break
+        low, sides = (share, max(found.kl, 0.0)), sides + "<"
     return best
