@@ -10,7 +10,7 @@ from torch import Tensor
 
 from .data.batching import RolloutTable, micro_batches
 from .data.prompts import PromptBatch
-from .metrics import ClusteredRatio, PassAtK
+from .metrics import ClusteredRatio, PassAtK, distinct_responses
 from .policy import Policy
 
 
@@ -23,7 +23,7 @@ def add_metrics(metrics: Any, k: int, references: Iterable[str]) -> None:
         references: Names of the policies that the KL is measured to.
     """
     metrics["pass_at_k"] = PassAtK(k)
-    ratios = ["pass_at_1", "entropy_per_token", "mean_length", "truncated"]
+    ratios = ["pass_at_1", "entropy_per_token", "mean_length", "truncated", "distinct"]
     for name in references:
         ratios += [f"kl_per_token/{name}", f"kl_per_response/{name}"]
     for name in ratios:
@@ -45,6 +45,7 @@ def update_metrics(metrics: Any, sums: dict[str, Tensor], samples: int, referenc
     metrics["entropy_per_token"].update(sums["entropy"], sums["tokens"])
     metrics["mean_length"].update(sums["tokens"], number)
     metrics["truncated"].update(sums["truncated"], number)
+    metrics["distinct"].update(sums["distinct"], number)
     for name in references:
         metrics[f"kl_per_token/{name}"].update(sums[name], sums["tokens"])
         metrics[f"kl_per_response/{name}"].update(sums[name], number)
@@ -53,7 +54,7 @@ def update_metrics(metrics: Any, sums: dict[str, Tensor], samples: int, referenc
 def prompt_sums(
     policy: Policy, reference: Callable[[str], Policy], names: Iterable[str], table: pa.Table, prompts: PromptBatch
 ) -> dict[str, Tensor]:
-    """Sums over each prompt's responses, `(prompts,)` each, of KL, entropy, tokens, right and cut-off ones.
+    """Sums over each prompt's responses, `(prompts,)` each, of KL, entropy, tokens, right, cut-off and different ones.
 
     KL and entropy are exact over the vocabulary, in nats.
 
@@ -71,6 +72,7 @@ def prompt_sums(
     truncated = torch.tensor(reasons == "length").double()
     sums["correct"].index_add_(0, rollouts.groups - first, rollouts.rewards.double())
     sums["truncated"].index_add_(0, rollouts.groups - first, truncated)
+    sums["distinct"] = distinct_responses(table["response"].to_pylist(), rollouts.groups)
     for batch in micro_batches(rollouts, prompts.max_tokens):
         group = rollouts.groups[batch.rows] - first
         sums["tokens"].index_add_(0, group, batch.mask.sum(-1).double())

@@ -7,6 +7,7 @@ whatever `numpy.asarray` takes; log-probs are natural logarithms, `-inf` is prob
 
 import math
 from collections.abc import Callable, Mapping, Sequence
+from itertools import combinations
 from typing import Any
 
 import numpy as np
@@ -352,3 +353,59 @@ def support_logps(logits: Any, ids: Any, log_zero: float = -100.0) -> Array:
         if tail > math.exp(log_zero):
             result[n, -1] = math.log(tail)
     return result
+
+
+# --- metrics --------------------------------------------------------------------------------
+
+
+def share_of_subsets_with_a_right_one(correct: int, samples: int, k: int) -> float:
+    """pass@k by enumeration."""
+    subsets = list(combinations([i < correct for i in range(samples)], k))
+    return sum(any(subset) for subset in subsets) / len(subsets)
+
+
+def majority(answers: Any, right: int) -> float:
+    """Chance that a draw among the most frequent answers of one prompt is right; -1 is none."""
+    votes: dict[int, int] = {}
+    for answer in np.asarray(answers):
+        if answer != -1:
+            votes[int(answer)] = votes.get(int(answer), 0) + 1
+    leaders = [answer for answer in votes if all(votes[answer] >= other for other in votes.values())]
+    return leaders.count(right) / len(leaders) if leaders else 0.0
+
+
+def ratio_by_prompts(x: Sequence[float], y: Sequence[float]) -> list[float]:
+    """`sum x / sum y`, and the standard error of the mean linearised residual in units of the mean denominator."""
+    if sum(y) == 0:
+        return [math.nan, math.nan]
+    ratio = sum(x) / sum(y)
+    if len(x) == 1:
+        return [ratio, math.nan]
+    residuals = np.array([a - ratio * b for a, b in zip(x, y, strict=True)])
+    return [ratio, float(np.std(residuals, ddof=1) / np.sqrt(len(x)) / abs(np.mean(y)))]
+
+
+def ratio_over_responses(numerators: Sequence[float], denominators: Sequence[float], prompts: Any) -> list[float]:
+    """The same from numbers of each response; a row whose denominator is 0 is no response."""
+    numbers = sorted({int(prompt) for prompt, y in zip(prompts, denominators, strict=True) if y})
+    x, y = [0.0] * len(numbers), [0.0] * len(numbers)
+    for i, prompt in enumerate(prompts):
+        if denominators[i]:
+            x[numbers.index(int(prompt))] += numerators[i]
+            y[numbers.index(int(prompt))] += denominators[i]
+    return ratio_by_prompts(x, y)
+
+
+def kl_estimate(p: float, q: float, estimator: str, sampler: float | None = None, most: float | None = None) -> float:
+    """Of one token, from its log-probs; weighted by `min(p / sampler, most)`."""
+    weight = 1.0 if sampler is None else math.exp(p) / math.exp(sampler)
+    weight = weight if most is None else min(weight, most)
+    k1 = math.log(math.exp(p) / math.exp(q))
+    return weight * {"k1": k1, "k2": k1 * k1 / 2, "k3": math.exp(q) / math.exp(p) - 1 + k1}[estimator]
+
+
+def effective_share(log_ratios: Any) -> float:
+    """`(sum w)^2 / (n sum w^2)` of weights in units of the largest."""
+    log_ratios = array(log_ratios)
+    weights = [math.exp(log_ratio - max(log_ratios)) for log_ratio in log_ratios]
+    return math.fsum(weights) ** 2 / (len(weights) * math.fsum(weight**2 for weight in weights))

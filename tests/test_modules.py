@@ -618,10 +618,11 @@ class Even(Verifier):
 
 
 class Recorder(TransformersSampler):
-    """Remembers the responses."""
+    """Remembers the responses, of which so many in a row are alike, whatever their prompts."""
 
-    def __init__(self) -> None:
+    def __init__(self, alike: int = 1) -> None:
         super().__init__(6, batch_size=8)
+        self.alike = alike
         self.drawn: list[tuple[list[int], Response]] = []
         self.seeds: list[int] = []
 
@@ -629,6 +630,7 @@ class Recorder(TransformersSampler):
         self, model: Any, tokenizer: Any, prompts: Sequence[Sequence[int]], seed: int
     ) -> list[Response]:
         responses = super().sample(model, tokenizer, prompts, seed)
+        responses = [responses[n - n % self.alike] for n in range(len(responses))]
         self.drawn += [(list(prompt), response) for prompt, response in zip(prompts, responses, strict=True)]
         self.seeds.append(seed)
         return responses
@@ -674,6 +676,7 @@ def measured(
     sums: dict[str, list[float]] = {
         name: [0.0] * count for name in ("tokens", "right", "entropy", "cut", *references)
     }
+    texts: list[set[tuple[int, ...]]] = [set() for _ in PROMPTS]
     for number, (prompt, response) in enumerate(drawn):
         group = number // SAMPLES
         logp = token_logps(model, prompt, response.ids).detach().double()
@@ -681,6 +684,7 @@ def measured(
         sums["entropy"][group] -= float((logp.exp() * logp).sum())
         sums["cut"][group] += response.ids[-1] != 2
         text = [token for token in response.ids if token > 2]
+        texts[group].add(tuple(text))
         sums["right"][group] += bool(text) and text[-1] in range(3, 13) and (text[-1] - 3) % 2 == 0
         for name, other in models.items():
             logq = token_logps(other, prompt, response.ids).detach().double()
@@ -692,6 +696,7 @@ def measured(
     result["entropy_per_token"] = ratio(sums["entropy"], sums["tokens"])[0]
     result["mean_length"] = ratio(sums["tokens"], samples)[0]
     result["truncated"] = ratio(sums["cut"], samples)[0]
+    result["distinct"] = sum(len(different) for different in texts) / len(drawn)
     for name in references:
         suffix = "" if name == "base" else f"_to_{name}"
         value, stderr = ratio(sums[name], sums["tokens"])
@@ -703,7 +708,7 @@ def measured(
 def test_metrics_of_a_policy(
     evaluation_data: Callable[..., RolloutDataModule], policies: dict[str, Path]
 ) -> None:
-    data = evaluation_data()
+    data = evaluation_data(sampler=Recorder(alike=3))
     references = {"base": str(policies["base"]), "first": str(policies["teacher"]), "baseline": str(policies["base"])}
     module = PolicyModule(policies["student"], references=references)
     trainer = make_trainer()
@@ -717,6 +722,7 @@ def test_metrics_of_a_policy(
     expected = measured(drawn, policies, references)
     assert 0 < expected["pass@1"] < expected["pass@k"]
     assert 0 < expected["truncated"] < 1
+    assert 1 / SAMPLES < expected["distinct"] < 1
     assert logged == pytest.approx(expected, rel=1e-4)
 
 
