@@ -154,7 +154,7 @@ class KLBudget(Callback):
         self._versions: list[int] = []
         self._strikes = 0
         self._alarm = budget
-        self._acted = self._ended = False
+        self._outside = self._acted = self._ended = False
         self._inside: dict[str, Tensor] = {}
         self._inside_found: Measured | None = None
         self._value: float | None = None
@@ -318,7 +318,7 @@ class KLBudget(Callback):
                 if self._versions != _versions(module):
                     self._take(trainer, module, self._measure(trainer, module, "brought back"))
         assert self.last is not None
-        if self._bound(self.last) > self.budget:
+        if self._outside:
             raise BudgetExceeded(
                 f"KLBudget: training ended outside its budget: {self._described(self.last)}. The last checkpoint is "
                 "untouched; action search or rollback brings the weights inside"
@@ -354,9 +354,9 @@ class KLBudget(Callback):
             logged["kl_budget/coefficient"] = self._value
         for logger in trainer.loggers:
             logger.log_metrics(logged, step=trainer.global_step)
-        outside = self._bound(found) > self.budget
-        agreed: bool = trainer.strategy.reduce_boolean_decision(outside, all=False)
-        return agreed
+        outside = not self._bound(found) <= self.budget
+        self._outside = trainer.strategy.reduce_boolean_decision(outside, all=False)
+        return self._outside
 
     # How to measure.
 
@@ -488,6 +488,7 @@ class KLBudget(Callback):
             "last_step": self._last_step,
             "strikes": self._strikes,
             "alarm": self._alarm,
+            "outside": self._outside,
             "acted": self._acted,
             "inside": self._inside,
             "inside_found": None if self._inside_found is None else astuple(self._inside_found),
@@ -499,7 +500,7 @@ class KLBudget(Callback):
         self.reasons = list(state_dict["reasons"])
         self.last = None if state_dict["last"] is None else Measured(*state_dict["last"])
         self._last_step, self._strikes = state_dict["last_step"], state_dict["strikes"]
-        self._alarm, self._acted = state_dict["alarm"], state_dict["acted"]
+        self._alarm, self._outside, self._acted = (state_dict[name] for name in ("alarm", "outside", "acted"))
         found = state_dict["inside_found"]
         self._inside, self._inside_found = state_dict["inside"], None if found is None else Measured(*found)
         self._value, self.seconds = state_dict["value"], state_dict["seconds"]

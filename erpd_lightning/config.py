@@ -77,6 +77,19 @@ OPERATIONAL = {
 }
 """Trainer settings that change how a stage runs and is watched, but not what it makes."""
 
+WATCHING = {
+    "DeviceStatsMonitor",
+    "LearningRateMonitor",
+    "ModelCheckpoint",
+    "ModelSummary",
+    "RichModelSummary",
+    "RichProgressBar",
+    "SampleTable",
+    "TQDMProgressBar",
+    "Throughput",
+}
+"""Callbacks that do the same; of any other, such as `EarlyStopping` or `KLBudget`, the outcome may depend."""
+
 SAMPLED = ("sampler", "verifier", "group_size", "prompts_per_round")
 """What of `data` the rollouts depend on."""
 
@@ -287,6 +300,8 @@ class ConfigBuilder:
                 stage: _canonical(self._settings(_group(stage), stage).as_dict()),
                 own_trainer: {key: value for key, value in trainer.items() if key not in ignored},
             }
+            if acting := _acting(trainer["callbacks"]):
+                own[own_trainer]["callbacks"] = acting
             if is_teacher(stage):
                 own[stage]["sign"] = self._sign(stage)
         return {**own, "data": {key: data[key] for key in of_data}}
@@ -359,6 +374,12 @@ def trainer_of(stage: str) -> str:
 def _group(stage: str) -> str:
     """Where a stage's settings are; some stages have only those that differ from another's."""
     return "extreme_region" if stage == "unlearned" or is_teacher(stage) else stage
+
+
+def _acting(callbacks: Any) -> list[Any]:
+    """The settings of callbacks that do more than watch."""
+    listed = callbacks if isinstance(callbacks, list) else [callbacks] if callbacks else []
+    return [_canonical(each) for each in listed if each["class_path"].rpartition(".")[2] not in WATCHING]
 
 
 def _canonical(settings: Any) -> Any:

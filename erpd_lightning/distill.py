@@ -279,8 +279,9 @@ class DistillModule(PolicyModule):
             return self._token_terms(self.objective, batch, hidden)
         assert batch.scores is not None
         assert isinstance(self.objective, DistillObjective)
-        student = self._student(batch, hidden)
-        return self.objective(student, self._anchor(batch.scores), self.signal(batch.scores), self.beta), {}
+        student, anchor = self._student(batch, hidden), self._anchor(batch.scores)
+        kl = exact_kl(student.detach(), batch.scores["base"])
+        return self.objective(student, anchor, self.signal(batch.scores), self.beta), {"kl": kl}
 
     def _token_terms(
         self, objective: TokenObjective, batch: RolloutBatch, hidden: Tensor

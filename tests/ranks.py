@@ -4,6 +4,7 @@
 process sees. The processes are forked once everything is imported, and meet as `torchrun` would have them.
 """
 
+import math
 import os
 import signal
 import sys
@@ -16,12 +17,14 @@ import torch
 from lightning.pytorch import Callback, Trainer
 from torch import Tensor
 
+from erpd_lightning.callbacks import BudgetExceeded, KLBudget
 from erpd_lightning.data.batching import RolloutBatch
 from erpd_lightning.data.rollouts import RolloutDataModule
 from erpd_lightning.data.samplers import TransformersSampler
 from erpd_lightning.data.verifiers import Verifier
 from erpd_lightning.distill import DistillModule
 from erpd_lightning.extreme_region import ExtremeRegionModule
+from erpd_lightning.line import Measured
 from erpd_lightning.objectives.extreme import CrossEntropy
 from erpd_lightning.objectives.regression import SquaredError
 from erpd_lightning.policy_module import PolicyModule, TrainingDiverged
@@ -158,6 +161,39 @@ def divergence(folder: Path, processes: int) -> dict[str, Any]:
     return {"message": message, "steps": trainer.global_step, "weights": weights}
 
 
+class OneSees(KLBudget):
+    """The second step is outside the budget, on one process alone."""
+
+    def _measure(self, trainer: Any, module: Any, purpose: str, stderr: float = math.inf) -> Measured:
+        return Measured(2.0 if (trainer.global_step, trainer.global_rank) == (2, 1) else 0.5, 0.0)
+
+
+def budgets(folder: Path, processes: int) -> dict[str, Any]:
+    """A KL that each process measures on its own prompts, and where training ends that one sees overrun."""
+
+    def fit(budget: KLBudget) -> Trainer:
+        data = RolloutDataModule(
+            folder / "rollouts",
+            folder / "base",
+            validation_prompts=folder / "prompts.jsonl",
+            sampler=TransformersSampler(max_new_tokens=6, batch_size=4),
+            batch_size=7,
+        )
+        trainer = make_trainer(processes, budget)
+        module = ExtremeRegionModule(folder / "teacher", references={"base": str(folder / "base")}, **STILL)
+        try:
+            trainer.fit(module, datamodule=data)
+        except BudgetExceeded:
+            budget.reasons.append("exceeded")
+        return trainer
+
+    watching, one = KLBudget(100.0, every_n_steps=2), OneSees(1.0, action="stop", every_n_steps=1)
+    fit(watching)
+    assert watching.last is not None
+    steps = fit(one).global_step
+    return {"measured": [watching.last.kl, watching.last.stderr], "steps": steps, "reasons": one.reasons}
+
+
 def see(folder: Path, processes: int) -> dict[str, Any]:
     """All that there is to see."""
     seen: dict[str, Any] = {
@@ -166,6 +202,7 @@ def see(folder: Path, processes: int) -> dict[str, Any]:
         for cut, how in CUTS.items()
     }
     seen.update({name: validation(folder, processes, size) for name, size in BATCHES.items()})
+    seen["budgets"] = budgets(folder, processes)
     if processes > 1:
         seen["divergence"] = divergence(folder, processes)
     return seen

@@ -109,6 +109,20 @@ def test_a_gradient_that_is_not_finite_on_one_process_stops_both(two: list[dict[
     assert torch.equal(two[0]["divergence"]["weights"], two[1]["divergence"]["weights"])
 
 
+def test_a_kl_budget_is_measured_together(one: dict[str, Any], two: list[dict[str, Any]]) -> None:
+    assert one["budgets"]["measured"][0] > 0.1
+    for rank in two:
+        assert rank["budgets"]["measured"] == pytest.approx(one["budgets"]["measured"], rel=1e-6)
+
+
+def test_an_overrun_that_one_process_sees_stops_both(one: dict[str, Any], two: list[dict[str, Any]]) -> None:
+    assert (one["budgets"]["steps"], one["budgets"]["reasons"]) == (3, [])
+    for rank in two:
+        assert rank["budgets"]["steps"] == 2
+        assert rank["budgets"]["reasons"][0].startswith("step 2: ")
+        assert rank["budgets"]["reasons"][1:] == ["exceeded"]
+
+
 # The whole chain.
 
 OVERRIDES: dict[str, Any] = {

@@ -3,6 +3,7 @@
 import json
 import math
 import re
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -15,10 +16,12 @@ from torch.utils.data import DataLoader
 from transformers import AutoModelForCausalLM
 
 from erpd_lightning.callbacks import BudgetExceeded, KLBudget
+from erpd_lightning.cli import main
 from erpd_lightning.data.samplers import TransformersSampler
 from erpd_lightning.errors import UserError
 from erpd_lightning.line import Measured, go_back
 from erpd_lightning.policy import load_policy
+from small import arguments
 from tiny import TASK, make_model, save_policy
 
 BUDGET = 0.05
@@ -343,7 +346,8 @@ def test_going_back_by_hand() -> None:
 
     share, found = go_back(measure, 0.05, inside=0.0, outside=0.2, margin=1.6)
     assert places == [pytest.approx(math.sqrt(0.04875 / 0.2))]
-    assert (share, found) == (places[0], Measured(pytest.approx(0.04875), 0.0))
+    assert found is not None
+    assert (share, found.kl) == (places[0], pytest.approx(0.04875))
 
 
 @pytest.mark.parametrize("curve", [lambda s: 0.01 + 0.2 * s, lambda s: 0.2 * s**6, lambda s: 0.2 * math.sqrt(s)])
@@ -366,6 +370,37 @@ def test_a_search_too_noisy_to_be_near_takes_what_is_surely_inside() -> None:
 
 def test_nothing_inside_is_the_beginning() -> None:
     assert go_back(lambda s: Measured(0.06, 0.0), 0.05, inside=0.04, outside=0.2, margin=1.6) == (0.0, None)
+
+
+# In the chain
+
+
+def test_in_the_chain(tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    """A student that overran does not leave the run; what its callbacks did is part of what a stage was made with."""
+
+    def run(action: str) -> int:
+        callback = {"class_path": "erpd_lightning.callbacks.KLBudget", "init_args": {"budget": 0.002, "action": action}}
+        own = json.dumps({"max_epochs": 2, "callbacks": [callback]})
+        argv = arguments(tmp_path / "run", **{"distill.calibrate": False, "distill.kl_budget": 0.05})
+        argv = [argument for argument in argv if not argument.startswith("--distill_trainer")]
+        monkeypatch.setattr("sys.argv", ["erpd_lightning", *argv, f"--distill_trainer={own}"])
+        try:
+            main()
+        except SystemExit as error:
+            return int(str(error.code))
+        return 0
+
+    distill = tmp_path / "run" / "round-1" / "distill"
+    assert run("stop") == 2
+    assert "error: KLBudget: training ended outside its budget: KL 0." in capsys.readouterr().err
+    assert not (distill / "student").exists()
+    assert run("search") == 2
+    assert "was made with distill_trainer.callbacks" in capsys.readouterr().err
+    shutil.rmtree(distill)
+    assert run("search") == 0
+    (entry,) = json.loads((tmp_path / "run" / "summary.json").read_text())["rounds"]
+    student = entry["policies"]["student"]
+    assert student["kl_per_token"] <= 0.002 + 3 * student["kl_per_token_stderr"]
 
 
 # The example in the documentation
