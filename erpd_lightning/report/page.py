@@ -34,8 +34,13 @@ SHOWN_PROMPTS = 8
 SHOWN_TOKENS = 300
 """Tokens of a response that are shown."""
 
+LONG = 24
+"""Characters from which on a name in a table is broken into lines."""
+
 STEPS_OF_KL = (0.01, 0.1, 0.5, 2.0)
 """Where the colours of tokens change, in nats."""
+
+BUDGETS, PRICES = "Budget asked for and spent", "Rollouts per point gained"
 
 NOTHING = "—"
 
@@ -79,7 +84,8 @@ def _overview(runs: Sequence[Run]) -> str:
         for entry in run.rounds
         for name, row in entry.policies.items()
     ]
-    columns = ("run", "seed", "round", "policy", "pass@1", "pass@k", "KL/token (nats)", "KL/token to first (nats)")
+    kls = ("KL/token (nats)", "KL/token to first (nats)")
+    columns = ("run", "seed", "round", "policy", "pass@1", "pass@k", *kls, "entropy (nats/token)", "length (tokens)")
     parts = [_state(runs), "<h2>Accuracy against KL</h2>"]
     if not measured:
         return "".join([*parts, _note("No policy has been evaluated yet.")])
@@ -97,7 +103,7 @@ def _overview(runs: Sequence[Run]) -> str:
             "standard error, with prompts as the sampling unit: they say nothing of how runs from other seeds differ.",
         )
     )
-    parts.append(_table((*columns, "entropy (nats/token)", "length (tokens)"), rows, words=4))
+    parts.append(_table("What was measured of each policy", columns, rows, words=4))
     bases = {run.rounds[0].base for run in runs if run.rounds} - {None}
     if len(bases) > 1:
         parts.append(_note("These runs started from different base policies: their accuracies are not comparable."))
@@ -113,7 +119,7 @@ def _state(runs: Sequence[Run]) -> str:
         state = "finished" if done >= wanted > 0 else "unfinished"
         seconds = f"{sum(entry.seconds for entry in run.rounds):.0f}"
         rows.append((run.name, str(run.path), _seed(run), f"{done} of {wanted}", state, seconds))
-    return _table(("run", "folder", "seed", "rounds done", "state", "seconds of its stages"), rows, words=2)
+    return _table("Runs", ("run", "folder", "seed", "rounds done", "state", "seconds of its stages"), rows, words=2)
 
 
 def _budgets(runs: Sequence[Run]) -> str:
@@ -126,7 +132,7 @@ def _budgets(runs: Sequence[Run]) -> str:
         "budget of all rounds",
         "spent of that",
         "teacher's KL (nats/token)",
-        "share that the student did without",
+        "teacher's KL that the student did without",
     )
     rows = []
     for run in runs:
@@ -149,7 +155,7 @@ def _budgets(runs: Sequence[Run]) -> str:
         "Budget and KL are to the round's base policy, those of all rounds to the first policy. What is spent is "
         "measured on the student's own fresh samples, the teacher's KL on the teacher's. ± one standard error."
     )
-    return f"<h2>Budget asked for and spent</h2>{_table(columns, rows, caption)}" if rows else ""
+    return f"<h2>{BUDGETS}</h2>{_table(BUDGETS, columns, rows, caption)}" if rows else ""
 
 
 def _prices(runs: Sequence[Run]) -> str:
@@ -181,7 +187,7 @@ def _prices(runs: Sequence[Run]) -> str:
         "their standard error have no price. The standard error of a gain takes base policy and student for "
         "independent, though they answer the same prompts: if anything it is too large."
     )
-    return f"<h2>Rollouts per point gained</h2>{_table(columns, rows, caption)}" if rows else ""
+    return f"<h2>{PRICES}</h2>{_table(PRICES, columns, rows, caption)}" if rows else ""
 
 
 def _details(run: Run) -> str:
@@ -271,10 +277,9 @@ def _by_position(kept: Mapping[str, Sequence[Row]], entry: Round) -> str:
         f"responses ({_counted(kept)}).",
     )
     columns = ("policy", "position", "responses that reach it", "KL (nats/token)")
-    return (
-        f"<h3>KL by position, round {entry.number}</h3>{figure}"
-        f"<details><summary>As a table</summary>{_table(columns, rows)}</details>"
-    )
+    table = _table("KL by position", columns, rows)
+    heading = f"<h3>KL by position, round {entry.number}</h3>"
+    return f"{heading}{figure}<details><summary>As a table</summary>{table}</details>"
 
 
 def _by_kind(kept: Mapping[str, Sequence[Row]], entry: Round) -> str:
@@ -300,7 +305,8 @@ def _by_kind(kept: Mapping[str, Sequence[Row]], entry: Round) -> str:
         "by prompts. From the same responses.",
     )
     columns = ("policy", "kind", "tokens", "KL (nats/token)", "share of its KL", "done without, of the teacher's")
-    return f"<h3>KL by kind of token, round {entry.number}</h3>{figure}{_table(columns, rows, words=2)}"
+    table = _table("KL by kind of token", columns, rows, words=2)
+    return f"<h3>KL by kind of token, round {entry.number}</h3>{figure}{table}"
 
 
 def _before_and_after(before: Mapping[str, Sequence[Row]], after: Mapping[str, Sequence[Row]]) -> str:
@@ -354,19 +360,26 @@ def _figure(draw: Draw, alt: str, caption: str) -> str:
     )
 
 
-def _table(columns: Sequence[str], rows: Iterable[Sequence[str]], caption: str = "", words: int = 1) -> str:
+def _table(label: str, columns: Sequence[str], rows: Iterable[Sequence[str]], caption: str = "", words: int = 1) -> str:
     """A table in a container that scrolls by itself; the first columns are words, the others numbers."""
-    kinds = [' class="word"' if number < words else "" for number in range(len(columns))]
-    head = "".join(f'<th scope="col"{kind}>{_text(name)}</th>' for kind, name in zip(kinds, columns, strict=True))
+    heads = (f"<th{_kind(i < words)} scope=col>{_text(column)}</th>" for i, column in enumerate(columns))
     lines = (
-        "".join(f"<td{kind}>{_text(visible(cell))}</td>" for kind, cell in zip(kinds, row, strict=True)) for row in rows
+        "".join(f"<td{_kind(i < words, len(cell))}>{_text(visible(cell))}</td>" for i, cell in enumerate(row))
+        for row in rows
     )
     body = "".join(f"<tr>{line}</tr>" for line in lines)
     below = f'<p class="caption">{_text(caption)}</p>' if caption else ""
     return (
-        f'<div class="table" tabindex="0" role="region" aria-label="Table: {_text(columns[0])} and more">'
-        f"<table><thead><tr>{head}</tr></thead><tbody>{body}</tbody></table></div>{below}"
+        f'<div class="table" tabindex="0" role="region" aria-label="{_text(label)}">'
+        f"<table><thead><tr>{''.join(heads)}</tr></thead><tbody>{body}</tbody></table></div>{below}"
     )
+
+
+def _kind(word: bool, length: int = 0) -> str:
+    """The class of a cell: numbers stay on their line, long names do not."""
+    if not word:
+        return ""
+    return ' class="word long"' if length > LONG else ' class="word"'
 
 
 def _note(text: str) -> str:

@@ -6,6 +6,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from itertools import cycle
+from textwrap import fill
 from typing import Any
 
 import numpy as np
@@ -19,6 +20,9 @@ SIZE = (4.8, 3.6)
 """Inches, for a page as wide as a phone: what is larger is scaled down until nobody can read it."""
 
 DPI = 150
+
+LINE = 24
+"""Characters of a name on a line of a legend, two of which stand side by side."""
 
 BUDGET = "budget"
 """The entry of a legend that comes last."""
@@ -267,7 +271,7 @@ def _drawing(theme: Theme, **grid: Any) -> Iterator[_Drawing]:
         if labels:
             order = sorted(range(len(labels)), key=lambda i: labels[i] == BUDGET)
             shown = {"handles": [handles[i] for i in order], "labels": [labels[i] for i in order]}
-            columns = 3 if max(map(len, labels)) <= 12 else 2
+            columns = 3 if max(map(len, labels)) <= LINE // 2 else 2
             figure.legend(loc="outside lower center", ncols=columns, frameon=False, **shown)
         drawing.png = _smaller(figure)
 
@@ -335,8 +339,8 @@ def _highest(values: Iterable[float]) -> float:
 
 
 def _label(name: str) -> str:
-    """A name as matplotlib takes it: formulas stand between dollars, and what begins with a line is left out."""
-    text = visible(name).replace("$", r"\$")
+    """A name as a legend takes it: on short lines; formulas stand between dollars, and `_` would hide it."""
+    text = fill(visible(name), LINE).replace("$", r"\$")
     return f" {text}" if text.startswith("_") else text
 
 

@@ -22,8 +22,9 @@ figcaption, .caption { color: var(--soft); font-size: .875rem; margin: .5rem 0 0
 .table { overflow-x: auto; margin: 1rem 0 .5rem; }
 table { border-collapse: collapse; font-size: .875rem; font-variant-numeric: tabular-nums; }
 th, td { padding: .3rem .75rem .3rem 0; text-align: right; white-space: nowrap; border-bottom: 1px solid var(--line); }
-th { vertical-align: bottom; white-space: normal; min-width: 5.5rem; font-weight: 600; color: var(--soft); }
+th { vertical-align: bottom; white-space: normal; min-width: 7rem; font-weight: 600; color: var(--soft); }
 .word { text-align: left; min-width: 0; }
+td.long { white-space: normal; overflow-wrap: anywhere; min-width: 12rem; }
 .note { background: var(--note); padding: .6rem .8rem; border-radius: .3rem; overflow-wrap: anywhere; }
 summary { cursor: pointer; color: var(--soft); }
 .sample { border-left: 3px solid var(--line); padding: 0 0 0 .8rem; margin: 1.25rem 0; }
