@@ -327,6 +327,16 @@ def test_a_page_of_a_run_and_a_baseline(tmp_path: Path, undrawn: None) -> None:
     ]
 
 
+def test_prices_add_up_over_rounds(tmp_path: Path, undrawn: None) -> None:
+    """The second round goes from 0.30 to 0.70, both from 0.25."""
+    found = read_page(make_run(tmp_path / "run", rounds=2))
+    cells = [text for text in found.texts if text.strip()]
+    start = cells.index("Rollouts per point gained")
+    head = cells.index("rollouts per point so far", start) + 1
+    assert cells[head : head + 8] == ["run", "1", "800", "40.0 ± 1.4", "20 ± 1", "800", "40.0 ± 1.4", "20 ± 1"]
+    assert cells[head + 8 : head + 16] == ["run", "2", "800", "40.0 ± 1.4", "20 ± 1", "1600", "45.0 ± 1.4", "36 ± 1"]
+
+
 def test_a_page_holds_everything_itself_in_light_and_dark(tmp_path: Path) -> None:
     found = read_page(make_run(tmp_path / "run"))
     assert not {"script", "link", "iframe", "object"} & {tag for tag, _ in found.elements}
