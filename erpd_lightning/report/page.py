@@ -89,18 +89,18 @@ def _overview(runs: Sequence[Run]) -> str:
     parts = [_state(runs), "<h2>Accuracy against KL</h2>"]
     if not measured:
         return "".join([*parts, _note("No policy has been evaluated yet.")])
-    sizes = {(int(row["prompts"]), int(row["samples_per_prompt"])) for row in measured}
-    held_out = " or ".join(f"{samples} samples for each of {prompts} prompts" for prompts, samples in sorted(sizes))
+    sizes = {(row["prompts"], row["samples_per_prompt"]) for row in measured}
+    held_out = " or ".join(f"{samples:g} samples for each of {prompts:g} prompts" for prompts, samples in sorted(sizes))
     parts.append(
         _figure(
             lambda theme: accuracy_of_runs(runs, theme),
             "Accuracy against KL to the first policy: "
             + "; ".join(f"{run.name}: {_told(run)}" for run in runs if run.rounds),
-            "Each line is a run: from its first base policy through the student of each round; KL on the scale of its "
-            "square root. "
+            "Each line is a run, from its first base policy through the student of each round. "
             f"Hollow marks are the other policies of {runs[0].name}. pass@1 is the mean reward of fresh responses to "
-            f"held-out prompts ({held_out}); KL is exact over the vocabulary, in nats per sampled token. Bars are one "
-            "standard error, with prompts as the sampling unit: they say nothing of how runs from other seeds differ.",
+            f"held-out prompts ({held_out}); KL is exact over the vocabulary, in nats per sampled token, drawn "
+            "on the scale of its square root. Bars are one standard error, with prompts as the sampling unit: they say "
+            "nothing of how runs from other seeds differ.",
         )
     )
     parts.append(_table("What was measured of each policy", columns, rows, words=4))
@@ -210,8 +210,8 @@ def _details(run: Run) -> str:
 
 NO_SAMPLES = (
     "No samples.parquet lies beside its evaluations: KL by position and by kind of token, and samples before and "
-    "after, are left out. Runs keep it since version 0.1; deleting a round's folder evaluation and running fit again "
-    "makes it."
+    "after, are left out. Runs that were evaluated before it was kept have none; deleting a round's folder evaluation "
+    "and running fit again makes it."
 )
 
 
