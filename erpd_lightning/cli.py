@@ -9,7 +9,7 @@ import zipfile
 from collections.abc import Iterable
 from dataclasses import fields
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any
 
 from jsonargparse import ArgumentError
 from lightning.fabric.utilities.exceptions import MisconfigurationException
@@ -18,7 +18,7 @@ from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
 
 from .config import BOUND_BY_CHAIN, ConfigBuilder, add_options, options
 from .data.store import atomic_write, disk_full_named
-from .errors import UserError
+from .errors import UserError, refuse
 from .messages import readable
 from .policy_module import PolicyModule
 from .preview import PreviewTrainer
@@ -52,6 +52,8 @@ class ERPDCLI(LightningCLI):
                 "prog": "python -m erpd_lightning",
                 "description": "Extreme Region Policy Distillation: many epochs on fixed rollouts, "
                 "then distillation under a KL budget.",
+                "epilog": "One more takes no configuration: 'report RUN [RUN ...]' writes an HTML page on runs, "
+                "finished or not; 'report --help' tells more.",
                 **{name: dict(strict) for name in self.subcommands()},
                 "fit": {**strict, "description": "Run every stage of every round that is not done yet."},
             },
@@ -210,14 +212,9 @@ def main() -> None:
         with disk_full_named("the run directory"):
             ERPDCLI()
     except (UserError, MisconfigurationException) as error:
-        _refuse(str(error))
+        refuse(str(error))
     except RuntimeError as error:
         unknown = UNKNOWN_METRIC.match(str(error))
         if unknown is None:
             raise
-        _refuse(f"EarlyStopping: no metric is called {unknown[1]}; docs/metrics.md lists those that are logged")
-
-
-def _refuse(message: str) -> NoReturn:
-    print(f"error: {message}", file=sys.stderr)
-    sys.exit(2)
+        refuse(f"EarlyStopping: no metric is called {unknown[1]}; docs/metrics.md lists those that are logged")

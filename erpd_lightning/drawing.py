@@ -35,10 +35,7 @@ def draw_preview(
     for name, row in policies.items():
         _points(axes, [row], label=name, color=POLICY, marker=MARKERS.get(name, "x"), linestyle="none")
     highest = max(_kl(row) + _stderr(row, "kl_per_token") for row in [*previews, *policies.values()]) or 1.0
-    axes.set_xscale("function", functions=(lambda x: np.sqrt(np.clip(x, 0, None)), np.square))
-    axes.set_xlim(0, highest * 1.1)
-    axes.set_xticks(_ticks(highest))
-    axes.xaxis.set_major_formatter("{x:g}")
+    root_scale(axes, "x", highest)
     axes.set_xlabel("KL to the base policy (nats per token, square-root scale)")
     axes.set_ylabel("pass@1")
     axes.set_title(title, loc="left")
@@ -48,6 +45,14 @@ def draw_preview(
     file = io.BytesIO()
     figure.savefig(file, format="png")
     return file.getvalue()
+
+
+def root_scale(axes: Any, which: str, highest: float) -> None:
+    """Give the axis `x` or `y` the scale of the square root, from 0 to a little above the highest value."""
+    getattr(axes, f"set_{which}scale")("function", functions=(lambda x: np.sqrt(np.clip(x, 0, None)), np.square))
+    getattr(axes, f"set_{which}lim")(0, highest * 1.1)
+    getattr(axes, f"set_{which}ticks")(_ticks(highest))
+    getattr(axes, f"{which}axis").set_major_formatter("{x:g}")
 
 
 def _points(axes: Any, rows: Sequence[Mapping[str, Any]], **style: Any) -> None:

@@ -1,4 +1,7 @@
-"""The one exception for mistakes that the user can put right."""
+"""The one exception for mistakes that the user can put right, and how a command line ends with it."""
+
+import sys
+from typing import NoReturn
 
 
 class UserError(ValueError):
@@ -6,3 +9,9 @@ class UserError(ValueError):
 
     The command line prints it without a traceback and exits with code 2.
     """
+
+
+def refuse(message: str) -> NoReturn:
+    """End the program with a line about a mistake of the user's, and exit code 2."""
+    print(f"error: {message}", file=sys.stderr)
+    sys.exit(2)

@@ -8,10 +8,14 @@ import pyarrow as pa
 import torch
 from torch import Tensor
 
-from .data.batching import RolloutTable, micro_batches
+from .data.batching import RolloutBatch, RolloutTable, micro_batches
 from .data.prompts import PromptBatch
 from .metrics import ClusteredRatio, PassAtK, distinct_responses
 from .policy import Policy
+
+Collector = Callable[[str, RolloutBatch, Tensor], None]
+"""Takes the name of a reference, some of the responses, whose `rows` are those of their table, and the KL to it at
+each of their tokens, `(B, T)` in nats; what is outside the mask does not count."""
 
 
 def add_metrics(metrics: Any, k: int, references: Iterable[str]) -> None:
@@ -52,7 +56,12 @@ def update_metrics(metrics: Any, sums: dict[str, Tensor], samples: int, referenc
 
 
 def prompt_sums(
-    policy: Policy, reference: Callable[[str], Policy], names: Iterable[str], table: pa.Table, prompts: PromptBatch
+    policy: Policy,
+    reference: Callable[[str], Policy],
+    names: Iterable[str],
+    table: pa.Table,
+    prompts: PromptBatch,
+    collect: Collector | None = None,
 ) -> dict[str, Tensor]:
     """Sums over each prompt's responses, `(prompts,)` each, of KL, entropy, tokens, right, cut-off and different ones.
 
@@ -64,6 +73,7 @@ def prompt_sums(
         names: Their names, which are the keys of their KL.
         table: The responses, of the `ROLLOUTS` schema.
         prompts: What they respond to.
+        collect: Takes the KL of the tokens; None where their sums are enough.
     """
     rollouts, first = RolloutTable.from_arrow(table), prompts.groups[0]
     device = policy.head.weight.device
@@ -83,6 +93,8 @@ def prompt_sums(
         for name in names:
             kl = policy.divergence(reference(name), batch, hidden).kl
             sums[name].index_add_(0, group, kl.sum(-1).double().cpu())
+            if collect is not None:
+                collect(name, batch, kl)
     return sums
 
 

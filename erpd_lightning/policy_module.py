@@ -341,8 +341,12 @@ class PolicyModule(LightningModule):
         if not prompts.prompts:
             return
         table = prompts.respond(self.policy.model, derive_seed(prompts.seed, self.global_step))
-        sums = prompt_sums(self.policy, self.frozen, self.references, table, prompts)
+        sums = self._prompt_sums(table, prompts)
         update_metrics(metrics, sums, prompts.samples, self.references)
+
+    def _prompt_sums(self, table: pa.Table, prompts: PromptBatch) -> dict[str, Tensor]:
+        """What the metrics take of responses to some prompts."""
+        return prompt_sums(self.policy, self.frozen, self.references, table, prompts)
 
     @contextmanager
     def _evaluating(self) -> Iterator[None]:

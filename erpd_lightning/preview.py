@@ -19,7 +19,7 @@ from .objectives.signal import AutoSignal
 from .objectives.tilt import UnreachableBudget
 from .policy import policy_fingerprint
 from .records import Record
-from .report import format_preview
+from .report.tables import format_preview
 from .rounds import Rounds
 from .stages import say
 

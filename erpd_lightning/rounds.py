@@ -16,15 +16,16 @@ from .candidates import choose, load_models, preview, within
 from .data.arithmetic import Arithmetic
 from .data.batching import RolloutTable
 from .data.rollouts import RolloutDataModule
+from .data.samples import SAMPLES_FILE
 from .data.store import Store, sha256_file
 from .distill import DistillModule
 from .errors import UserError
 from .objectives.signal import AutoSignal, Signal, Term
 from .objectives.tilt import UnreachableBudget
 from .policy import policy_fingerprint
-from .policy_module import PolicyModule
 from .records import Record, round_summary, write_summary
-from .report import format_summary
+from .report.tables import format_summary
+from .sample_keeper import SampleKeeper
 from .seeds import derive_seed
 from .stages import Builder, StageOnly, Stages, barrier, say, teacher_stage
 
@@ -360,7 +361,7 @@ class Rounds:
             def body(path: Path | str = path, folder: Path = folder) -> Record:
                 data = self.data(number)
                 references = {"base": str(self.student(number - 1)), "first": str(self.student(0))}
-                module = PolicyModule(path, references=references)
+                module = SampleKeeper(path, references, folder / SAMPLES_FILE)
                 trainer = self.builder.trainer("evaluation", default_root_dir=folder, logger=False)
                 trainer.test(module, datamodule=data, verbose=False)
                 measured = {

@@ -28,6 +28,7 @@ from erpd_lightning.line import Measured
 from erpd_lightning.objectives.extreme import CrossEntropy
 from erpd_lightning.objectives.regression import SquaredError
 from erpd_lightning.policy_module import PolicyModule, TrainingDiverged
+from erpd_lightning.sample_keeper import SampleKeeper
 from fork_server import exit_code, meeting_place
 
 STILL: dict[str, Any] = {"learning_rate": 1e-30, "warmup_steps": 0}
@@ -121,9 +122,9 @@ class Short(Verifier):
         return [float(len(response) < 6) for response in responses]
 
 
-def validation(folder: Path, processes: int, batch_size: int) -> dict[str, float]:
-    """What validation says of a policy that is far from its base."""
-    data = RolloutDataModule(
+def held_out(folder: Path, batch_size: int) -> RolloutDataModule:
+    """Held-out prompts, and how they are answered."""
+    return RolloutDataModule(
         folder / "rollouts",
         folder / "base",
         validation_prompts=folder / "prompts.jsonl",
@@ -131,11 +132,27 @@ def validation(folder: Path, processes: int, batch_size: int) -> dict[str, float
         verifier=Short(),
         validation_samples=2,
     )
+
+
+def validation(folder: Path, processes: int, batch_size: int) -> dict[str, float]:
+    """What validation says of a policy that is far from its base."""
     module = PolicyModule(folder / "teacher", references={"base": str(folder / "base")})
     trainer = make_trainer(processes)
     trainer.limit_val_batches = 1.0
-    trainer.validate(module, datamodule=data, verbose=False)
+    trainer.validate(module, datamodule=held_out(folder, batch_size), verbose=False)
     return {name: float(value) for name, value in trainer.callback_metrics.items()}
+
+
+def samples_file(folder: Path, processes: int, batch_size: int) -> Path:
+    """Where the responses lie that a test keeps."""
+    return folder / f"samples-{processes}-{batch_size}.parquet"
+
+
+def keep(folder: Path, processes: int, batch_size: int) -> None:
+    """Test that policy, and keep its responses."""
+    references = {"base": str(folder / "base")}
+    module = SampleKeeper(folder / "teacher", references, samples_file(folder, processes, batch_size))
+    make_trainer(processes).test(module, datamodule=held_out(folder, batch_size), verbose=False)
 
 
 class Broken(ExtremeRegionModule):
@@ -203,6 +220,8 @@ def see(folder: Path, processes: int) -> dict[str, Any]:
     }
     seen.update({name: validation(folder, processes, size) for name, size in BATCHES.items()})
     seen["budgets"] = budgets(folder, processes)
+    for size in BATCHES.values():
+        keep(folder, processes, size)
     if processes > 1:
         seen["divergence"] = divergence(folder, processes)
     return seen

@@ -30,6 +30,7 @@ from erpd_lightning.callbacks import Throughput
 from erpd_lightning.cli import main
 from erpd_lightning.data.verifiers import Verifier
 from erpd_lightning.policy import policy_fingerprint
+from erpd_lightning.report.command import main as report
 from erpd_lightning.rounds import STAGES as ALL_STAGES
 from erpd_lightning.rounds import Rounds
 from small import DEMO, arguments, parsers_built_once
@@ -201,6 +202,21 @@ def test_a_run_leaves_files_that_others_can_read(finished: tuple[Path, str]) -> 
         )
 
 
+def test_a_report_on_a_run(finished: tuple[Path, str], tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """All that the page shows, from what the chain leaves."""
+    run_dir, _ = finished
+    report([str(run_dir), f"--output={tmp_path / 'page.html'}"])
+    lines = capsys.readouterr().out.splitlines()
+    assert [line.split()[3] for line in lines[2:4]] == ["base", "student"]
+    assert lines[-1] == f"The report lies in {tmp_path / 'page.html'}"
+    page = (tmp_path / "page.html").read_text()
+    for heading in ("KL by position, round 1", "KL by kind of token, round 1", "Samples before and after"):
+        assert f"<h3>{heading}</h3>" in page
+    assert page.count('<article class="sample">') == 8
+    assert "unfinished" not in page
+    assert "student: 16 responses to 8 prompts" in page
+
+
 def test_the_configuration_in_the_run_directory_makes_the_same_run(finished: tuple[Path, str], run: Run) -> None:
     run_dir, _ = finished
     before = digests(run_dir)
@@ -253,6 +269,11 @@ def test_help_has_a_sentence_for_every_option(command: str, shown: Run, monkeypa
     assert not {"data.store", "extreme_region.sign", "trainer.default_root_dir", "ckpt_path"} & set(texts) - {
         "ckpt_path" if command == "predict" else ""
     }
+
+
+def test_help_tells_of_the_report(shown: Run, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("COLUMNS", "160")
+    assert "'report RUN [RUN ...]' writes an HTML page on runs" in shown("--help")
 
 
 def test_print_config_holds_every_option_with_its_default(shown: Run, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -18,6 +18,7 @@ from lightning.pytorch import Trainer
 
 import ranks
 from erpd_lightning.data.rollouts import RolloutDataModule
+from erpd_lightning.data.samples import read_samples
 from erpd_lightning.policy_module import PolicyModule
 from runs import CHECKPOINT, MODULE, ROOT, Kill, Runs, contents, written
 from small import arguments
@@ -99,6 +100,18 @@ def test_validation_says_the_same(batches: str, one: dict[str, Any], two: list[d
     assert one[batches]["val/kl_per_token"] > 0.1
     for rank in two:
         assert rank[batches] == pytest.approx(one[batches], rel=1e-6)
+
+
+@pytest.mark.parametrize("batches", ranks.BATCHES)
+def test_the_responses_of_all_processes_are_kept(
+    batches: str, folder: Path, one: dict[str, Any], two: list[dict[str, Any]]
+) -> None:
+    size = ranks.BATCHES[batches]
+    expected, found = (read_samples(ranks.samples_file(folder, processes, size)) for processes in (1, 2))
+    assert [(row["group"], row["sample"]) for row in found] == [(g, s) for g in range(5) for s in range(2)]
+    for row, other in zip(found, expected, strict=True):
+        assert row.pop("kls") == pytest.approx(other.pop("kls"), rel=1e-4, abs=1e-6)
+        assert row == other
 
 
 def test_a_gradient_that_is_not_finite_on_one_process_stops_both(two: list[dict[str, Any]]) -> None:

@@ -2,7 +2,7 @@
 
 from typing import Any
 
-from erpd_lightning.report import format_preview, format_summary
+from erpd_lightning.report.tables import format_preview, format_summary
 
 
 def measured(pass_at_1: float, kl: float) -> dict[str, Any]:

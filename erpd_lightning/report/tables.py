@@ -1,7 +1,11 @@
-"""What a run gained and what it cost, for a person at a terminal."""
+"""Tables for a person at a terminal."""
 
 from collections.abc import Mapping, Sequence
 from typing import Any
+
+from .measures import gain, per_point
+from .read import Run
+from .text import visible
 
 COLUMNS = (
     "round",
@@ -26,6 +30,20 @@ PREVIEW_COLUMNS = (
     "entropy",
     "length",
     "samples",
+)
+
+
+REPORT_COLUMNS = (
+    "run",
+    "seed",
+    "round",
+    "policy",
+    "pass@1",
+    "KL/token",
+    "KL/token to first",
+    "of budget",
+    "rollouts",
+    "rollouts/point",
 )
 
 
@@ -68,6 +86,33 @@ def format_preview(previews: Sequence[Mapping[str, Any]], policies: Mapping[str,
         samples = str(row["prompts"] * row["samples_per_prompt"])
         rows.append((name, "", "", "", *_measured(row), samples))
     return _align(rows)
+
+
+def format_report(runs: Sequence[Run]) -> str:
+    """The short table of a report: a line for the first policy of each run and for the student of each round.
+
+    KL in nats per token; rollouts, all so far, for each point (hundredth) of pass@1 gained so far.
+    """
+    rows: list[tuple[str, ...]] = [REPORT_COLUMNS]
+    for run in runs:
+        total = 0
+        for entry in run.rounds:
+            total += entry.rollouts or 0
+            start = (visible(run.name), "" if run.seed is None else str(run.seed), str(entry.number))
+            first, student = run.rounds[0].policies.get("base"), entry.policies.get("student")
+            if first is not None and entry is run.rounds[0]:
+                rows.append((*start, "base", *_reported(first), "", "", ""))
+            if student is not None:
+                price = None if first is None else per_point(total, gain(first, student))
+                spent = f"{student['kl_per_token'] / entry.budget:.0%}" if entry.budget else ""
+                cost = f"{price.value:.0f}" if price else ""
+                rows.append((*start, "student", *_reported(student), spent, str(total), cost))
+    return _align(rows)
+
+
+def _reported(row: Mapping[str, Any]) -> tuple[str, ...]:
+    to_first = f"{max(row['kl_per_token_to_first'], 0.0):.4f} ± {row['kl_per_token_to_first_stderr']:.4f}"
+    return (*_measured(row)[:2], to_first)
 
 
 def _optional(number: float | None) -> str:

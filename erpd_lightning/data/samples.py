@@ -1,0 +1,122 @@
+"""The first responses of an evaluation, token by token: `samples.parquet`, from which the report is drawn."""
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
+import pyarrow.parquet as pq
+
+from ..errors import UserError
+from .store import atomic_write
+
+SAMPLES_FILE = "samples.parquet"
+
+KEPT_PROMPTS = 32
+"""Held-out prompts whose responses are kept: enough to see where KL is spent, and more than anybody reads."""
+
+KEPT_TOKENS = 2**18
+"""The most response tokens that are kept, some 4 MB: long responses to a few prompts would fill a disk."""
+
+SAMPLES = pa.schema(
+    [
+        pa.field(name, kind, nullable=False)
+        for name, kind in {
+            "group": pa.int64(),
+            "sample": pa.int32(),
+            "prompt": pa.string(),
+            "response": pa.string(),
+            "answer": pa.string(),
+            "reward": pa.float32(),
+            "checked": pa.bool_(),
+            "finish_reason": pa.string(),
+            "token_ids": pa.list_(pa.int32()),
+            "token_texts": pa.list_(pa.string()),
+            "special": pa.list_(pa.bool_()),
+            "kls": pa.list_(pa.float32()),
+        }.items()
+    ]
+)
+"""One row per response, as in `ROLLOUTS`; the last four columns have one entry per response token: its id, its text,
+whether it is one of the tokenizer's special tokens, and the KL to the round's base policy of the distribution that it
+was drawn from (nats, exact over the vocabulary)."""
+
+
+def kept_rows(table: pa.Table) -> pa.Table:
+    """The responses to keep among those of a table of the `ROLLOUTS` schema, which is in the order of its prompts."""
+    table = table.filter(pc.less(table["group"], KEPT_PROMPTS))
+    tokens = np.cumsum(pc.list_value_length(table["response_ids"]).to_numpy())
+    return table.slice(0, int((tokens <= KEPT_TOKENS).sum()))
+
+
+def sample_table(table: pa.Table, kls: Sequence[Sequence[float]], tokenizer: Any) -> pa.Table:
+    """Responses, of the `SAMPLES` schema.
+
+    Args:
+        table: The responses, of the `ROLLOUTS` schema.
+        kls: The KL at each token of each of them, in nats.
+        tokenizer: What decodes them.
+    """
+    ids: list[list[int]] = table["response_ids"].to_pylist()
+    special = set(tokenizer.all_special_ids)
+    known: dict[tuple[int, ...], str] = {}
+    columns = {
+        **{name: table[name] for name in SAMPLES.names if name in table.column_names},
+        "token_ids": ids,
+        "token_texts": [_token_texts(row, tokenizer, known) for row in ids],
+        "special": [[token in special for token in row] for row in ids],
+        "kls": kls,
+    }
+    return pa.Table.from_pydict(columns, schema=SAMPLES)
+
+
+def write_samples(path: Path, tables: Sequence[pa.Table]) -> None:
+    """Write what several ranks kept, each response once and within the bounds, in the order of the prompts."""
+    table = pa.concat_tables([SAMPLES.empty_table(), *tables])
+    table = table.sort_by([("group", "ascending"), ("sample", "ascending")])
+    keys = list(zip(table["group"].to_pylist(), table["sample"].to_pylist(), strict=True))
+    # Ranks that share a model's tensors have the same responses.
+    new = [i == 0 or key != keys[i - 1] for i, key in enumerate(keys)]
+    table = table.filter(pa.array(new, pa.bool_()))
+    tokens = np.cumsum(pc.list_value_length(table["token_ids"]).to_numpy())
+    table = table.slice(0, int((tokens <= KEPT_TOKENS).sum()))
+    sink = pa.BufferOutputStream()
+    pq.write_table(table.combine_chunks(), sink, compression="zstd")
+    path.parent.mkdir(parents=True, exist_ok=True)
+    atomic_write(path, sink.getvalue())
+
+
+def read_samples(path: Path) -> list[dict[str, Any]]:
+    """The rows of a `samples.parquet`, by the names of `SAMPLES`.
+
+    Raises:
+        UserError: If it is damaged or something else.
+    """
+    try:
+        table = pq.ParquetFile(path).read(columns=SAMPLES.names).cast(SAMPLES)
+    except (OSError, ValueError, pa.ArrowException) as error:
+        raise UserError(f"{path} cannot be read as the samples of an evaluation: {_first_line(error)}") from error
+    rows: list[dict[str, Any]] = table.to_pylist()
+    return rows
+
+
+def _token_texts(ids: Sequence[int], tokenizer: Any, known: dict[tuple[int, ...], str]) -> list[str]:
+    """Each token's text behind the token before it: alone, many tokenizers drop the space that begins a word."""
+
+    def decoded(*tokens: int) -> str:
+        if tokens not in known:
+            known[tokens] = tokenizer.decode(tokens, skip_special_tokens=False, clean_up_tokenization_spaces=False)
+        return known[tokens]
+
+    texts = [decoded(token) for token in ids]
+    for i in range(1, len(ids)):
+        both, before = decoded(ids[i - 1], ids[i]), decoded(ids[i - 1])
+        if both.startswith(before):
+            texts[i] = both.removeprefix(before)
+    return texts
+
+
+def _first_line(error: Exception) -> str:
+    return next(iter(str(error).strip().splitlines()), type(error).__name__)

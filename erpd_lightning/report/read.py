@@ -1,0 +1,302 @@
+"""What a run directory holds, finished or not: records, logs and samples, read without torch."""
+
+import csv
+import json
+import math
+import re
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, TypeVar
+
+from ..data.samples import SAMPLES_FILE
+from ..errors import UserError
+
+Measured = Mapping[str, float]
+"""What was measured of a policy, by the names of `test/…` in docs/metrics.md."""
+
+Log = Mapping[str, Mapping[int, float]]
+"""What a stage logged: the value of each metric at each step."""
+
+NEEDED = (
+    "pass@1",
+    "pass@1_stderr",
+    "pass@k",
+    "kl_per_token",
+    "kl_per_token_stderr",
+    "kl_per_token_to_first",
+    "kl_per_token_to_first_stderr",
+    "entropy_per_token",
+    "mean_length",
+    "prompts",
+    "samples_per_prompt",
+)
+"""What an evaluation has to tell for the report."""
+
+ORDER = ("base", "teacher", "unlearned")
+"""The order of policies; further teachers follow, and the student comes last."""
+
+T = TypeVar("T")
+
+
+@dataclass(frozen=True)
+class Round:
+    """What is known of a round; None and empty where nothing is yet.
+
+    Attributes:
+        number: The round, from 1.
+        policies: What was measured of each policy.
+        budget: KL to the round's base policy that was to be spent, in nats per token.
+        total_budget: KL to the first policy that was to be spent in all rounds, in nats per token.
+        rollouts: Verified samples of the round.
+        seconds: What its finished stages took.
+        logs: What was logged in training each policy.
+        samples: Where the first responses of each policy lie.
+        base: Fingerprint of its base policy.
+    """
+
+    number: int
+    policies: Mapping[str, Measured]
+    budget: float | None
+    total_budget: float | None
+    rollouts: int | None
+    seconds: float
+    logs: Mapping[str, Log]
+    samples: Mapping[str, Path]
+    base: str | None
+
+
+@dataclass(frozen=True)
+class Run:
+    """A run.
+
+    Attributes:
+        path: Its directory.
+        name: What tells it apart from the other runs of the report.
+        seed: Its seed; None where no record tells.
+        wanted: How many rounds it is to have; None where no configuration tells.
+        rounds: Its rounds, as far as they were begun.
+    """
+
+    path: Path
+    name: str
+    seed: int | None
+    wanted: int | None
+    rounds: list[Round]
+
+
+def read_runs(paths: Iterable[Path]) -> list[Run]:
+    """Read some runs.
+
+    Raises:
+        UserError: Names the folder that is no run, or the file in it that is damaged.
+    """
+    paths = list(paths)
+    resolved = [path.resolve() for path in paths]
+    for number, path in enumerate(resolved):
+        if path in resolved[:number]:
+            raise UserError(f"{paths[number]} is given twice")
+    return [read_run(path, name) for path, name in zip(paths, run_names(resolved), strict=True)]
+
+
+def run_names(paths: list[Path]) -> list[str]:
+    """The shortest ends of some different paths that tell them apart."""
+    length = 1
+    while len({path.parts[-length:] for path in paths}) < len(paths):
+        length += 1
+    return ["/".join(path.parts[-length:]) for path in paths]
+
+
+def read_run(path: Path, name: str) -> Run:
+    """Read one run.
+
+    Raises:
+        UserError: If the folder is no run, or a file in it is damaged.
+    """
+    if not path.is_dir():
+        raise UserError(f"{path} is missing: the folder of a run is expected")
+    folders = {int(found[1]): p for p in path.iterdir() if (found := re.fullmatch(r"round-(\d+)", p.name))}
+    summary = path / "summary.json"
+    if not folders and not summary.is_file() and not (path / "config.yaml").is_file():
+        raise UserError(f"{path} is no run: neither summary.json nor config.yaml nor round-1 is there")
+    entries = _read_json(summary, _summary) if summary.is_file() else {}
+    options = _options(path / "config.yaml")
+    rounds, seeds = [], []
+    for number in sorted({*folders, *entries}):
+        folder = path / f"round-{number}"
+        records = {p.parent: _read_json(p, _record) for p in _record_files(folder)}
+        seeds += [record["seed"] for record in records.values()]
+        first = "student" if options.get("last_stage") == "extreme_region" else "teacher"
+        rounds.append(_round(number, folder, first, entries.get(number), records))
+    wanted = options.get("rounds", "")
+    return Run(path, name, next(iter(seeds), None), int(wanted) if wanted.isdecimal() else None, rounds)
+
+
+def read_log(folder: Path) -> Log:
+    """What a stage logged with Lightning's CSV logger, in all of its attempts.
+
+    A stage that was killed goes on from a checkpoint and logs some steps again: the later attempt counts.
+
+    Raises:
+        UserError: Names the file and line that is damaged.
+    """
+    versions = folder.glob("metrics/version_*/metrics.csv")
+    log: dict[str, dict[int, float]] = {}
+    for path in sorted(versions, key=_version):
+        for step, values in _csv_rows(path):
+            for name, value in values.items():
+                log.setdefault(name, {})[step] = value
+    return {name: dict(sorted(values.items())) for name, values in log.items()}
+
+
+def in_order(policies: Iterable[str]) -> list[str]:
+    """Names of policies in the order in which they are shown."""
+    names = set(policies)
+    further = sorted(names - {*ORDER, "student"})
+    return [name for name in (*ORDER, *further, "student") if name in names]
+
+
+def _options(path: Path) -> dict[str, str]:
+    """The options of a configuration that stand on a line of their own, none where there is no file."""
+    text = path.read_text(encoding="utf-8", errors="replace") if path.is_file() else ""
+    return dict(re.findall(r"^(\w+): (\S+)$", text, flags=re.MULTILINE))
+
+
+def _round(number: int, folder: Path, first: str, entry: Any, records: Mapping[Path, Any]) -> Round:
+    """A round out of what the summary and the records of its stages say; `first` is the policy of its first stage."""
+    outcomes = {str(path.relative_to(folder)): record["outcome"] for path, record in records.items()}
+    prefix = "evaluation/"
+    evaluated = {name.removeprefix(prefix): outcome for name, outcome in outcomes.items() if name.startswith(prefix)}
+    if entry is None:
+        sampled = (outcomes.get(stage, {}).get("rollouts") for stage in ("rollouts", "extreme_region", "choice"))
+        counts = [count for count in sampled if count is not None]
+        spending = outcomes.get("distill", {}).get("spending", {})
+        seconds = sum(record["seconds"] for record in records.values())
+        entry = {**spending, "policies": evaluated, "rollouts": sum(counts) or None, "seconds": seconds}
+    based = records.get(folder / "evaluation" / "base", {})
+    trained = {first: "extreme_region"}
+    if first == "teacher":
+        trained |= {"unlearned": "unlearned", "student": "distill"}
+    trained |= {path.name: f"teachers/{path.name}" for path in folder.glob("teachers/*")}
+    logs = {name: read_log(folder / trained[name]) for name in in_order(trained)}
+    return Round(
+        number=number,
+        policies={name: _checked(entry["policies"][name], folder, name) for name in in_order(entry["policies"])},
+        budget=entry.get("budget"),
+        total_budget=entry.get("total_budget"),
+        rollouts=entry["rollouts"],
+        seconds=entry["seconds"],
+        logs={name: log for name, log in logs.items() if log},
+        samples={path.parent.name: path for path in sorted(folder.glob(f"evaluation/*/{SAMPLES_FILE}"))},
+        base=based.get("inputs", {}).get("base"),
+    )
+
+
+def _record_files(folder: Path) -> list[Path]:
+    patterns = ("*/stage.json", "teachers/*/stage.json", "evaluation/*/stage.json")
+    return sorted(path for pattern in patterns for path in folder.glob(pattern))
+
+
+def _read_json(path: Path, take: Callable[[Any], T]) -> T:
+    """What `take` finds in a file.
+
+    Raises:
+        UserError: If it is no JSON, or not what it should be.
+    """
+    try:
+        return take(json.loads(path.read_text(encoding="utf-8")))
+    except OSError as error:
+        raise UserError(f"{path} cannot be read: {error.strerror}") from error
+    except (ValueError, RecursionError) as error:
+        raise UserError(f"{path} is damaged or half-written: {error}") from error
+    except (KeyError, TypeError, AttributeError) as error:
+        raise UserError(f"{path} is damaged: it is not what a run writes under that name") from error
+
+
+def _summary(content: Any) -> dict[int, Any]:
+    for entry in content["rounds"]:
+        for name in ("budget", "total_budget"):
+            _optional_number(entry.get(name))
+        _number(entry["rollouts"])
+        _number(entry["seconds"])
+        for measured in entry["policies"].values():
+            _measured(measured)
+    return {_integer(entry["round"]): entry for entry in content["rounds"]}
+
+
+def _record(content: Any) -> Any:
+    _number(content["seconds"])
+    _integer(content["seed"])
+    content.get("inputs", {}).get("base")
+    outcome = content["outcome"]
+    spending = outcome.get("spending", {})
+    for value in (outcome.get("rollouts"), spending.get("budget"), spending.get("total_budget")):
+        _optional_number(value)
+    if content["stage"] == "evaluation":
+        _measured(outcome)
+    return content
+
+
+def _measured(content: Any) -> Measured:
+    return {name: _number(content[name]) for name in NEEDED}
+
+
+def _checked(content: Any, folder: Path, name: str) -> Measured:
+    """What was measured of a policy; a record of a stage of another kind may lie in its place."""
+    try:
+        return _measured(content)
+    except (KeyError, TypeError) as error:
+        raise UserError(f"{folder / 'evaluation' / name} holds no evaluation") from error
+
+
+def _number(value: Any) -> float:
+    if isinstance(value, bool) or not isinstance(value, int | float):
+        raise TypeError(value)
+    return float(value)
+
+
+def _integer(value: Any) -> int:
+    if isinstance(value, bool) or not isinstance(value, int):
+        raise TypeError(value)
+    return value
+
+
+def _optional_number(value: Any) -> None:
+    if value is not None:
+        _number(value)
+
+
+def _version(path: Path) -> int:
+    number = path.parent.name.removeprefix("version_")
+    return int(number) if number.isdecimal() else -1
+
+
+def _csv_rows(path: Path) -> Iterator[tuple[int, dict[str, float]]]:
+    """Step and finite values of each row; nothing of an empty file, whose logger has only begun.
+
+    Raises:
+        UserError: Names the line that is damaged.
+    """
+    try:
+        with open(path, encoding="utf-8", newline="") as file:
+            text = file.read()
+    except OSError as error:
+        raise UserError(f"{path} cannot be read: {error.strerror}") from error
+    except UnicodeDecodeError as error:
+        raise UserError(f"{path} is damaged: {error}") from error
+    if not text:
+        return
+    lines = text.splitlines()
+    header = next(csv.reader(lines[:1]))
+    if "step" not in header:
+        raise UserError(f"{path} is damaged: its first line names no column step")
+    if not text.endswith("\n"):
+        raise UserError(f"{path}, line {len(lines)} is half-written")
+    for number, line in enumerate(lines[1:], start=2):
+        try:
+            row = dict(zip(header, next(csv.reader([line])), strict=True))
+            step = int(row["step"])
+            values = {name: float(cell) for name, cell in row.items() if cell and name not in ("step", "epoch")}
+        except (ValueError, StopIteration, csv.Error) as error:
+            raise UserError(f"{path}, line {number} is damaged: a number for each column is expected") from error
+        yield step, {name: value for name, value in values.items() if math.isfinite(value)}
