@@ -1,6 +1,8 @@
 """Lightning callbacks, importable as `erpd_lightning.callbacks` and under no other name."""
 
+from .collapse import CollapseMonitor, Limit
 from .resume import ResumeCheckpoint
+from .samples import SampleTable
 from .throughput import Throughput
 
-__all__ = ["ResumeCheckpoint", "Throughput"]
+__all__ = ["CollapseMonitor", "Limit", "ResumeCheckpoint", "SampleTable", "Throughput"]
