@@ -179,9 +179,12 @@ class CollapseMonitor(Callback):
         pl_module.log("collapse/seconds", self.seconds, sync_dist=True)
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Print the table."""
-        if table := format_rows(self.rows):
-            _say(table)
+        """Print the table, and which limits had nothing to go by."""
+        unmeasured = [name for name in self.limits if not any(name in row for row in self.rows)]
+        lines = [format_rows(self.rows)] if self.rows else []
+        lines += [f"Limits of what was not measured: {', '.join(unmeasured)}"] if unmeasured else []
+        if lines:
+            _say("\n".join(lines))
 
     def state_dict(self) -> dict[str, Any]:
         return {
@@ -315,12 +318,13 @@ def token_quantities(sums: Tensor) -> dict[str, float]:
 
 
 def format_rows(rows: Sequence[Mapping[str, float]]) -> str:
-    """The table of what was measured: a line for each validation, the one of the highest pass@1 marked; empty for none.
+    """The table of what was measured: a line for each validation, the one of the highest pass@1 marked.
 
     The values of the tokens are over those that passed by since the line before.
+
+    Args:
+        rows: At least one.
     """
-    if not rows:
-        return ""
     columns = {
         title: next(name for name in names if any(name in row for row in rows))
         for title, names in COLUMNS.items()
