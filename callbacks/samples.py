@@ -174,11 +174,9 @@ def undisturbed(module: torch.nn.Module) -> Iterator[None]:
     """Global random state and the mode of each submodule are afterwards as they were before."""
     modes = [(part, part.training) for part in module.modules()]
     with isolate_rng():
-        try:
-            yield
-        finally:
-            for part, training in modes:
-                part.training = training
+        yield
+    for part, training in modes:
+        part.training = training
 
 
 def respond(policy: Policy, base: Policy | None, prompts: PromptBatch) -> list[Sample]:

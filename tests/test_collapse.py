@@ -395,28 +395,39 @@ trainer:
       every_n_steps: 2
       interval: [0.5, 2.0]
       limits:
-        collapse/entropy: {max: 0.001, action: stop}
+        collapse/entropy: {max: 0.001}
+  - class_path: erpd_lightning.callbacks.SampleTable
+    init_args: {every_n_validations: 1}
 distill_trainer:
   callbacks:
   - class_path: erpd_lightning.callbacks.CollapseMonitor
     init_args:
       limits:
         val/entropy_per_token: {max: 0.001}
+  - class_path: erpd_lightning.callbacks.SampleTable
 """
+
+
+def run_chain(monkeypatch: pytest.MonkeyPatch, run_dir: Path, *configs: Path) -> dict[str, Any]:
+    """What `summary.json` says of the one round."""
+    command, config, *others = arguments(run_dir)
+    given = [f"--config={path}" for path in configs]
+    monkeypatch.setattr("sys.argv", ["erpd_lightning", command, config, *given, *others])
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        main()
+    (summary,) = json.loads((run_dir / "summary.json").read_text())["rounds"]
+    return summary  # type: ignore[no-any-return]
 
 
 def test_what_was_crossed_goes_to_the_summary(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     (tmp_path / "watch.yaml").write_text(CALLBACKS)
-    command, config, *others = arguments(tmp_path / "run")
-    argv = ["erpd_lightning", command, config, f"--config={tmp_path / 'watch.yaml'}", *others]
-    monkeypatch.setattr("sys.argv", argv)
-    with parsers_built_once(), warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        main()
+    with parsers_built_once():
+        summary = run_chain(monkeypatch, tmp_path / "run", tmp_path / "watch.yaml")
+        unwatched = run_chain(monkeypatch, tmp_path / "unwatched")
     folder = tmp_path / "run" / "round-1"
-    (summary,) = json.loads((tmp_path / "run" / "summary.json").read_text())["rounds"]
     stages = [warning.partition(":")[0] for warning in summary["warnings"]]
     assert stages == ["extreme_region", "unlearned", "distill"]
     assert all("optimiser step 2: collapse/entropy is" in warning for warning in summary["warnings"][:2])
@@ -426,6 +437,8 @@ def test_what_was_crossed_goes_to_the_summary(
     assert round_summary(folder, 1, summary["policies"]) == {
         key: value for key, value in summary.items() if key != "rollouts_total"
     }
+    assert unwatched["warnings"] == []
+    assert unwatched["policies"] == summary["policies"]  # To the last bit: watching changes nothing.
     del record["outcome"]["warnings"]
     (folder / "extreme_region" / "stage.json").write_text(json.dumps(record))
     assert len(round_summary(folder, 1, summary["policies"])["warnings"]) == 2  # of a run made before there were any
