@@ -14,7 +14,6 @@ import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.loggers import Logger, MLFlowLogger, TensorBoardLogger, WandbLogger
 from lightning.pytorch.trainer.states import TrainerFn
-from lightning.pytorch.utilities import rank_zero_only
 from lightning.pytorch.utilities.seed import isolate_rng
 
 from ..data.batching import RolloutTable, micro_batches
@@ -305,7 +304,6 @@ def _coloured(text: str, mark: str, colour: bool) -> str:
     return f"{COLOURS[mark]}{text}{PLAIN}" if colour and mark in COLOURS else text
 
 
-@rank_zero_only
 def _print(title: str, samples: Sequence[Sample], max_tokens: int) -> None:
     columns = max(shutil.get_terminal_size().columns, LEAST_COLUMNS)
     colour = sys.stdout.isatty() and "NO_COLOR" not in os.environ

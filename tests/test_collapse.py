@@ -105,6 +105,7 @@ def test_parts_of_a_step_say_what_the_step_says(parts: int) -> None:
     [
         ([200.0, -200.0], 1 / 2),
         ([200.0] * 3, 1.0),
+        ([900.0, -900.0, 900.0, -900.0], 1 / 2),
         ([-200.0] * 5, 1.0),
         ([200.0, 200.0, -200.0, 0.0], 1 / 2),
         ([-200.0, -200.0 + math.log(3)], (1 + 3) ** 2 / 2 / (1 + 9)),
@@ -420,9 +421,7 @@ def run_chain(monkeypatch: pytest.MonkeyPatch, run_dir: Path, *configs: Path) ->
     return summary  # type: ignore[no-any-return]
 
 
-def test_what_was_crossed_goes_to_the_summary(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_what_was_crossed_goes_to_the_summary(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (tmp_path / "watch.yaml").write_text(CALLBACKS)
     with parsers_built_once():
         summary = run_chain(monkeypatch, tmp_path / "run", tmp_path / "watch.yaml")
