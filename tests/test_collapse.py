@@ -418,7 +418,7 @@ def run_chain(monkeypatch: pytest.MonkeyPatch, run_dir: Path, *configs: Path) ->
         warnings.simplefilter("ignore")
         main()
     (summary,) = json.loads((run_dir / "summary.json").read_text())["rounds"]
-    return summary  # type: ignore[no-any-return]
+    return summary
 
 
 def test_what_was_crossed_goes_to_the_summary(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -82,7 +82,7 @@ class Notes(DummyLogger):
         super().__init__()
         self.logged: list[tuple[int | None, dict[str, float]]] = []
 
-    def log_metrics(self, metrics: Mapping[str, float], step: int | None = None) -> None:  # type: ignore[override]
+    def log_metrics(self, metrics: Mapping[str, float], step: int | None = None) -> None:
         self.logged.append((step, dict(metrics)))
 
     def steps(self, prefix: str = "collapse/") -> list[tuple[int | None, dict[str, float]]]:
