@@ -353,7 +353,7 @@ class KLBudget(Callback):
         if self._value is not None:
             logged["kl_budget/coefficient"] = self._value
         for logger in trainer.loggers:
-            logger.log_metrics(logged, step=trainer.global_step)
+            logger.log_metrics(logged, step=max(trainer.global_step - 1, 0))  # Where Lightning counts the rest.
         outside = not self._bound(found) <= self.budget
         self._outside = trainer.strategy.reduce_boolean_decision(outside, all=False)
         return self._outside

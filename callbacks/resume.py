@@ -57,7 +57,7 @@ class ResumeCheckpoint(Checkpoint):
 
 
 def _validation_follows(trainer: Trainer, batch_idx: int) -> bool:
-    """Whether the epoch ends with this batch or validation is due after it."""
+    """Whether the epoch ends with this batch or validation is due after it, as it is when training is to stop."""
     batches = batch_idx if trainer.check_val_every_n_epoch is not None else trainer.fit_loop.total_batch_idx
     interval = trainer.val_check_batch
-    return trainer.is_last_batch or (interval is not None and (batches + 1) % interval == 0)
+    return trainer.should_stop or trainer.is_last_batch or (interval is not None and (batches + 1) % interval == 0)

@@ -261,6 +261,8 @@ class ConfigBuilder:
             kwargs["logger"] = CSVLogger(root, name="metrics")
         callbacks = kwargs["callbacks"] or []
         callbacks = callbacks if isinstance(callbacks, list) else [callbacks]
+        if stage == "base":  # They may stop it, or ask for rollouts and validation, which demonstrations are not.
+            callbacks = []
         kwargs["callbacks"] = [*callbacks, *bound.pop("callbacks", [])]
         saves = any(isinstance(callback, Checkpoint) for callback in kwargs["callbacks"])
         if stage == "base":  # The task says how it is trained.

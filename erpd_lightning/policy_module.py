@@ -187,8 +187,11 @@ class PolicyModule(LightningModule):
                 lambda logps: self.trainer.strategy.reduce(logps, reduce_op="sum") / copies,
             )
 
-    def training_step(self, batch: RolloutBatch, batch_idx: int) -> Tensor:
-        """The micro-batch's share of the step's loss, per response token or per response of the step.
+    def training_step(self, batch: RolloutBatch, batch_idx: int) -> dict[str, Tensor]:
+        """The micro-batch's share of the step's loss, per response token or per response of the step, as `loss`.
+
+        With it goes what callbacks may ask of a micro-batch, detached: `mask` `(B, T)`, `rewards` `(B,)`, and the
+        values `(B, T)` of `terms` by their names.
 
         Lightning divides by the micro-batches of a step and averages gradients over ranks; both are undone here,
         so that the gradient is that of the sum over the step divided by its tokens or responses, however it was
@@ -200,7 +203,12 @@ class PolicyModule(LightningModule):
         else:
             loss = masked_sum(terms, batch.mask) / batch.step_tokens
         self._note(batch, loss, values)
-        return loss * (self.trainer.accumulate_grad_batches * self._data_parallel_size)
+        return {
+            **{name: value.detach() for name, value in values.items()},
+            "mask": batch.mask,
+            "rewards": batch.rewards,
+            "loss": loss * (self.trainer.accumulate_grad_batches * self._data_parallel_size),
+        }
 
     def on_before_optimizer_step(self, optimizer: torch.optim.Optimizer) -> None:
         """Log the step as a whole, and stop before a step that is not finite.

@@ -82,6 +82,9 @@ def round_summary(folder: Path, number: int, policies: Iterable[str]) -> Record:
         "rollouts": outcomes.get("rollouts", outcomes["extreme_region"])["rollouts"] + previewed,
         "seconds": round(sum(record["seconds"] for record in records), 1),
         "cpu_seconds": round(sum(record["cpu_seconds"] for record in records), 1),
+        "warnings": [
+            f"{stage}: {warning}" for stage, outcome in outcomes.items() for warning in outcome.get("warnings", [])
+        ],
         "policies": {name: record["outcome"] for name, record in evaluations.items()},
     }
 

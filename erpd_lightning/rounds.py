@@ -257,10 +257,10 @@ class Rounds:
         def body() -> Record:
             module = self.builder.module(stage, policy=self.student(number - 1))
             data = self.data(number)
-            self._stages.fit(stage, folder, module, data)
+            warnings = self._stages.fit(stage, folder, module, data)
             module.export(path, tokenizer=self.student(0))
             sampled = _outcome([Store.open(store) for store in data.stores()]) if self._iterates else {}
-            return {"policy": policy_fingerprint(path), **sampled}
+            return {"policy": policy_fingerprint(path), "warnings": warnings, **sampled}
 
         about = {
             "teacher": "driving a teacher far from the base policy on the fixed rollouts",
@@ -334,11 +334,12 @@ class Rounds:
             )
             assert isinstance(module, DistillModule)
             data = self.data(number, with_scores=True)
-            self._stages.fit("distill", folder, module, data)
+            warnings = self._stages.fit("distill", folder, module, data)
             answered = [Store.open(path).rows for path in data.trained.stores()] if module.iterations > 1 else []
             module.export(self.student(number), tokenizer=self.student(0))
             return {
                 "policy": policy_fingerprint(self.student(number)),
+                "warnings": warnings,
                 "spending": {
                     "budget": module.kl_budget,
                     "total_budget": module.total_budget,

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any, Protocol
 
 import torch
-from lightning.pytorch import Trainer, seed_everything
+from lightning.pytorch import Callback, Trainer, seed_everything
 from lightning.pytorch.utilities import rank_zero_only
 
 from .callbacks import ResumeCheckpoint
@@ -85,11 +85,17 @@ class Stages:
         module: PolicyModule,
         data: RolloutDataModule,
         **bound: Any,
-    ) -> None:
-        """Train from the last checkpoint of an earlier attempt, or from the start."""
+    ) -> list[str]:
+        """Train from the last checkpoint of an earlier attempt, or from the start.
+
+        Returns:
+            The `reasons` of callbacks that have any: what they warned of or stopped for.
+        """
         saver = ResumeCheckpoint(folder / "checkpoints", self.checkpoint_every)
         trainer = self.builder.trainer(stage, default_root_dir=folder, callbacks=[saver], **bound)
         trainer.fit(module, datamodule=data, ckpt_path=saver.latest(), weights_only=True)
+        callbacks: list[Callback] = trainer.callbacks  # type: ignore[attr-defined]
+        return [reason for callback in callbacks for reason in getattr(callback, "reasons", [])]
 
     def predict(self, stage: str, folder: Path, policy: Path | str, data: Any) -> None:
         """Run a pass over prompts or rollouts with a policy as it is."""

@@ -227,8 +227,8 @@ def see(folder: Path, processes: int) -> dict[str, Any]:
     return seen
 
 
-def main(folder: Path, processes: int = 2) -> int:
-    """Fork the processes, which write what they saw; returns 0 if all of them did."""
+def main(folder: Path, processes: int = 2, see: Callable[[Path, int], dict[str, Any]] = see) -> int:
+    """Fork the processes, which write what they `see`; returns 0 if all of them did."""
     torch.set_num_threads(1)
     place = meeting_place()
     children = []

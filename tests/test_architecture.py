@@ -13,7 +13,7 @@ ROOT = Path(__file__).parents[1] / PACKAGE
 # From the bottom up: a part imports from itself and from lower layers, not from its neighbours.
 LAYERS: list[set[str]] = [
     {"objectives"},
-    {"head", "seeds"},
+    {"head", "seeds", "text"},
     {"metrics", "data"},
     {"policy", "line"},
     {"anchor", "evaluation"},

@@ -359,6 +359,7 @@ def test_trainer_settings_of_a_stage_go_over_the_shared_ones(chain: Callable[...
         return {type(callback) for callback in trainer.callbacks} & {Throughput, EarlyStopping}
 
     assert (kinds(shared), kinds(own)) == ({Throughput}, {EarlyStopping})
+    assert kinds(build.trainer("base")) == set()
     recorded = build.settings("distill")["distill_trainer"]
     assert recorded["max_epochs"] == 5
     assert not {"callbacks", "logger", "devices"} & set(recorded)

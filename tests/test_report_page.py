@@ -23,7 +23,7 @@ from erpd_lightning.report import command, measures, page, plots
 from erpd_lightning.report.measures import Estimate, gain, kind_of, kl_by_kind, kl_by_position, per_point, saved
 from erpd_lightning.report.plots import DARK, LIGHT, accuracy_of_round, accuracy_of_runs
 from erpd_lightning.report.read import read_log, read_run, read_runs, run_names
-from erpd_lightning.report.text import visible
+from erpd_lightning.text import visible
 from made_run import RESPONSES, make_run, measured, sample, write_log, write_stage
 
 ROOT = Path(__file__).parents[1]
@@ -386,7 +386,7 @@ def test_a_long_response_is_cut(tmp_path: Path, undrawn: None, monkeypatch: pyte
 
 @pytest.mark.parametrize("text", ["plain\nüñ 漢字 😀", ""])
 def test_what_can_be_seen_stays(text: str) -> None:
-    assert visible(text) == text
+    assert visible(text, lines=True) == text
 
 
 @pytest.mark.parametrize(

@@ -8,10 +8,10 @@ from typing import NoReturn
 
 from ..data.store import atomic_write
 from ..errors import UserError, refuse
+from ..text import visible
 from .page import page
 from .read import read_runs
 from .tables import format_report
-from .text import visible
 
 
 class _Parser(argparse.ArgumentParser):

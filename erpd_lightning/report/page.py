@@ -6,6 +6,7 @@ import math
 from collections.abc import Iterable, Mapping, Sequence
 
 from ..data.samples import read_samples
+from ..text import visible
 from .measures import Estimate, Row, gain, kl_by_kind, kl_by_position, per_point, saved
 from .plots import (
     DARK,
@@ -20,7 +21,6 @@ from .plots import (
 )
 from .read import Log, Measured, Round, Run, in_order
 from .style import STYLE
-from .text import visible
 
 DETAILED_RUNS = 4
 """Runs that have a section of their own, which keeps a page below 2 MB."""
@@ -392,7 +392,7 @@ def _text(text: str) -> str:
 
 def _lines(text: str) -> str:
     """Text from a policy or a data set: nothing in it is unseen, and its line breaks show."""
-    return _text(visible(text)).replace("\n", "⏎\n")
+    return _text(visible(text, lines=True)).replace("\n", "⏎\n")
 
 
 def _policy_cells(row: Measured) -> tuple[str, ...]:

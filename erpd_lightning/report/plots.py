@@ -12,9 +12,9 @@ from typing import Any
 import numpy as np
 
 from ..drawing import MARKERS, root_scale
+from ..text import visible
 from .measures import Bin, Kind
 from .read import Log, Measured, Round, Run
-from .text import visible
 
 SIZE = (4.8, 3.6)
 """Inches, for a page as wide as a phone: what is larger is scaled down until nobody can read it."""

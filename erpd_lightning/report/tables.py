@@ -3,9 +3,9 @@
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from ..text import aligned, visible
 from .measures import gain, per_point
 from .read import Run
-from .text import visible
 
 COLUMNS = (
     "round",
@@ -70,7 +70,7 @@ def format_summary(summary: dict[str, Any]) -> str:
                     f"{entry['seconds']:.0f}" if last else "",
                 )
             )
-    return "\n".join([_align(rows), *(_budget(entry) for entry in summary["rounds"])])
+    return "\n".join([aligned(rows), *(_budget(entry) for entry in summary["rounds"])])
 
 
 def format_preview(previews: Sequence[Mapping[str, Any]], policies: Mapping[str, Mapping[str, Any]]) -> str:
@@ -85,7 +85,7 @@ def format_preview(previews: Sequence[Mapping[str, Any]], policies: Mapping[str,
     for name, row in policies.items():
         samples = str(row["prompts"] * row["samples_per_prompt"])
         rows.append((name, "", "", "", *_measured(row), samples))
-    return _align(rows)
+    return aligned(rows)
 
 
 def format_report(runs: Sequence[Run]) -> str:
@@ -107,7 +107,7 @@ def format_report(runs: Sequence[Run]) -> str:
                 spent = f"{student['kl_per_token'] / entry.budget:.0%}" if entry.budget else ""
                 cost = f"{price.value:.0f}" if price else ""
                 rows.append((*start, "student", *_reported(student), spent, str(total), cost))
-    return _align(rows)
+    return aligned(rows)
 
 
 def _reported(row: Mapping[str, Any]) -> tuple[str, ...]:
@@ -144,12 +144,3 @@ def _budget(entry: dict[str, Any]) -> str:
         return line
     total = entry["policies"]["student"]["kl_per_token_to_first"]
     return f"{line}; of {entry['total_budget']:.4g} in all rounds {total:.4f} ({total / entry['total_budget']:.0%})"
-
-
-def _align(rows: list[tuple[str, ...]]) -> str:
-    widths = [max(len(row[column]) for row in rows) for column in range(len(rows[0]))]
-    lines = [
-        "  ".join(cell.rjust(width) for cell, width in zip(row, widths, strict=True)).rstrip()
-        for row in rows
-    ]
-    return "\n".join([lines[0], "-" * len(lines[0]), *lines[1:]])
