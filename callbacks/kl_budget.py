@@ -1,8 +1,8 @@
 """A KL budget as a contract: weights that overran it do not leave a training unnoticed, and can be brought back."""
 
 import math
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from collections.abc import Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import astuple, replace
 from itertools import count
 from pathlib import Path
@@ -27,6 +27,7 @@ from ..metrics import ClusteredRatio
 from ..objectives.divergences import kl_value
 from ..policy import Policy, load_frozen
 from ..policy_module import PolicyModule
+from .undisturbed import undisturbed
 
 Action = Literal["warn", "stop", "rollback", "search", "adapt"]
 
@@ -385,7 +386,7 @@ class KLBudget(Callback):
             raise UserError(DIVERGED.format(step=trainer.global_step, what="a weight of the policy is not a number"))
         policy, metric = _policy(module), ClusteredRatio().to(module.device)
         data, prompts = self._find_prompts(trainer)
-        with self._reference(module) as reference, _evaluating(trainer, module):
+        with self._reference(module) as reference, undisturbed(trainer, module):
             for chunk in range(CHUNKS):
                 chosen = [prompts[(chunk * self.max_prompts + i) % len(prompts)] for i in range(self.max_prompts)]
                 # No prompt twice in a chunk: what is sampled for one belongs together.
@@ -539,19 +540,6 @@ def _weights(module: LightningModule) -> dict[str, Tensor]:
 def _restore(module: LightningModule, weights: Mapping[str, Tensor]) -> None:
     for name, parameter in _policy(module).model.named_parameters():
         parameter.copy_(weights[name])
-
-
-@contextmanager
-def _evaluating(trainer: Trainer, module: LightningModule) -> Iterator[None]:
-    """Evaluation mode in the trainer's precision; every part goes back to the mode that it was in."""
-    modes = [(part, part.training) for part in module.modules()]
-    module.eval()
-    try:
-        with trainer.precision_plugin.val_step_context():
-            yield
-    finally:
-        for part, mode in modes:
-            part.training = mode
 
 
 def _is_policy(name: str) -> bool:

@@ -4,8 +4,7 @@ import math
 import os
 import shutil
 import sys
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from dataclasses import dataclass
 from time import perf_counter
 from typing import Any
@@ -14,7 +13,6 @@ import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.loggers import Logger, MLFlowLogger, TensorBoardLogger, WandbLogger
 from lightning.pytorch.trainer.states import TrainerFn
-from lightning.pytorch.utilities.seed import isolate_rng
 
 from ..data.batching import RolloutTable, micro_batches
 from ..data.prompts import PromptBatch
@@ -23,6 +21,7 @@ from ..errors import UserError
 from ..policy import Policy
 from ..policy_module import PolicyModule
 from ..text import visible, wrapped
+from .undisturbed import undisturbed
 
 MARKS = ((-1.0, "="), (-0.1, "-"), (0.1, "."), (1.0, "+"), (math.inf, "*"))
 """Marks of the signal up to so many nats; the last one is above all of them."""
@@ -154,8 +153,7 @@ class SampleTable(Callback):
         self._shown = step = trainer.global_step
         logged_at = max(step - 1, 0)  # Where Lightning counts the step's other values.
         has_base = isinstance(pl_module, PolicyModule) and "base" in pl_module.references
-        with undisturbed(pl_module), trainer.precision_plugin.val_step_context(), torch.no_grad():
-            pl_module.eval()
+        with undisturbed(trainer, pl_module), torch.no_grad():
             base = pl_module.frozen("base") if has_base else None
             found = [sample for batch in self._batches for sample in respond(pl_module.policy, base, batch)]
         if trainer.is_global_zero:
@@ -166,16 +164,6 @@ class SampleTable(Callback):
         self.seconds += perf_counter() - began
         for logger in trainer.loggers:
             logger.log_metrics({"sample_table/seconds": self.seconds}, step=logged_at)
-
-
-@contextmanager
-def undisturbed(module: torch.nn.Module) -> Iterator[None]:
-    """Global random state and the mode of each submodule are afterwards as they were before."""
-    modes = [(part, part.training) for part in module.modules()]
-    with isolate_rng():
-        yield
-    for part, training in modes:
-        part.training = training
 
 
 def respond(policy: Policy, base: Policy | None, prompts: PromptBatch) -> list[Sample]:

@@ -69,6 +69,8 @@ class Preview:
         entropy_per_token: Entropy of the target on the responses, in nats per token.
         mean_length: Tokens of a response.
         samples: Responses in all.
+        right: Right responses to each prompt, `(prompts,)`.
+        answers: Responses to each prompt, `(prompts,)`.
     """
 
     candidate: Candidate
@@ -81,7 +83,8 @@ class Preview:
     entropy_per_token: float
     mean_length: float
     samples: int
-
+    right: Tensor
+    answers: Tensor
 
     def record(self) -> dict[str, Any]:
         """By the keys of `summary.json`."""
@@ -134,13 +137,17 @@ def load_models(paths: Mapping[str, str | Path], trainer: Trainer) -> dict[str, 
 
 
 def choose(rows: Sequence[Preview]) -> Preview:
-    """The candidate whose responses were right most often; of equals, the one that spends less KL."""
-    return max(rows, key=lambda row: (row.pass_at_1, -row.kl_per_token))
+    """The first candidate that is not worse than the best by more than a standard error of their difference.
+
+    All of them answered the same prompts, so the difference is taken prompt by prompt. Among candidates that a few
+    samples cannot tell apart the order decides, which is not noise; of the best, the first.
+    """
+    best = max(rows, key=lambda row: row.pass_at_1)
+    behind = (clustered_ratio(best.right - row.right, best.answers) for row in rows)
+    return next(row for row, by in zip(rows, behind, strict=True) if row is best or bool(by.value <= by.stderr))
 
 
-def within(
-    auto: AutoSignal, budget: float, scores: Mapping[str, Tensor]
-) -> list[Candidate]:
+def within(auto: AutoSignal, budget: float, scores: Mapping[str, Tensor]) -> list[Candidate]:
     """The candidates of a signal that is to be chosen whose target can spend what it should, and not more.
 
     Args:
@@ -206,6 +213,8 @@ def _measure(
         entropy_per_token=float(clustered_ratio(total["entropy"], total["tokens"]).value),
         mean_length=float(clustered_ratio(total["tokens"], total["samples"]).value),
         samples=int(total["samples"].sum()),
+        right=total["correct"],
+        answers=total["samples"],
     )
 
 

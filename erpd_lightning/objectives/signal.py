@@ -75,17 +75,17 @@ class Signal:
 class AutoSignal(Signal):
     """A signal, and the share of the KL budget to spend on it, that are chosen by preview. Ours.
 
-    The candidates are each teacher over each denominator at each clip and each share of the budget, and each
-    teacher itself (over the base policy at beta = 1, unclipped), as far as the budget allows. Decoding from the
-    candidates for some training prompts, held out for it, tells which is best; these verified samples count as
-    rollouts.
+    The candidates are each teacher over each denominator at each clip and each share of the budget, and then
+    policies themselves (over the base policy at beta = 1, unclipped), as far as the budget allows. Decoding from
+    the candidates for some training prompts, held out for it, tells which to take: the first that is not worse than
+    the best by more than a standard error. Their verified samples count as rollouts.
 
     Args:
         teachers: Names of the policies whose opinion may be followed; by default `teacher` alone.
         denominators: Names of those that they are compared with; by default `unlearned` and `base`.
         clips: Bounds on the absolute log-ratio, in nats; by default 3 alone.
         shares: Shares of the budget, in (0, 1]; by default all of it and half of it.
-        themselves: Whether the teachers themselves are candidates.
+        themselves: Names of the policies that are candidates themselves; by default the teachers.
         prompts: Prompts of each round that are held out of its rollouts.
         samples: Responses to each of them for each candidate.
 
@@ -99,7 +99,7 @@ class AutoSignal(Signal):
         denominators: Sequence[str] | None = None,
         clips: Sequence[float] | None = None,
         shares: Sequence[float] | None = None,
-        themselves: bool = True,
+        themselves: Sequence[str] | None = None,
         prompts: int = 48,
         samples: int = 4,
     ) -> None:
@@ -107,7 +107,7 @@ class AutoSignal(Signal):
         self.denominators = ["unlearned", "base"] if denominators is None else list(denominators)
         self.clips = [3.0] if clips is None else list(clips)
         self.shares = [1.0, 0.5] if shares is None else list(shares)
-        self.themselves = themselves
+        self.themselves = self.teachers if themselves is None else list(themselves)
         if not all(0 < share <= 1 for share in self.shares):
             raise ValueError(f"shares is {self.shares}; each has to be above 0 and at most 1")
         if min(prompts, samples) < 1:
@@ -129,9 +129,7 @@ class AutoSignal(Signal):
             for clip in self.clips
             for share in self.shares
         ]
-        if self.themselves:
-            found += [(t, Signal([Term(t, "base", clip=UNCLIPPED)]), None) for t in self.teachers]
-        return found
+        return found + [(name, Signal([Term(name, "base", clip=UNCLIPPED)]), None) for name in self.themselves]
 
     def __call__(self, logps: Mapping[str, Tensor]) -> Tensor:
         """No signal yet.
