@@ -1,6 +1,7 @@
 """From the configuration to modules, data and trainers: options, defaults, and what each stage depends on."""
 
 from importlib import import_module
+from pathlib import Path
 from typing import Any
 
 from jsonargparse import ArgumentError, Namespace
@@ -259,6 +260,8 @@ class ConfigBuilder:
         root = bound.get("default_root_dir")
         if kwargs["logger"] in (None, True) and root is not None:
             kwargs["logger"] = CSVLogger(root, name="metrics")
+        elif root is not None and "logger" not in self._changed(own):
+            _told_apart(kwargs["logger"], Path(root))
         callbacks = kwargs["callbacks"] or []
         callbacks = callbacks if isinstance(callbacks, list) else [callbacks]
         if stage == "base":  # They may stop it, or ask for rollouts and validation, which demonstrations are not.
@@ -376,6 +379,14 @@ def trainer_of(stage: str) -> str:
 def _group(stage: str) -> str:
     """Where a stage's settings are; some stages have only those that differ from another's."""
     return "extreme_region" if stage == "unlearned" or is_teacher(stage) else stage
+
+
+def _told_apart(loggers: Any, folder: Path) -> None:
+    """Give loggers that all stages share, and that the user gave no prefix, the stage's: its steps begin at 0 again."""
+    stage = folder.parts[next((i for i, part in enumerate(folder.parts) if part.startswith("round-")), -1) :]
+    for logger in loggers if isinstance(loggers, list) else [loggers]:
+        if getattr(logger, "_prefix", None) == "":
+            logger._prefix = "/".join(stage)
 
 
 def _acting(callbacks: Any) -> list[Any]:

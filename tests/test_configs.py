@@ -47,3 +47,22 @@ def test_the_smoke_run_is_the_demo_made_short(monkeypatch: pytest.MonkeyPatch, t
     rollouts = [(data.prompts_per_round or 0) * data.group_size for data in sizes]
     assert rollouts[0] == 4096
     assert 0 < rollouts[1] <= 512
+
+
+def test_loggers_that_stages_share_tell_them_apart(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """Each stage counts its steps from 0; a prefix or a logger of the user's own stays as it is."""
+
+    def headers(*args: str) -> set[str]:
+        folder = tmp_path / str(len(list(tmp_path.iterdir())))
+        logger = ["--trainer.logger=CSVLogger", f"--trainer.logger.save_dir={folder}", *args]
+        rounds = fit(monkeypatch, "--config", DEMO, "--run_dir", tmp_path / "run", *logger)
+        for stage in ("extreme_region", "distill"):
+            trainer = rounds.builder.trainer(stage, default_root_dir=tmp_path / "run" / "round-2" / stage)
+            assert trainer.logger is not None
+            trainer.logger.log_metrics({"val/x": 1.0}, step=0)
+            trainer.logger.save()
+        lines = [path.read_text().splitlines()[0] for path in folder.rglob("metrics.csv")]
+        return {name for line in lines for name in line.split(",")} - {"step"}
+
+    assert headers() == {"round-2/extreme_region-val/x", "round-2/distill-val/x"}
+    assert headers("--trainer.logger.prefix=mine") == {"mine-val/x"}

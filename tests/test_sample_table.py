@@ -14,6 +14,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.callbacks import Callback
 from lightning.pytorch.loggers import CSVLogger, MLFlowLogger, TensorBoardLogger, WandbLogger
 
@@ -26,8 +27,8 @@ from erpd_lightning.callbacks.samples import (
     log_samples,
     respond,
     token_texts,
-    undisturbed,
 )
+from erpd_lightning.callbacks.undisturbed import undisturbed
 from erpd_lightning.data.rollouts import RolloutDataModule
 from erpd_lightning.data.samplers import Response, TransformersSampler
 from erpd_lightning.errors import UserError
@@ -416,13 +417,14 @@ def test_a_run_with_it_ends_like_one_without(folder: Path) -> None:
 
 
 def test_modes_and_generators_are_restored() -> None:
-    module = torch.nn.Sequential(torch.nn.Dropout(), torch.nn.Sequential(torch.nn.Dropout(), torch.nn.Linear(1, 1)))
-    module[1].eval()
+    module, trainer = LightningModule(), Trainer(accelerator="cpu", devices=1, logger=False)
+    module.inner = torch.nn.Sequential(torch.nn.Dropout(), torch.nn.Sequential(torch.nn.Dropout()))
+    module.inner[1].eval()
     before = torch.get_rng_state()
-    with undisturbed(module):
+    with undisturbed(trainer, module):
         torch.rand(3)
-        module.eval()
-    assert [part.training for part in module.modules()] == [True, True, False, False, False]
+        assert not any(part.training for part in module.modules())
+    assert [part.training for part in module.modules()] == [True, True, True, False, False]
     assert torch.equal(torch.get_rng_state(), before)
 
 
