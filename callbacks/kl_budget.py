@@ -308,6 +308,8 @@ class KLBudget(Callback):
         self._ended = True
         if trainer.fast_dev_run:  # type: ignore[attr-defined]
             return
+        if not self._versions and self._last_step == trainer.global_step:
+            self._versions = _versions(module)  # A checkpoint's weights are those that its measurement is of.
         if isinstance(module, PolicyModule):
             module.finish()
         if self.last is None or self._versions != _versions(module):
@@ -505,6 +507,7 @@ class KLBudget(Callback):
         found = state_dict["inside_found"]
         self._inside, self._inside_found = state_dict["inside"], None if found is None else Measured(*found)
         self._value, self.seconds = state_dict["value"], state_dict["seconds"]
+        self._versions = []
 
 
 def _policy(module: LightningModule) -> Policy:

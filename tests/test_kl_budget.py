@@ -273,8 +273,9 @@ def test_state_survives_a_checkpoint(folder: Path, tmp_path: Path) -> None:
         assert torch.equal(a, b)
 
 
-def test_what_was_brought_back_is_not_trained_again(folder: Path, tmp_path: Path) -> None:
-    settings: dict[str, Any] = {"action": "rollback"}
+@pytest.mark.parametrize("action", ["rollback", "search"])
+def test_what_was_brought_back_is_not_trained_again(folder: Path, tmp_path: Path, action: str) -> None:
+    settings: dict[str, Any] = {"action": action, "tolerance": 0.1}
     budget, module = make_budget(folder, **settings), Drifting(folder, learning_rate=0.02)
     trainer = fit(module, budget)
     trainer.save_checkpoint(tmp_path / "checkpoint.ckpt")
