@@ -54,6 +54,14 @@ SQUARED_ERROR = "erpd_lightning.objectives.regression.SquaredError"
 METHODS: dict[str, list[str]] = {
     "erpd": ["--rounds=3"],
     "erpd_auto": [f"--config={ROOT / 'configs' / 'auto.yaml'}", "--rounds=3"],
+    "erpd_0.08": [
+        f"--config={ROOT / 'configs' / 'auto.yaml'}",
+        "--rounds=1",
+        "--distill.kl_budget=0.08",
+        "--distill.signal.init_args.shares=[1.0]",
+        "--distill.signal.init_args.prompts=32",
+        "--data.prompts_per_round=512",
+    ],
     "erpd_squared_error": ["--rounds=1", f"--extreme_region.objective={SQUARED_ERROR}"],
     "rft": [f"--config={BASELINES / 'rft.yaml'}", "--rounds=1"],
     **{f"sapo_kl_{coefficient:g}": sapo_kl(coefficient) for coefficient in COEFFICIENTS},

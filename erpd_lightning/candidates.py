@@ -69,8 +69,8 @@ class Preview:
         entropy_per_token: Entropy of the target on the responses, in nats per token.
         mean_length: Tokens of a response.
         samples: Responses in all.
-        right: Right responses to each prompt, `(prompts,)`.
-        answers: Responses to each prompt, `(prompts,)`.
+        right: Right responses to each prompt.
+        answers: Responses to each prompt.
     """
 
     candidate: Candidate
@@ -83,8 +83,8 @@ class Preview:
     entropy_per_token: float
     mean_length: float
     samples: int
-    right: Tensor
-    answers: Tensor
+    right: tuple[float, ...]
+    answers: tuple[float, ...]
 
     def record(self) -> dict[str, Any]:
         """By the keys of `summary.json`."""
@@ -143,7 +143,8 @@ def choose(rows: Sequence[Preview]) -> Preview:
     samples cannot tell apart the order decides, which is not noise; of the best, the first.
     """
     best = max(rows, key=lambda row: row.pass_at_1)
-    behind = (clustered_ratio(best.right - row.right, best.answers) for row in rows)
+    answers = torch.tensor(best.answers)
+    behind = (clustered_ratio(torch.tensor(best.right) - torch.tensor(row.right), answers) for row in rows)
     return next(row for row, by in zip(rows, behind, strict=True) if row is best or bool(by.value <= by.stderr))
 
 
@@ -213,8 +214,8 @@ def _measure(
         entropy_per_token=float(clustered_ratio(total["entropy"], total["tokens"]).value),
         mean_length=float(clustered_ratio(total["tokens"], total["samples"]).value),
         samples=int(total["samples"].sum()),
-        right=total["correct"],
-        answers=total["samples"],
+        right=tuple(total["correct"].tolist()),
+        answers=tuple(total["samples"].tolist()),
     )
 
 

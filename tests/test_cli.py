@@ -362,7 +362,10 @@ def test_trainer_settings_of_a_stage_go_over_the_shared_ones(chain: Callable[...
     assert kinds(build.trainer("base")) == set()
     recorded = build.settings("distill")["distill_trainer"]
     assert recorded["max_epochs"] == 5
-    assert not {"callbacks", "logger", "devices"} & set(recorded)
+    assert not {"logger", "devices"} & set(recorded)
+    # What only watches leaves no trace; what may stop a stage or change its weights does.
+    assert [callback["class_path"].rpartition(".")[2] for callback in recorded["callbacks"]] == ["EarlyStopping"]
+    assert "callbacks" not in build.settings("extreme_region")["extreme_region_trainer"]
 
 
 def test_a_stage_whose_length_nobody_gave(chain: Callable[..., Rounds], tmp_path: Path) -> None:

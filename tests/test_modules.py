@@ -702,7 +702,8 @@ def measured(
         suffix = "" if name == "base" else f"_to_{name}"
         value, stderr = ratio(sums[name], sums["tokens"])
         result[f"kl_per_token{suffix}"], result[f"kl_per_token{suffix}_stderr"] = value, stderr
-        result[f"kl_per_response{suffix}"] = ratio(sums[name], samples)[0]
+        value, stderr = ratio(sums[name], samples)
+        result[f"kl_per_response{suffix}"], result[f"kl_per_response{suffix}_stderr"] = value, stderr
     return result
 
 

@@ -168,9 +168,8 @@ def test_candidates_within_the_budget() -> None:
 def row(name: str, *right: float) -> Preview:
     """What a candidate showed that got so many of four responses to each prompt right."""
     candidate = Candidate(name, Signal([Term()]), budget=0.1)
-    counts = torch.tensor(right, dtype=torch.float64)
-    accuracy = float(counts.mean() / 4)
-    return Preview(candidate, 1.0, 0.1, accuracy, 0.1, 0.1, 0.1, 0.5, 9.0, 16, counts, torch.full_like(counts, 4))
+    accuracy = sum(right) / len(right) / 4
+    return Preview(candidate, 1.0, 0.1, accuracy, 0.1, 0.1, 0.1, 0.5, 9.0, 16, right, (4.0,) * len(right))
 
 
 def test_the_first_that_is_hardly_worse_than_the_best_is_chosen() -> None:
