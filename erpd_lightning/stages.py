@@ -130,7 +130,7 @@ class Stages:
             )
         if done is not None:
             say(f"{title}: done already")
-            if wanted and self.only_round is not None and stage != "evaluation":
+            if wanted and (self.only_round is not None or number == 0) and stage != "evaluation":
                 raise StageOnly
             return done
         if holds_work(folder):

@@ -396,6 +396,7 @@ distill_trainer:
     folder = tmp_path / "run" / "round-1"
     assert "needs the stage base in" in refused(*args, "--stage=signal")
     run(*args, "--stage=base")
+    assert "[base] base: done already" in run(*args, "--stage=base")
     assert "needs the stage rollouts in" in refused(*args, "--stage=extreme_region")
     for stage in STAGES[1:]:
         assert not (folder / stage / "stage.json").exists()
