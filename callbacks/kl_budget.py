@@ -23,7 +23,7 @@ from ..data.verifiers import Unverified
 from ..errors import UserError
 from ..evaluation import prompt_sums
 from ..line import Line, Measured, go_back
-from ..metrics import ClusteredRatio
+from ..metrics import clustered_ratio
 from ..objectives.divergences import kl_value
 from ..policy import Policy, load_frozen
 from ..policy_module import PolicyModule
@@ -83,7 +83,8 @@ class KLBudget(Callback):
             `RolloutDataModule` that its round does not use, or else its held-out ones.
         tokenizer: Where the tokenizer for them is; None for beside the reference.
         sampler: Draws responses to them; None for the default.
-        max_prompts: Prompts of a measurement. A search takes up to 16 times as many where it needs them.
+        max_prompts: Prompts of a measurement. A search takes up to 16 times as many where it needs them and there are
+            as many; with few prompts the budget is surely kept, but not nearly spent.
         samples: Responses to each.
         coefficient: For `adapt`, the module's attribute: the weight of its KL term.
         gain: For `adapt`, how much of the relative error is put on the coefficient at once.
@@ -380,29 +381,33 @@ class KLBudget(Callback):
     ) -> Measured:
         """The KL on fresh samples, with a standard error of at most `stderr` if up to 16 measurements can give it.
 
+        Prompts that come again after the last one add samples, not prompts, which are what the standard error counts.
+
         Raises:
             UserError: If there is nothing left to sample from.
         """
         began = perf_counter()
         if not all(parameter.isfinite().all() for parameter in _parameters(module)):
             raise UserError(DIVERGED.format(step=trainer.global_step, what="a weight of the policy is not a number"))
-        policy, metric = _policy(module), ClusteredRatio().to(module.device)
+        policy = _policy(module)
         data, prompts = self._find_prompts(trainer)
+        sums = torch.zeros(2, len(prompts), dtype=torch.float64)  # KL, and what it is divided by, of each prompt
         with self._reference(module) as reference, undisturbed(trainer, module):
             for chunk in range(CHUNKS):
-                chosen = [prompts[(chunk * self.max_prompts + i) % len(prompts)] for i in range(self.max_prompts)]
-                # No prompt twice in a chunk: what is sampled for one belongs together.
-                chosen = chosen[: len(prompts)]
+                first, count = chunk * self.max_prompts, min(self.max_prompts, len(prompts))
+                chosen = torch.arange(first, first + count) % len(prompts)
                 name = f"kl budget, {purpose}, {chunk}"
-                for batch in data.prompt_batches(chosen, self.samples, name, *ranks(trainer)):
-                    batch = replace(batch, verifier=Unverified())
+                asked = [prompts[i] for i in chosen.tolist()]
+                for batch in data.prompt_batches(asked, self.samples, name, *ranks(trainer)):
                     if batch.prompts:
-                        table = batch.respond(policy.model)
-                        sums = prompt_sums(policy, {"kl": reference}.__getitem__, ["kl"], table, batch)
-                        number = torch.full_like(sums["tokens"], self.samples)
-                        per = sums["tokens"] if self.per == "token" else number
-                        metric.update(sums["kl"].to(module.device), per.to(module.device))
-                ratio = metric.compute()
+                        table = replace(batch, verifier=Unverified()).respond(policy.model)
+                        said = prompt_sums(policy, {"kl": reference}.__getitem__, ["kl"], table, batch)
+                        number = torch.full_like(said["tokens"], self.samples)
+                        places = chosen[torch.tensor(batch.groups)]
+                        sums[0].index_add_(0, places, said["kl"])
+                        sums[1].index_add_(0, places, said["tokens"] if self.per == "token" else number)
+                total = trainer.strategy.reduce(sums.clone().to(module.device), reduce_op="sum")
+                ratio = clustered_ratio(*total[:, total[1] > 0])
                 found = Measured(float(ratio.value), float(ratio.stderr))
                 if stderr == math.inf or found.stderr <= stderr or math.isnan(found.kl):
                     break

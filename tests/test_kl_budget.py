@@ -124,6 +124,20 @@ def test_it_measures_what_transformers_alone_measures(folder: Path) -> None:
         assert budget.upper == pytest.approx(budget.last.kl + 1.6448536 * budget.last.stderr)
 
 
+def test_standard_errors_count_prompts(folder: Path) -> None:
+    """Sixteen chunks of the same few prompts tell no more of other prompts than many samples of each."""
+    few, module = folder / "few.jsonl", Drifting(folder, learning_rate=0.05)
+    few.write_text("".join((folder / "prompts.jsonl").read_text().splitlines(keepends=True)[::45]))
+    again, once = (make_budget(folder, budget=1000, prompts=few, **how) for how in ({"samples": 4}, {"samples": 64}))
+    trainer = fit(module, once, max_steps=8)
+    again._find_prompts(trainer)
+    found = again._measure(trainer, module, "again", stderr=1e-9)
+    assert once.last is not None
+    assert found.kl == pytest.approx(once.last.kl, rel=0.05)
+    assert found.stderr == pytest.approx(once.last.stderr, rel=0.25)
+    assert found.stderr > 0.02 * found.kl
+
+
 def test_watching_changes_nothing(folder: Path) -> None:
     """The same weights, random state and modes as without it."""
     plain, watched = Drifting(folder), Drifting(folder)
