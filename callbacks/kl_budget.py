@@ -1,7 +1,7 @@
 """A KL budget as a contract: weights that overran it do not leave a training unnoticed, and can be brought back."""
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import astuple, replace
 from itertools import count
@@ -176,18 +176,24 @@ class KLBudget(Callback):
         if stage != "fit":
             return
         self._ended = False
-        references = getattr(pl_module, "references", {})
-        if self.reference not in references and not _is_policy(self.reference):
-            names = ", ".join(references) or "none"
-            raise UserError(
-                f"KLBudget.reference is {self.reference!r}: it is neither a folder, nor a hub name, nor among the "
-                f"module's references ({names})"
-            )
+        self.check_reference(getattr(pl_module, "references", {}))
         if self.action == "adapt" and not _positive(getattr(pl_module, self.coefficient, None)):
             raise UserError(
                 f"KLBudget.coefficient: {type(pl_module).__name__} has no positive {self.coefficient} to adapt"
             )
         self._find_prompts(trainer)
+
+    def check_reference(self, names: Iterable[str]) -> None:
+        """Whether the KL can be measured to the reference, among the named ones of a module.
+
+        Raises:
+            UserError: If it is none of them, and no policy of its own.
+        """
+        if self.reference not in names and not _is_policy(self.reference):
+            raise UserError(
+                f"KLBudget.reference is {self.reference!r}: it is neither a folder, nor a hub name, nor among the "
+                f"module's references ({', '.join(names) or 'none'})"
+            )
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Keep the weights to go back to, and go on as an interrupted training was."""

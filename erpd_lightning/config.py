@@ -11,6 +11,7 @@ from lightning.pytorch.callbacks import Checkpoint
 from lightning.pytorch.cli import LightningArgumentParser
 from lightning.pytorch.loggers import CSVLogger
 
+from .callbacks import KLBudget
 from .data.rollouts import RolloutDataModule
 from .distill import UNRESTRAINED, DistillModule
 from .errors import UserError
@@ -211,6 +212,9 @@ class ConfigBuilder:
                     f"{stage}.pass_at_k is {module.pass_at_k}, but data.validation_samples is only "
                     f"{data.validation_samples}"
                 )
+            for callback in trainer.callbacks:  # type: ignore[attr-defined]
+                if isinstance(callback, KLBudget):
+                    callback.check_reference(_references(module))
             if isinstance(module, ExtremeRegionModule):
                 module.check_rollouts(data)
             if module.needs_groups and data.group_size < 2:
@@ -379,6 +383,12 @@ def trainer_of(stage: str) -> str:
 def _group(stage: str) -> str:
     """Where a stage's settings are; some stages have only those that differ from another's."""
     return "extreme_region" if stage == "unlearned" or is_teacher(stage) else stage
+
+
+def _references(module: PolicyModule) -> list[str]:
+    """The policies that the chain gives a module to measure the KL to."""
+    two = isinstance(module, DistillModule) and module.total_budget is not None
+    return [*module.references, "first"] if two else list(module.references)
 
 
 def _told_apart(loggers: Any, folder: Path) -> None:

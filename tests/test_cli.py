@@ -538,6 +538,15 @@ def test_a_mistake_in_a_process_of_its_own(tmp_path: Path) -> None:
             "not erpd_lightning.TiltedTarget",
         ),
         ("--trainer.logger=foo", "trainer.logger: foo is no class path"),
+        (
+            '--trainer.callbacks=[{"class_path": "erpd_lightning.callbacks.KLBudget", "init_args": {"budget": 0.0}}]',
+            "trainer.callbacks: KLBudget.budget is 0.0: it must be a positive, finite number of nats",
+        ),
+        (
+            '--trainer.callbacks=[{"class_path": "erpd_lightning.callbacks.KLBudget", '
+            '"init_args": {"budget": 0.1, "reference": "foo"}}]',
+            "KLBudget.reference is 'foo': it is neither a folder, nor a hub name, nor among the module's references",
+        ),
         ("--extreme_region.objective.tau=1", "extreme_region.objective: class_path "),
         ("--extreme_region.objective.tau_positive=-1", "extreme_region.objective: tau_positive is -1.0; it has to be"),
         ("--extreme_region.objective.tau_negative=0", "extreme_region.objective: tau_negative is 0.0; it has to be"),
