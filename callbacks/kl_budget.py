@@ -1,7 +1,7 @@
 """A KL budget as a contract: weights that overran it do not leave a training unnoticed, and can be brought back."""
 
 import math
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import astuple, replace
 from itertools import count
@@ -122,8 +122,8 @@ class KLBudget(Callback):
             raise UserError(f"KLBudget.action is {action!r}: it must be one of {', '.join(get_args(Action))}")
         if per not in ("token", "response"):
             raise UserError(f"KLBudget.per is {per!r}: it must be token or response")
-        if not 0.5 <= confidence < 1:
-            raise UserError(f"KLBudget.confidence is {confidence}: it must be at least 0.5 and below 1")
+        if not 0.5 < confidence < 1:
+            raise UserError(f"KLBudget.confidence is {confidence}: it must lie between 0.5 and 1")
         if not 0 < tolerance < 1:
             raise UserError(f"KLBudget.tolerance is {tolerance}: it must lie between 0 and 1")
         if min(max_prompts, samples) < 1 or patience < 0 or (every_n_steps is not None and every_n_steps < 1):
@@ -183,7 +183,7 @@ class KLBudget(Callback):
             )
         self._find_prompts(trainer)
 
-    def check_reference(self, names: Iterable[str]) -> None:
+    def check_reference(self, names: Collection[str]) -> None:
         """Whether the KL can be measured to the reference, among the named ones of a module.
 
         Raises:
@@ -210,7 +210,7 @@ class KLBudget(Callback):
     ) -> None:
         """Estimate from the batch, and measure where that is due or the estimate asks for it."""
         if isinstance(outputs, Mapping):
-            self._sums += self._estimated(pl_module, outputs)
+            self._sums = self._sums.to(pl_module.device) + self._estimated(pl_module, outputs)
         if trainer.global_step == self._step or trainer.fast_dev_run or self._acted:  # type: ignore[attr-defined]
             return
         self._step = trainer.global_step
@@ -221,11 +221,11 @@ class KLBudget(Callback):
         if total[1] > 0:
             estimate = float(total[0] / total[1])
             pl_module.log("kl_budget/estimate", estimate)
+        self.seconds += perf_counter() - began  # A measurement counts its own.
         alarmed = estimate > self._alarm and self._step - self._last_step >= PAUSE
         if alarmed or (self.every_n_steps is not None and self._step % self.every_n_steps == 0):
             self._judge(trainer, pl_module, self._measure(trainer, pl_module, f"step {self._step}"))
             self._alarm = max(self.budget, estimate * DOUBT) if alarmed else self._alarm
-        self.seconds += perf_counter() - began
 
     def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Take what validation measured."""
@@ -266,11 +266,8 @@ class KLBudget(Callback):
             self._search(trainer, module, outside)
 
     def _search(self, trainer: Trainer, module: LightningModule, outside: Measured) -> None:
-        end = _weights(module)
-        _restore(module, self._inside)
-        start = [weight.detach().clone() for weight in _parameters(module)]
-        _restore(module, end)
-        line, attempts = Line(start, _parameters(module)), count()
+        inside = [weight.to(module.device) for weight in self._inside.values()]  # in the order of the parameters
+        line, attempts = Line(inside, _parameters(module)), count()
 
         def measure(share: float) -> Measured:
             line.move_to(share)
@@ -464,9 +461,9 @@ class KLBudget(Callback):
             origin = torch.zeros_like(log_ratio)
             kl = kl_value(log_ratio, origin, "k3", log_sampler=origin)
         if mask is None or kl is None:
-            return torch.zeros(2, dtype=torch.float64)
+            return torch.zeros_like(self._sums)
         number = mask.sum() if self.per == "token" else mask.any(-1).sum()
-        return torch.stack([torch.where(mask, kl, 0.0).double().sum(), number.double()]).cpu()
+        return torch.stack([torch.where(mask, kl, 0.0).double().sum(), number.double()])
 
     # What to say.
 

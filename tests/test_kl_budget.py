@@ -316,6 +316,7 @@ def test_what_was_brought_back_is_not_trained_again(folder: Path, tmp_path: Path
         ({"action": "hope"}, "KLBudget.action is 'hope': it must be one of warn, stop, rollback, search, adapt"),
         ({"per": "word"}, "KLBudget.per is 'word'"),
         ({"confidence": 1.0}, "KLBudget.confidence is 1.0"),
+        ({"confidence": 0.5}, "KLBudget.confidence is 0.5: it must lie between 0.5 and 1"),
         ({"tolerance": 0.0}, "KLBudget.tolerance is 0.0"),
         ({"max_prompts": 0}, "max_prompts"),
         ({"gain": 5.0}, "KLBudget.gain is 5.0"),
