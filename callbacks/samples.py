@@ -17,6 +17,7 @@ from lightning.pytorch.trainer.states import TrainerFn
 from ..data.batching import RolloutTable, micro_batches
 from ..data.prompts import PromptBatch
 from ..data.rollouts import RolloutDataModule
+from ..data.samples import token_texts
 from ..errors import UserError
 from ..policy import Policy
 from ..policy_module import PolicyModule
@@ -195,19 +196,6 @@ def respond(policy: Policy, base: Policy | None, prompts: PromptBatch) -> list[S
             said = signal[place][batch.mask[place]].tolist()
             found[row] = Sample(**{**vars(found[row]), "kl": kl[place], "signal": said})
     return found
-
-
-def token_texts(tokenizer: Any, ids: Sequence[int]) -> list[str]:
-    """Each token of a response as text.
-
-    A token is decoded after the one before it: some tokenizers drop the space that a text begins with.
-    """
-    texts = []
-    for place, token in enumerate(ids):
-        before = tokenizer.decode(ids[max(place - 1, 0) : place]) if place else ""
-        both = tokenizer.decode(ids[max(place - 1, 0) : place + 1])
-        texts.append(both.removeprefix(before) if both.startswith(before) else tokenizer.decode([token]))
-    return texts
 
 
 def format_samples(

@@ -11,6 +11,11 @@ class UserError(ValueError):
     """
 
 
+def first_line(error: Exception) -> str:
+    """The first line of an error's message; its type where there is none."""
+    return next(iter(str(error).strip().splitlines()), type(error).__name__)
+
+
 def refuse(message: str) -> NoReturn:
     """End the program with a line about a mistake of the user's, and exit code 2."""
     print(f"error: {message}", file=sys.stderr)

@@ -26,11 +26,11 @@ from erpd_lightning.callbacks.samples import (
     format_samples,
     log_samples,
     respond,
-    token_texts,
 )
 from erpd_lightning.callbacks.undisturbed import undisturbed
 from erpd_lightning.data.rollouts import RolloutDataModule
 from erpd_lightning.data.samplers import Response, TransformersSampler
+from erpd_lightning.data.samples import token_texts
 from erpd_lightning.errors import UserError
 from erpd_lightning.extreme_region import ExtremeRegionModule
 from erpd_lightning.policy import load_policy
@@ -109,7 +109,7 @@ class Sentence:
 
     words = (" the", " cat", "s", b"\xe4", b"\xb8\xad")
 
-    def decode(self, ids: Sequence[int]) -> str:
+    def decode(self, ids: Sequence[int], **_: Any) -> str:
         raw = b"".join(w if isinstance(w, bytes) else w.encode() for w in (self.words[i] for i in ids))
         return raw.decode(errors="replace").removeprefix(" ")
 

@@ -10,7 +10,7 @@ from typing import Any
 import pyarrow as pa
 import torch
 
-from ..errors import UserError
+from ..errors import UserError, first_line
 from .samplers import Response, Sampler
 from .store import ROLLOUTS
 from .verifiers import Verifier
@@ -202,11 +202,6 @@ def loading(path: str | Path, kind: str) -> Iterator[None]:
         yield
     except Exception as error:  # A damaged file or an odd configuration raises errors of many libraries.
         raise UserError(f"no {kind} can be loaded from {path}: {first_line(error)}") from error
-
-
-def first_line(error: Exception) -> str:
-    """The first line of an error's message; its type where there is none."""
-    return next(iter(str(error).strip().splitlines()), type(error).__name__)
 
 
 def _read_jsonl(path: Path) -> Iterator[Prompt]:

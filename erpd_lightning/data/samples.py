@@ -9,7 +9,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
-from ..errors import UserError
+from ..errors import UserError, first_line
 from .store import atomic_write
 
 SAMPLES_FILE = "samples.parquet"
@@ -65,7 +65,7 @@ def sample_table(table: pa.Table, kls: Sequence[Sequence[float]], tokenizer: Any
     columns = {
         **{name: table[name] for name in SAMPLES.names if name in table.column_names},
         "token_ids": ids,
-        "token_texts": [_token_texts(row, tokenizer, known) for row in ids],
+        "token_texts": [token_texts(tokenizer, row, known) for row in ids],
         "special": [[token in special for token in row] for row in ids],
         "kls": kls,
     }
@@ -97,13 +97,20 @@ def read_samples(path: Path) -> list[dict[str, Any]]:
     try:
         table = pq.ParquetFile(path).read(columns=SAMPLES.names).cast(SAMPLES)
     except (OSError, ValueError, pa.ArrowException) as error:
-        raise UserError(f"{path} cannot be read as the samples of an evaluation: {_first_line(error)}") from error
+        raise UserError(f"{path} cannot be read as the samples of an evaluation: {first_line(error)}") from error
     rows: list[dict[str, Any]] = table.to_pylist()
     return rows
 
 
-def _token_texts(ids: Sequence[int], tokenizer: Any, known: dict[tuple[int, ...], str]) -> list[str]:
-    """Each token's text behind the token before it: alone, many tokenizers drop the space that begins a word."""
+def token_texts(tokenizer: Any, ids: Sequence[int], known: dict[tuple[int, ...], str] | None = None) -> list[str]:
+    """Each token's text behind the token before it: alone, many tokenizers drop the space that begins a word.
+
+    Args:
+        tokenizer: The policy's tokenizer.
+        ids: Token ids of a response.
+        known: What one and two tokens are as text, noted here for other responses.
+    """
+    known = {} if known is None else known
 
     def decoded(*tokens: int) -> str:
         if tokens not in known:
@@ -116,7 +123,3 @@ def _token_texts(ids: Sequence[int], tokenizer: Any, known: dict[tuple[int, ...]
         if both.startswith(before):
             texts[i] = both.removeprefix(before)
     return texts
-
-
-def _first_line(error: Exception) -> str:
-    return next(iter(str(error).strip().splitlines()), type(error).__name__)
