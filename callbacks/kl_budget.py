@@ -1,9 +1,8 @@
 """A KL budget as a contract: weights that overran it do not leave a training unnoticed, and can be brought back."""
 
 import math
-from collections.abc import Collection, Mapping, Sequence
-from contextlib import AbstractContextManager, nullcontext
-from dataclasses import astuple, replace
+from collections.abc import Mapping, Sequence
+from dataclasses import astuple
 from itertools import count
 from pathlib import Path
 from statistics import NormalDist
@@ -15,24 +14,14 @@ from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.trainer.states import TrainerFn
 from torch import Tensor, nn
 
-from ..data.passes import ranks
-from ..data.prompts import Prompt
-from ..data.rollouts import RolloutDataModule
 from ..data.samplers import Sampler
-from ..data.verifiers import Unverified
 from ..errors import UserError
-from ..evaluation import prompt_sums
 from ..line import Line, Measured, go_back
-from ..metrics import clustered_ratio
 from ..objectives.divergences import kl_value
-from ..policy import Policy, load_frozen
 from ..policy_module import PolicyModule
-from .undisturbed import undisturbed
+from .fresh_kl import FreshKL, policy_of
 
 Action = Literal["warn", "stop", "rollback", "search", "adapt"]
-
-CHUNKS = 16
-"""The most measurements that a search takes together at one place."""
 
 PAUSE = 10
 """Optimiser steps between a measurement and one that the cheap estimate asks for."""
@@ -135,20 +124,13 @@ class KLBudget(Callback):
             raise UserError(f"KLBudget.gain is {gain}: it must be above 0 and below {1 / WIDEST:g}")
         self.budget = budget
         self.action = action
-        self.per = per
-        self.reference = reference
+        self.fresh_kl = FreshKL(reference, per, prompts, tokenizer, sampler, max_prompts, samples, seed)
         self.every_n_steps = every_n_steps
         self.margin = NormalDist().inv_cdf(confidence)
         self.patience = patience
         self.tolerance = tolerance
-        self.prompts = prompts
-        self.tokenizer = tokenizer
-        self.sampler = sampler
-        self.max_prompts = max_prompts
-        self.samples = samples
         self.coefficient = coefficient
         self.gain = gain
-        self.seed = seed
         self.reasons: list[str] = []
         self.last: Measured | None = None
         self.seconds = 0.0
@@ -162,7 +144,6 @@ class KLBudget(Callback):
         self._value: float | None = None
         self._sums = torch.zeros(2, dtype=torch.float64)
         self._step = 0
-        self._source: tuple[RolloutDataModule, list[Prompt]] | None = None
 
     @property
     def upper(self) -> float:
@@ -176,23 +157,10 @@ class KLBudget(Callback):
         if stage != "fit":
             return
         self._ended = False
-        self.check_reference(getattr(pl_module, "references", {}))
+        self.fresh_kl.check(trainer, pl_module)
         if self.action == "adapt" and not _positive(getattr(pl_module, self.coefficient, None)):
             raise UserError(
                 f"KLBudget.coefficient: {type(pl_module).__name__} has no positive {self.coefficient} to adapt"
-            )
-        self._find_prompts(trainer)
-
-    def check_reference(self, names: Collection[str]) -> None:
-        """Whether the KL can be measured to the reference, among the named ones of a module.
-
-        Raises:
-            UserError: If it is none of them, and no policy of its own.
-        """
-        if self.reference not in names and not _is_policy(self.reference):
-            raise UserError(
-                f"KLBudget.reference is {self.reference!r}: it is neither a folder, nor a hub name, nor among the "
-                f"module's references ({', '.join(names) or 'none'})"
             )
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
@@ -301,7 +269,7 @@ class KLBudget(Callback):
         if not self._ended:
             pl_module.to(trainer.strategy.root_device)
             self._end(trainer, pl_module)
-        self._source = None
+        self.fresh_kl.forget()
 
     def _end(self, trainer: Trainer, module: LightningModule) -> None:
         """The weights that are left are inside, or are brought inside, or the training fails.
@@ -348,7 +316,7 @@ class KLBudget(Callback):
             UserError: If it is not a number.
         """
         if not math.isfinite(found.kl):
-            what = f"the KL to {self.reference} is {found.kl}"
+            what = f"the KL to {self.fresh_kl.reference} is {found.kl}"
             raise UserError(DIVERGED.format(step=trainer.global_step, what=what))
         self.last, self._last_step, self._versions = found, trainer.global_step, _versions(module)
         logged = {
@@ -369,89 +337,25 @@ class KLBudget(Callback):
 
     def _validated(self, trainer: Trainer, module: LightningModule) -> Measured | None:
         """What validation logged of this very KL; a measurement of its own where steps do not say when."""
-        if isinstance(module, PolicyModule) and self.reference in module.references:
-            name = f"val/kl_per_{self.per}" + ("" if self.reference == "base" else f"_to_{self.reference}")
-            logged = trainer.callback_metrics
-            if name in logged:
-                return Measured(float(logged[name]), float(logged[f"{name}_stderr"]))
-        if self.every_n_steps is None:
+        found = self.fresh_kl.logged(trainer, module)
+        if found is None and self.every_n_steps is None:
             return self._measure(trainer, module, f"validation {trainer.global_step}")
-        return None
+        return found
 
-    @torch.no_grad()
     def _measure(
         self, trainer: Trainer, module: LightningModule, purpose: str, stderr: float = math.inf
     ) -> Measured:
-        """The KL on fresh samples, with a standard error of at most `stderr` if up to 16 measurements can give it.
-
-        Prompts that come again after the last one add samples, not prompts, which are what the standard error counts.
+        """The KL on fresh samples, and the time that it took; see `FreshKL.measure`.
 
         Raises:
-            UserError: If there is nothing left to sample from.
+            UserError: If a weight of the policy is not a number.
         """
         began = perf_counter()
         if not all(parameter.isfinite().all() for parameter in _parameters(module)):
             raise UserError(DIVERGED.format(step=trainer.global_step, what="a weight of the policy is not a number"))
-        policy = _policy(module)
-        data, prompts = self._find_prompts(trainer)
-        sums = torch.zeros(2, len(prompts), dtype=torch.float64)  # KL, and what it is divided by, of each prompt
-        with self._reference(module) as reference, undisturbed(trainer, module):
-            for chunk in range(CHUNKS):
-                first, count = chunk * self.max_prompts, min(self.max_prompts, len(prompts))
-                chosen = torch.arange(first, first + count) % len(prompts)
-                name = f"kl budget, {purpose}, {chunk}"
-                asked = [prompts[i] for i in chosen.tolist()]
-                for batch in data.prompt_batches(asked, self.samples, name, *ranks(trainer)):
-                    if batch.prompts:
-                        table = replace(batch, verifier=Unverified()).respond(policy.model)
-                        said = prompt_sums(policy, {"kl": reference}.__getitem__, ["kl"], table, batch)
-                        number = torch.full_like(said["tokens"], self.samples)
-                        places = chosen[torch.tensor(batch.groups)]
-                        sums[0].index_add_(0, places, said["kl"])
-                        sums[1].index_add_(0, places, said["tokens"] if self.per == "token" else number)
-                total = trainer.strategy.reduce(sums.clone().to(module.device), reduce_op="sum")
-                ratio = clustered_ratio(*total[:, total[1] > 0])
-                found = Measured(float(ratio.value), float(ratio.stderr))
-                if stderr == math.inf or found.stderr <= stderr or math.isnan(found.kl):
-                    break
+        found = self.fresh_kl.measure(trainer, module, purpose, stderr)
         self.seconds += perf_counter() - began
         return found
-
-    def _find_prompts(self, trainer: Trainer) -> tuple[RolloutDataModule, list[Prompt]]:
-        """The prompts to measure on, and what makes batches of them.
-
-        Raises:
-            UserError: If there are none.
-        """
-        if self._source is None:
-            data: Any = getattr(trainer, "datamodule", None)
-            if self.prompts is not None:
-                data = RolloutDataModule(
-                    store="",
-                    tokenizer=self.tokenizer or self._path(trainer.lightning_module),
-                    validation_prompts=self.prompts,
-                    sampler=self.sampler,
-                    seed=self.seed,
-                )
-                prompts = data.held_out_prompts()
-            elif isinstance(data, RolloutDataModule):
-                prompts = data.unused_prompts() or data.held_out_prompts()
-            else:
-                prompts = []
-            if not prompts:
-                raise UserError("KLBudget.prompts is missing: the KL is measured on fresh responses to some prompts")
-            self._source = data, prompts
-        return self._source
-
-    def _path(self, module: LightningModule) -> str:
-        references: Mapping[str, str] = getattr(module, "references", {})
-        return references.get(self.reference, self.reference)
-
-    def _reference(self, module: LightningModule) -> AbstractContextManager[Policy]:
-        """The reference policy while it is measured: the module's own where it may have it in memory."""
-        if isinstance(module, PolicyModule) and self.reference in module.references:
-            return module.borrowed(self.reference)
-        return nullcontext(load_frozen(self._path(module), _policy(module), "KLBudget.reference"))
 
     def _estimated(self, module: LightningModule, outputs: Mapping[str, Any]) -> Tensor:
         """Sum of the estimates of a micro-batch, and what it is to be divided by: `(2,)` float64."""
@@ -462,7 +366,7 @@ class KLBudget(Callback):
             kl = kl_value(log_ratio, origin, "k3", log_sampler=origin)
         if mask is None or kl is None:
             return torch.zeros_like(self._sums)
-        number = mask.sum() if self.per == "token" else mask.any(-1).sum()
+        number = mask.sum() if self.fresh_kl.per == "token" else mask.any(-1).sum()
         return torch.stack([torch.where(mask, kl, 0.0).double().sum(), number.double()])
 
     # What to say.
@@ -472,7 +376,7 @@ class KLBudget(Callback):
 
     def _described(self, found: Measured) -> str:
         return (
-            f"KL {found.kl:.4g} ± {found.stderr:.2g} nats per {self.per} to {self.reference} "
+            f"KL {found.kl:.4g} ± {found.stderr:.2g} nats per {self.fresh_kl.per} to {self.fresh_kl.reference} "
             f"(at most {self._bound(found):.4g}, budget {self.budget:.4g})"
         )
 
@@ -518,23 +422,8 @@ class KLBudget(Callback):
         self._versions = []
 
 
-def _policy(module: LightningModule) -> Policy:
-    """The module's policy, with the questions that are asked of it.
-
-    Raises:
-        UserError: If it has none.
-    """
-    policy = getattr(module, "policy", None)
-    if not isinstance(policy, nn.Module):
-        raise UserError(
-            f"KLBudget needs a module with a policy, a causal language model: {type(module).__name__}.policy is "
-            f"{type(policy).__name__}"
-        )
-    return policy if isinstance(policy, Policy) else Policy(policy)
-
-
 def _parameters(module: LightningModule) -> Sequence[nn.Parameter]:
-    return list(_policy(module).model.parameters())
+    return list(policy_of(module).model.parameters())
 
 
 def _versions(module: LightningModule) -> list[int]:
@@ -544,18 +433,13 @@ def _versions(module: LightningModule) -> list[int]:
 
 def _weights(module: LightningModule) -> dict[str, Tensor]:
     """A copy of the policy's weights."""
-    return {name: value.detach().cpu().clone() for name, value in _policy(module).model.named_parameters()}
+    return {name: value.detach().cpu().clone() for name, value in policy_of(module).model.named_parameters()}
 
 
 @torch.no_grad()
 def _restore(module: LightningModule, weights: Mapping[str, Tensor]) -> None:
-    for name, parameter in _policy(module).model.named_parameters():
+    for name, parameter in policy_of(module).model.named_parameters():
         parameter.copy_(weights[name])
-
-
-def _is_policy(name: str) -> bool:
-    """Whether a name can be that of a folder or of a model on the hub."""
-    return Path(name).is_dir() or name.count("/") == 1
 
 
 def _positive(value: Any) -> bool:

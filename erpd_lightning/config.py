@@ -214,7 +214,7 @@ class ConfigBuilder:
                 )
             for callback in trainer.callbacks:  # type: ignore[attr-defined]
                 if isinstance(callback, KLBudget):
-                    callback.check_reference(_references(module))
+                    callback.fresh_kl.check_reference(_references(module))
             if isinstance(module, ExtremeRegionModule):
                 module.check_rollouts(data)
             if module.needs_groups and data.group_size < 2:

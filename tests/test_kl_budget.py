@@ -130,7 +130,6 @@ def test_standard_errors_count_prompts(folder: Path) -> None:
     few.write_text("".join((folder / "prompts.jsonl").read_text().splitlines(keepends=True)[::45]))
     again, once = (make_budget(folder, budget=1000, prompts=few, **how) for how in ({"samples": 4}, {"samples": 64}))
     trainer = fit(module, once, max_steps=8)
-    again._find_prompts(trainer)
     found = again._measure(trainer, module, "again", stderr=1e-9)
     assert once.last is not None
     assert found.kl == pytest.approx(once.last.kl, rel=0.05)
