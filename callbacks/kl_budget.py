@@ -178,7 +178,7 @@ class KLBudget(Callback):
     ) -> None:
         """Estimate from the batch, and measure where that is due or the estimate asks for it."""
         if isinstance(outputs, Mapping):
-            self._sums = self._sums.to(pl_module.device) + self._estimated(pl_module, outputs)
+            self._sums = self._sums.to(pl_module.device) + self._estimated(trainer, pl_module, outputs)
         if trainer.global_step == self._step or trainer.fast_dev_run or self._acted:  # type: ignore[attr-defined]
             return
         self._step = trainer.global_step
@@ -357,11 +357,14 @@ class KLBudget(Callback):
         self.seconds += perf_counter() - began
         return found
 
-    def _estimated(self, module: LightningModule, outputs: Mapping[str, Any]) -> Tensor:
+    def _estimated(self, trainer: Trainer, module: LightningModule, outputs: Mapping[str, Any]) -> Tensor:
         """Sum of the estimates of a micro-batch, and what it is to be divided by: `(2,)` float64."""
         mask, kl, log_ratio = (outputs.get(name) for name in ("mask", "kl", "log_ratio"))
-        # Where the anchor of the ratio is taken again and again, it is not the reference.
-        if kl is None and log_ratio is not None and not getattr(module, "re_anchors", False):
+        # Where the anchor of the ratio is taken again and again, or rollouts are those of earlier rounds too, it is
+        # not the reference.
+        data = getattr(trainer, "datamodule", None)
+        other = getattr(module, "re_anchors", False) or len(getattr(data, "trained_on", ())) > 1
+        if kl is None and log_ratio is not None and not other:
             origin = torch.zeros_like(log_ratio)
             kl = kl_value(log_ratio, origin, "k3", log_sampler=origin)
         if mask is None or kl is None:

@@ -29,7 +29,7 @@ CLASSES = {
 }
 
 BOUND_BY_CHAIN = {
-    "data": {"store", "tokenizer", "scores", "fresh", "round", "preview_prompts", "seed"},
+    "data": {"store", "tokenizer", "scores", "earlier", "fresh", "round", "preview_prompts", "seed"},
     "extreme_region": {"policy", "references", "sign"},
     "distill": {"policy", "references", "policies"},
     "trainer": {"default_root_dir", "enable_checkpointing"},
@@ -303,6 +303,8 @@ class ConfigBuilder:
             sampled: tuple[str, ...] = ("iterations", *SAMPLED) if data["iterations"] > 1 else ()
             if stage == "distill" and self.config["distill"]["iterations"] > 1:
                 sampled = ANSWERED
+            elif stage != "distill" and data["replay"]:
+                sampled = (*sampled, "replay")
             of_data = ("batch_size", *sampled, *calibration["data"])
             ignored = OPERATIONAL.difference(calibration["trainer"])
             own = {

@@ -128,12 +128,18 @@ class ExtremeRegionModule(PolicyModule):
         """Whether the rollouts are those that the KL term takes them for.
 
         Raises:
-            UserError: If they are the policy's own, and the KL to the base policy is estimated from them.
+            UserError: If they are another policy's, and the KL to the base policy is estimated from them.
         """
-        if data.iterations > 1 and self.kl_coef > 0 and self.kl_estimator != "exact":
+        if self.kl_coef == 0 or self.kl_estimator == "exact":
+            return
+        others = {
+            "with data.iterations above 1 they are the policy's own": data.iterations > 1,
+            "with data.replay some are those of the base policies of earlier rounds": data.replay > 0,
+        }
+        for reason in (reason for reason, holds in others.items() if holds):
             raise UserError(
                 f"extreme_region.kl_estimator is {self.kl_estimator}, which takes rollouts for those of the base "
-                "policy; with data.iterations above 1 they are the policy's own: take exact"
+                f"policy; {reason}: take exact"
             )
 
     def on_train_start(self) -> None:

@@ -155,6 +155,7 @@ class Rounds:
             store=folder / "rollouts",
             tokenizer=self.student(0),
             scores=folder / "signal" if with_scores else None,
+            earlier=[self.round_dir(n) / "rollouts" for n in range(number - 1, 0, -1)],
             fresh=folder / "distill" / "rollouts",
             round=number,
             preview_prompts=0 if self._auto is None else self._auto.prompts,
@@ -252,6 +253,9 @@ class Rounds:
 
     def _extreme(self, stage: str, name: str, number: int, inputs: dict[str, str]) -> Record:
         folder = self.round_dir(number) / stage.replace(".", "/")
+        if replayed := self.data(number).trained_on[1:]:
+            prints = [Store.open(path, verify=False).fingerprint for path in replayed]
+            inputs = {**inputs, "replayed": _together(prints)}
         path = {**self.policies(number), "student": self.student(number)}[name]
 
         def body() -> Record:

@@ -1,11 +1,12 @@
 """`RolloutDataModule`: rollouts sampled once, kept in a store, and read again in every epoch."""
 
 import copy
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from functools import cached_property, partial
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from lightning.pytorch import LightningDataModule
 from lightning.pytorch.trainer.states import TrainerFn
@@ -25,7 +26,7 @@ from .prompts import (
     tokenize,
 )
 from .samplers import Sampler, TransformersSampler
-from .store import Store, sha256_file
+from .store import Store, joined, sha256_file
 from .verifiers import ExactMatch, Unverified, Verifier
 
 
@@ -51,6 +52,10 @@ class RolloutDataModule(LightningDataModule):
             the store is complete.
         validation_prompts: Held-out prompts in the same format; None for no validation.
         scores: Directory with the stored scores of policies on the rollouts, for distillation.
+        earlier: Rollout stores of the rounds before, the latest first.
+        replay: How many of them are trained on again beside the round's own, each response with the log-probs of the
+            policy that sampled it; 0 for none. They cost no sampling and no verification. What the scores are of, and
+            hence what is distilled, is the round's own rollouts alone: the states that its base policy comes to.
         fresh: Directory for the rollouts of a student that answers the prompts itself while it is distilled
             (`distill.iterations`); they are not verified.
         sampler: Draws the responses.
@@ -82,6 +87,8 @@ class RolloutDataModule(LightningDataModule):
         prompts: str | Path | None = None,
         validation_prompts: str | Path | None = None,
         scores: str | Path | None = None,
+        earlier: Sequence[str | Path] = (),
+        replay: int = 0,
         fresh: str | Path | None = None,
         sampler: Sampler | None = None,
         verifier: Verifier | None = None,
@@ -113,14 +120,26 @@ class RolloutDataModule(LightningDataModule):
         for name, count in counts.items():
             if count is not None and count < 1:
                 raise UserError(f"data.{name} is {count}: it must be at least 1")
-        for name, count in {"calibration_prompts": calibration_prompts, "preview_prompts": preview_prompts}.items():
+        optional = {
+            "calibration_prompts": calibration_prompts,
+            "preview_prompts": preview_prompts,
+            "replay": replay,
+        }
+        for name, count in optional.items():
             if count < 0:
                 raise UserError(f"data.{name} is {count}: it must be at least 0")
+        if replay and iterations > 1:
+            raise UserError(
+                f"data.replay is {replay}, but data.iterations ({iterations}) is above 1: what is trained on-policy "
+                "takes no earlier rollouts"
+            )
         self.root = Path(store)
         self.tokenizer_path = tokenizer
         self.prompts = prompts
         self.validation_prompts = validation_prompts
         self.scores = None if scores is None else Path(scores)
+        self.earlier = [Path(path) for path in earlier]
+        self.replay = replay
         self.fresh = None if fresh is None else Path(fresh)
         self.sampler = sampler or TransformersSampler()
         self.verifier = verifier or ExactMatch()
@@ -169,6 +188,7 @@ class RolloutDataModule(LightningDataModule):
         student.forget()
         student.root, student.scores, student.verifier = self.fresh, None, Unverified()
         student.iterations, student.iteration, student._is_student = iterations, 1, True
+        student.earlier = []
         student._loader = student._resumed = None
         return student
 
@@ -188,17 +208,23 @@ class RolloutDataModule(LightningDataModule):
         """The tokenizer of the policies."""
         return load_tokenizer(self.tokenizer_path)
 
+    @property
+    def trained_on(self) -> list[Path]:
+        """The stores whose rollouts are trained on: the round's own first."""
+        return [self.store, *(self.earlier[: self.replay] if self.scores is None else [])]
+
     @cached_property
     def rollouts(self) -> RolloutTable:
-        """The stored rollouts, with the scores of policies where there are any."""
-        store = Store.open(self.store)
-        scores = {} if self.scores is None else self._read_scores(store.fingerprint)
-        return RolloutTable.from_arrow(store.table(), scores)
+        """The rollouts that are trained on, with the scores of policies where there are any."""
+        stores = [Store.open(path) for path in self.trained_on]
+        scores = {} if self.scores is None else self._read_scores(stores[0].fingerprint)
+        return RolloutTable.from_arrow(joined(stores), scores)
 
     @cached_property
     def checked(self) -> Tensor:
         """`(N,)` bool, whether the answer could be checked."""
-        return torch.tensor(Store.open(self.store, verify=False).table()["checked"].to_numpy())
+        tables = [Store.open(path, verify=False).table() for path in self.trained_on]
+        return torch.tensor(np.concatenate([table["checked"].to_numpy() for table in tables]))
 
     @cached_property
     def advantages(self) -> Tensor:

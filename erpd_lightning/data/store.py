@@ -11,7 +11,7 @@ import hashlib
 import json
 import os
 import secrets
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -158,6 +158,17 @@ class Store:
         # Not pq.read_table: it takes a directory called `lr=1` for a column.
         files = (pq.ParquetFile(self.path / p["name"], memory_map=True) for p in self.parts)
         return pa.concat_tables([file.read() for file in files])
+
+
+def joined(stores: Sequence[Store]) -> pa.Table:
+    """The rollouts of several stores one after the other; their groups are numbered on."""
+    tables, groups = [], 0
+    for store in stores:
+        table = store.table()
+        number = pc.add(table["group"], groups)
+        tables.append(table.set_column(table.schema.get_field_index("group"), ROLLOUTS.field("group"), number))
+        groups = pc.max(number).as_py() + 1
+    return pa.concat_tables(table.replace_schema_metadata(None) for table in tables)
 
 
 class StoreWriter:
