@@ -15,6 +15,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader
 from transformers import AutoModelForCausalLM
 
+import tiny
 from erpd_lightning.callbacks import BudgetExceeded, KLBudget
 from erpd_lightning.cli import main
 from erpd_lightning.data.samplers import TransformersSampler
@@ -70,17 +71,7 @@ def make_budget(folder: Path, **settings: Any) -> KLBudget:
 
 
 def make_trainer(*callbacks: Callback, **settings: Any) -> Trainer:
-    defaults: dict[str, Any] = {
-        "accelerator": "cpu",
-        "devices": 1,
-        "logger": False,
-        "enable_checkpointing": False,
-        "enable_progress_bar": False,
-        "enable_model_summary": False,
-        "max_steps": 40,
-        "callbacks": list(callbacks),
-    }
-    return Trainer(**{**defaults, **settings})
+    return tiny.make_trainer(*callbacks, **{"max_steps": 40, **settings})
 
 
 STEPS: DataLoader[Any] = DataLoader(torch.zeros(1000, 1))  # type: ignore[arg-type]

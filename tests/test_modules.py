@@ -19,6 +19,7 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM
 
 import reference
+import tiny
 from erpd_lightning import policy_module
 from erpd_lightning.data.passes import run_pass
 from erpd_lightning.data.rollouts import RolloutDataModule
@@ -98,18 +99,7 @@ class FirstStep(Callback):
 
 
 def make_trainer(**settings: Any) -> Trainer:
-    defaults: dict[str, Any] = {
-        "accelerator": "cpu",
-        "devices": 1,
-        "logger": False,
-        "enable_checkpointing": False,
-        "enable_progress_bar": False,
-        "enable_model_summary": False,
-        "num_sanity_val_steps": 0,
-        "log_every_n_steps": 1,
-        "gradient_clip_val": 0.01,
-    }
-    return Trainer(**{**defaults, **settings})
+    return tiny.make_trainer(**{"log_every_n_steps": 1, "gradient_clip_val": 0.01, **settings})
 
 
 def first_step(module: PolicyModule, data: RolloutDataModule, **settings: Any) -> tuple[dict[str, Tensor], float]:

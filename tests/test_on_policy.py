@@ -9,7 +9,6 @@ from typing import Any
 
 import pytest
 import torch
-from lightning.pytorch import Trainer
 from lightning.pytorch.callbacks import Callback
 
 from erpd_lightning.data.rollouts import RolloutDataModule
@@ -20,7 +19,7 @@ from erpd_lightning.errors import UserError
 from erpd_lightning.extreme_region import ExtremeRegionModule
 from runs import CHECKPOINT, MODULE, Kill, Runs, after, contents, written
 from small import arguments
-from tiny import save_policy, token_logps
+from tiny import make_trainer, save_policy, token_logps
 
 PROMPTS = ["1+1=", "2*3-1=", "4-1=", "5*2+3=", "7+2="]
 ITERATIONS = 3
@@ -83,17 +82,7 @@ def make_data(tmp_path: Path, policy: Path) -> Callable[..., RolloutDataModule]:
 def fit(policy: Path, data: RolloutDataModule, **settings: Any) -> Watch:
     watch = Watch()
     module = ExtremeRegionModule(policy, learning_rate=0.01, warmup_steps=0)
-    trainer = Trainer(
-        accelerator="cpu",
-        devices=1,
-        logger=False,
-        enable_checkpointing=False,
-        enable_progress_bar=False,
-        enable_model_summary=False,
-        callbacks=[watch],
-        **settings,
-    )
-    trainer.fit(module, datamodule=data)
+    make_trainer(watch, **settings).fit(module, datamodule=data)
     return watch
 
 

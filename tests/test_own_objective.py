@@ -8,13 +8,12 @@ from typing import Any
 import pytest
 import torch
 import yaml
-from lightning.pytorch import Trainer
 
 from erpd_lightning.cli import main
 from erpd_lightning.data.rollouts import RolloutDataModule
 from erpd_lightning.rounds import Rounds
 from small import DEMO
-from tiny import fake_trainer, make_rows, save_policy, write_rollouts
+from tiny import fake_trainer, make_rows, make_trainer, save_policy, write_rollouts
 
 MY_FILE = '''
 from torch import Tensor
@@ -84,16 +83,7 @@ def test_a_step_is_trained_with_it(monkeypatch: pytest.MonkeyPatch, tmp_path: Pa
     module: Any = chains[0].builder.module("extreme_region", policy=str(policy))
     assert type(module.objective).__name__ == "MyObjective"
     data = RolloutDataModule(tmp_path / "rollouts", policy, batch_size=100, max_tokens=60)
-    trainer = Trainer(
-        max_steps=1,
-        accelerator="cpu",
-        devices=1,
-        logger=False,
-        enable_checkpointing=False,
-        enable_progress_bar=False,
-        enable_model_summary=False,
-        num_sanity_val_steps=0,
-    )
+    trainer = make_trainer(max_steps=1)
     trainer.fit(module, datamodule=data)
     loss = float(trainer.callback_metrics["train/loss"])
 

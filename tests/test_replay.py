@@ -18,7 +18,7 @@ from erpd_lightning.errors import UserError
 from erpd_lightning.extreme_region import ExtremeRegionModule
 from runs import MODULE, Kill, Runs, contents, written
 from small import arguments
-from tiny import make_rows, save_policy, write_rollouts
+from tiny import make_rows, make_trainer, save_policy, write_rollouts
 
 ROUNDS = ("now", "before", "first")
 
@@ -44,9 +44,7 @@ def make_data(folder: Path, store: str = "now", earlier: Sequence[str] = ROUNDS[
 
 def train(folder: Path, data: RolloutDataModule, *callbacks: Any) -> tuple[dict[str, torch.Tensor], Trainer]:
     module = ExtremeRegionModule(folder / "base", learning_rate=0.01, warmup_steps=0)
-    names = ("enable_checkpointing", "enable_progress_bar", "enable_model_summary", "logger")
-    quiet: dict[str, Any] = dict.fromkeys(names, False)
-    trainer = Trainer(accelerator="cpu", devices=1, max_epochs=2, callbacks=[*callbacks], **quiet)
+    trainer = make_trainer(*callbacks, max_epochs=2)
     trainer.fit(module, datamodule=data)
     return module.policy.state_dict(), trainer
 

@@ -7,7 +7,6 @@ from typing import Any
 
 import pytest
 import torch
-from lightning.pytorch import Trainer
 from lightning.pytorch.callbacks import Callback
 
 from erpd_lightning.candidates import Candidate, Preview, choose, within
@@ -21,7 +20,7 @@ from erpd_lightning.objectives.signal import AutoSignal, Signal, Term
 from erpd_lightning.objectives.tilt import UnreachableBudget, tilted_kl
 from runs import MODULE, Kill, Runs, after, contents, written
 from small import arguments
-from tiny import make_rows, save_policy, write_rollouts
+from tiny import make_rows, make_trainer, save_policy, write_rollouts
 
 ACCURACY = [0.1, 0.5, 0.3, 0.5]
 KL = [0.01, 0.05, 0.2, 0.4]
@@ -67,9 +66,7 @@ def train(folder: Path, validate: bool = True, epochs: int = 4, **settings: Any)
         sampler=TransformersSampler(4),
     )
     module, weights = Scripted(folder / "base", learning_rate=0.01, warmup_steps=0, **settings), Weights()
-    quiet: dict[str, Any] = {"enable_checkpointing": False, "enable_progress_bar": False, "logger": False}
-    trainer = Trainer(accelerator="cpu", devices=1, max_epochs=epochs, callbacks=[weights], **quiet)
-    trainer.fit(module, datamodule=data)
+    make_trainer(weights, max_epochs=epochs).fit(module, datamodule=data)
     return module, weights
 
 

@@ -27,7 +27,7 @@ from erpd_lightning.objectives.distillation import ClippedPolicyGradient, Tilted
 from erpd_lightning.policy_module import PolicyModule
 from runs import CHECKPOINT, MODULE, Kill, Runs, after, contents, written
 from small import arguments
-from tiny import fake_trainer, make_model, make_rows, save_policy, token_logps, write_rollouts
+from tiny import fake_trainer, make_model, make_rows, make_trainer, save_policy, token_logps, write_rollouts
 
 NAMES = ("base", "teacher", "unlearned")
 CLIP, BETA, TRUNCATE = 3.0, 0.7, 2.0
@@ -78,20 +78,6 @@ def make_data(scored: Path, tmp_path: Path, policies: dict[str, str]) -> Callabl
         return RolloutDataModule(scored / "rollouts", policies["base"], **{**defaults, **settings})
 
     return make
-
-
-def make_trainer(*callbacks: Callback, **settings: Any) -> Trainer:
-    defaults: dict[str, Any] = {
-        "accelerator": "cpu",
-        "devices": 1,
-        "logger": False,
-        "enable_checkpointing": False,
-        "enable_progress_bar": False,
-        "enable_model_summary": False,
-        "num_sanity_val_steps": 0,
-        "callbacks": [*callbacks],
-    }
-    return Trainer(**{**defaults, **settings})
 
 
 def make_student(folders: dict[str, str], /, start: str = "student", **settings: Any) -> DistillModule:

@@ -8,7 +8,6 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from lightning.pytorch import Trainer
 from lightning.pytorch.callbacks import Callback
 
 from erpd_lightning.data.passes import run_pass
@@ -19,7 +18,7 @@ from erpd_lightning.errors import UserError
 from erpd_lightning.line import Line
 from erpd_lightning.metrics import ClusteredRatio
 from erpd_lightning.policy_module import PolicyModule
-from tiny import fake_trainer, make_model, make_rows, save_policy, write_rollouts
+from tiny import fake_trainer, make_model, make_rows, make_trainer, save_policy, write_rollouts
 
 BUDGET = 0.05
 
@@ -71,10 +70,7 @@ class Losses(Callback):
 
 def fit(module: DistillModule, data: RolloutDataModule, **settings: Any) -> list[float]:
     losses = Losses()
-    defaults: dict[str, Any] = {"max_steps": 1, "limit_val_batches": 0, "callbacks": [losses]}
-    quiet: dict[str, Any] = {"enable_checkpointing": False, "enable_progress_bar": False, "enable_model_summary": False}
-    trainer = Trainer(accelerator="cpu", devices=1, logger=False, **quiet, **{**defaults, **settings})
-    trainer.fit(module, datamodule=data)
+    make_trainer(losses, **{"max_steps": 1, "limit_val_batches": 0, **settings}).fit(module, datamodule=data)
     return losses.found
 
 

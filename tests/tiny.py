@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 import transformers
+from lightning.pytorch import Callback, Trainer
 from torch import Tensor
 
 from erpd_lightning.data.arithmetic import Arithmetic
@@ -143,6 +144,21 @@ def write_rollouts(path: Path, rows: Sequence[dict[str, Any]]) -> Store:
     writer = StoreWriter(path, ROLLOUTS, {})
     writer.write_part(0, {name: [row[name] for row in rows] for name in ROLLOUTS.names})
     return writer.finish(1)
+
+
+def make_trainer(*callbacks: Callback, **settings: Any) -> Trainer:
+    """A real one on the CPU that writes nothing, neither to the disk nor to the terminal."""
+    defaults: dict[str, Any] = {
+        "accelerator": "cpu",
+        "devices": 1,
+        "logger": False,
+        "enable_checkpointing": False,
+        "enable_progress_bar": False,
+        "enable_model_summary": False,
+        "num_sanity_val_steps": 0,
+        "callbacks": [*callbacks],
+    }
+    return Trainer(**{**defaults, **settings})
 
 
 def fake_trainer(module: Any, rank: int = 0, world_size: int = 1) -> Any:

@@ -8,7 +8,6 @@ from typing import Any
 
 import pytest
 import torch
-from lightning.pytorch import Trainer
 from lightning.pytorch.callbacks import Callback
 
 from erpd_lightning import policy_module
@@ -31,6 +30,7 @@ from tiny import (
     fake_trainer,
     make_model,
     make_rows,
+    make_trainer,
     save_policy,
     token_logps,
     write_rollouts,
@@ -112,19 +112,6 @@ def sample(data: RolloutDataModule, policy: Path, ranks: Sequence[int] = (0,), w
     for rank in ranks:
         run_pass(data.sampling(), fake_trainer(make_module(policy), rank, world_size))
     return Store.open(data.store)
-
-
-def make_trainer(**settings: Any) -> Trainer:
-    defaults: dict[str, Any] = {
-        "accelerator": "cpu",
-        "devices": 1,
-        "logger": False,
-        "enable_checkpointing": False,
-        "enable_progress_bar": False,
-        "enable_model_summary": False,
-        "num_sanity_val_steps": 0,
-    }
-    return Trainer(**{**defaults, **settings})
 
 
 # Sampling
