@@ -17,11 +17,8 @@ from .data.prompts import PromptBatch
 from .data.tilted import TiltedSampler
 from .metrics import clustered_ratio
 from .objectives.signal import AutoSignal, Signal
-from .objectives.tilt import BetaSolution, UnreachableBudget, solve_beta, tilted_kl
+from .objectives.tilt import BetaSolution, UnreachableBudget, mean_tilted_kl, solve_beta
 from .policy import load_policy
-
-CHUNK = 65536
-"""States that a KL is measured on at a time, a bound on memory."""
 
 
 @dataclass(frozen=True)
@@ -187,9 +184,7 @@ def solve(candidate: Candidate, scores: Mapping[str, Tensor]) -> BetaSolution:
     if candidate.budget is not None:
         return solve_beta(base, signal, candidate.budget)
     assert candidate.beta is not None
-    states = zip(base.split(CHUNK), signal.split(CHUNK), strict=True)
-    kls = [tilted_kl(b.double(), s.double(), candidate.beta) for b, s in states]
-    return BetaSolution(beta=candidate.beta, kl=float(torch.cat(kls).mean()))
+    return BetaSolution(beta=candidate.beta, kl=mean_tilted_kl(base, signal, candidate.beta))
 
 
 def _measure(

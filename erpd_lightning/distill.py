@@ -19,6 +19,7 @@ from .objectives.tilt import (
     TwoAnchorSolution,
     UnreachableBudget,
     between,
+    mean_tilted_kl,
     solve_beta,
     solve_two_anchors,
 )
@@ -51,6 +52,9 @@ class DistillModule(PolicyModule):
         total_budget: KL of the target to the first policy of all rounds, in nats per response token, that is not to
             be exceeded either; None for no such bound. It takes the scores and the reference of a policy `first`.
         beta: Price of a nat of KL, where it is given and not solved; `kl_budget` is then None.
+        min_beta: The beta below which no KL is worth its price: where the target spends less than the budget at it,
+            that is what there is to spend. A signal says less from round to round, and to spend as much on it takes a
+            beta at which its noise counts. None for no such bound.
         signal: What the policies say about a token, as clipped log-ratios; `auto`, or an `AutoSignal`, for one that
             the chain chooses by preview.
         objective: How the student is drawn to the tilted base policy: over the support of each state, or by the
@@ -78,6 +82,7 @@ class DistillModule(PolicyModule):
         kl_budget: float | None = 0.05,
         total_budget: float | None = None,
         beta: float | None = None,
+        min_beta: float | None = None,
         signal: Signal | Literal["auto"] | None = None,
         objective: StudentObjective | None = None,
         iterations: int = 1,
@@ -88,13 +93,16 @@ class DistillModule(PolicyModule):
         **kwargs: Any,
     ) -> None:
         super().__init__(policy, learning_rate=learning_rate, lr_scheduler=lr_scheduler, **kwargs)
-        for name, value in (("kl_budget", kl_budget), ("total_budget", total_budget), ("beta", beta)):
+        prices = {"kl_budget": kl_budget, "total_budget": total_budget, "beta": beta, "min_beta": min_beta}
+        for name, value in prices.items():
             if value is not None and not 0 < value < float("inf"):
                 raise UserError(f"distill.{name} is {value}: it must be a positive, finite number")
         if (kl_budget is None) == (beta is None):
             raise UserError("give either distill.kl_budget or distill.beta, and leave the other null")
         if total_budget is not None and kl_budget is None:
             raise UserError("distill.total_budget goes with distill.kl_budget, not with a given distill.beta")
+        if min_beta is not None and (kl_budget is None or total_budget is not None):
+            raise UserError("distill.min_beta goes with distill.kl_budget alone, not with beta or total_budget")
         if not isinstance(objective, DistillObjective | TokenObjective | None):
             raise UserError(f"distill.objective: {type(objective).__name__} is no DistillObjective or TokenObjective")
         if iterations < 1:
@@ -102,9 +110,13 @@ class DistillModule(PolicyModule):
         self.kl_budget = kl_budget
         self.total_budget = total_budget
         self.beta = beta
+        self.min_beta = min_beta
+        self.to_spend = kl_budget
         self.signal = AutoSignal() if signal == "auto" else signal or Signal()
         if isinstance(self.signal, AutoSignal) and kl_budget is None:
             raise UserError("distill.signal is chosen for distill.kl_budget, not for a given distill.beta")
+        if isinstance(self.signal, AutoSignal) and min_beta is not None:
+            raise UserError("distill.min_beta is a price for one signal: distill.signal is chosen among several")
         self.objective = objective or TiltedTarget()
         self.iterations = iterations
         self.policies = policies or {}
@@ -178,16 +190,16 @@ class DistillModule(PolicyModule):
         """Move along the line to the base policy until fresh samples say that the budget is spent."""
         trainer: Any = self.trainer
         if self.calibrates and trainer.datamodule.calibration() and not trainer.fast_dev_run:
-            assert self.kl_budget is not None  # What is measured is in units of it, whichever budget is tighter.
+            assert self.to_spend is not None  # What is measured is in units of it, whichever budget is tighter.
             line, attempts = Line(self.frozen("base").parameters(), self.policy.parameters()), count()
             with self._evaluating():
-                self.landing = land(lambda share: self._spent(line, share, next(attempts)), self.kl_budget)
+                self.landing = land(lambda share: self._spent(line, share, next(attempts)), self.to_spend)
             line.move_to(self.landing.share)
 
     def _spent(self, line: Line, share: float, attempt: int) -> float:
         """The KL of a place on the line on fresh samples of the calibration prompts, in nats per token.
 
-        Where the total budget is the tighter one, the same share of `kl_budget` as is spent of that.
+        Where the total budget is the tighter one, the same share of what is to be spent as is spent of that.
         """
         data: Any = self.trainer.datamodule  # type: ignore[attr-defined]
         line.move_to(share)
@@ -196,9 +208,9 @@ class DistillModule(PolicyModule):
             self.evaluate(batch, metrics)
         spent = float(metrics["kl_per_token/base"].compute().value)
         if self.total_budget is not None:
-            assert self.kl_budget is not None
+            assert self.to_spend is not None
             total = float(metrics["kl_per_token/first"].compute().value)
-            spent = max(spent, total / self.total_budget * self.kl_budget)
+            spent = max(spent, total / self.total_budget * self.to_spend)
         for metric in metrics.values():
             metric.reset()
         return spent
@@ -246,12 +258,15 @@ class DistillModule(PolicyModule):
         assert self.kl_budget is not None
         logps = {name: rollouts.flat_scores(name) for name in self._scored}
         base, signal = logps["base"], self.signal(logps)
+        self.to_spend = self.kl_budget
+        if self.min_beta is not None and (most := mean_tilted_kl(base, signal, self.min_beta)) > 0:
+            self.to_spend = min(self.kl_budget, most)
         try:
             if self.total_budget is None:
-                found = solve_beta(base, signal, self.kl_budget / gain)
+                found = solve_beta(base, signal, self.to_spend / gain)
                 self._take(TwoAnchorSolution(found.beta, 0.0, found.kl, math.nan))
             else:
-                budgets = (self.kl_budget / gain, self.total_budget / gain)
+                budgets = (self.to_spend / gain, self.total_budget / gain)
                 self._take(solve_two_anchors(base, logps["first"], signal, *budgets))
         except UnreachableBudget as error:
             raise UserError(f"distill.kl_budget: {error}") from error

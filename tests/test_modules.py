@@ -587,6 +587,43 @@ def test_beta_spends_the_budget_on_the_stored_states(
     assert module.solution.kl_base == pytest.approx(budget, rel=2e-3)
 
 
+@pytest.mark.parametrize("calibrate", [False, True])
+def test_no_kl_is_bought_below_the_least_beta(
+    scored: Path,
+    tmp_path: Path,
+    evaluation_data: Callable[..., RolloutDataModule],
+    policies: dict[str, Path],
+    calibrate: bool,
+) -> None:
+    """Where beta would be lower, what its least value spends is the budget; where it is higher, nothing changes."""
+    terms = [("teacher", "unlearned", 1.0, CLIP)]
+    settings: dict[str, Any] = {
+        "scores": scored / "scores",
+        "prompts": tmp_path / "prompts.jsonl",
+        "prompts_per_round": 2,
+        "calibration_prompts": 3,
+    }
+    free, _ = make_student(policies, evaluation_data(scored, **settings), calibrate=False)
+    assert free.beta is not None
+    assert free.to_spend == BUDGET
+    loose, seen = make_student(
+        policies, evaluation_data(scored, **settings), calibrate=calibrate, min_beta=free.beta / 2
+    )
+    assert loose.to_spend == BUDGET
+    assert seen.betas[0] == free.beta
+    tight, seen = make_student(
+        policies, evaluation_data(scored, **settings), calibrate=calibrate, min_beta=free.beta * 2
+    )
+    assert tight.to_spend == pytest.approx(own_spent(scored / "scores", free.beta * 2, terms), rel=1e-4)
+    assert tight.to_spend is not None
+    assert tight.to_spend < 0.7 * BUDGET
+    assert seen.betas[0] == pytest.approx(free.beta * 2, rel=1e-3)
+    assert tight.kl_budget == BUDGET
+    if calibrate:
+        assert tight.landing is not None
+        assert tight.landing.kl == tight.to_spend or tight.landing.share == MOST
+
+
 def test_a_budget_out_of_reach(tmp_path: Path, rows: list[dict[str, Any]], policies: dict[str, Path]) -> None:
     write_rollouts(tmp_path / "rollouts", rows)
     data = make_data(tmp_path, policies, scores=tmp_path / "scores")
@@ -872,10 +909,10 @@ class Betas(Callback):
 
 
 def make_student(
-    policies: dict[str, Path], data: RolloutDataModule, calibrate: bool
+    policies: dict[str, Path], data: RolloutDataModule, calibrate: bool, **how: Any
 ) -> tuple[DistillModule, Betas]:
     module = DistillModule(
-        policies["base"], kl_budget=BUDGET, calibrate=calibrate, learning_rate=0.01, warmup_steps=0
+        policies["base"], kl_budget=BUDGET, calibrate=calibrate, learning_rate=0.01, warmup_steps=0, **how
     )
     seen = Betas()
     make_trainer(max_epochs=5, callbacks=[seen], gradient_clip_val=1.0).fit(module, datamodule=data)
@@ -964,6 +1001,10 @@ def test_a_student_of_another_start_does_not_land(policies: dict[str, Path]) -> 
         (lambda: DistillModule("p", kl_budget=math.nan), "kl_budget"),
         (lambda: DistillModule("p", kl_budget=math.inf), "kl_budget"),
         (lambda: DistillModule("p", kl_budget=None, beta=0.0), "beta"),
+        (lambda: DistillModule("p", min_beta=0.0), "distill.min_beta is 0.0"),
+        (lambda: DistillModule("p", min_beta=1.0, kl_budget=None, beta=1.0), "min_beta goes with distill.kl_budget"),
+        (lambda: DistillModule("p", min_beta=1.0, total_budget=0.1), "min_beta goes with distill.kl_budget alone"),
+        (lambda: DistillModule("p", min_beta=1.0, signal="auto"), "min_beta is a price for one signal"),
         (lambda: DistillModule("p", kl_budget=None), "beta"),
         (lambda: DistillModule("p", kl_budget=0.1, beta=1.0), "kl_budget"),
     ],

@@ -108,18 +108,36 @@ def solve_beta(
     """
     if not 0 < budget < math.inf:
         raise ValueError(f"the KL budget is {budget}; it has to be positive, in nats per token")
+
+    def mean_kl(beta: float) -> float:
+        return mean_tilted_kl(base, signal, beta, weights=weights, chunk=chunk)
+
+    return BetaSolution(*_search(mean_kl, budget, tolerance))
+
+
+@torch.no_grad()
+def mean_tilted_kl(
+    base: Tensor, signal: Tensor, beta: float, *, weights: Tensor | None = None, chunk: int = 65536
+) -> float:
+    """The weighted mean of `tilted_kl` over some states, in float64 nats per token.
+
+    Args:
+        base: `(N, K+1)` log-probs of the base policy, in nats.
+        signal: `(N, K+1)`, in nats.
+        beta: Price of a nat of KL, positive.
+        weights: `(N,)` weights of the states in the mean, at least 0; equal ones by default.
+        chunk: States that are handled at a time, a bound on memory.
+
+    Raises:
+        ValueError: for no state of positive weight.
+    """
     weights = base.new_ones(len(base)) if weights is None else weights
     total = float(weights.double().sum())
     if not total > 0:
         raise ValueError("beta cannot be solved: there is no state with a positive weight")
-    states = (base, signal, weights)
-    chunks = list(zip(*(torch.split(x, chunk) for x in states), strict=True))
-
-    def mean_kl(beta: float) -> float:
-        kls = [w.double() @ tilted_kl(b.double(), s.double(), beta) for b, s, w in chunks]
-        return float(torch.stack(kls).sum()) / total
-
-    return BetaSolution(*_search(mean_kl, budget, tolerance))
+    chunks = zip(*(torch.split(x, chunk) for x in (base, signal, weights)), strict=True)
+    kls = [w.double() @ tilted_kl(b.double(), s.double(), beta) for b, s, w in chunks]
+    return float(torch.stack(kls).sum()) / total
 
 
 @dataclass(frozen=True)

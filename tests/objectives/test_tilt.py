@@ -12,6 +12,7 @@ from erpd_lightning.objectives import (
     Signal,
     Term,
     UnreachableBudget,
+    mean_tilted_kl,
     solve_beta,
     tilt,
     tilted_kl,
@@ -228,6 +229,15 @@ def test_probability_zero_below_log_zero_is_padding_too(nothing: float) -> None:
     assert divergence.item() == pytest.approx(0.14384103622589045, abs=1e-6)
     (target.sum() + divergence).backward()
     assert torch.isfinite(grad(base)).all()
+
+
+def test_the_mean_kl_over_states() -> None:
+    base, signal = some_states(50, 5, padded=1)
+    weights = torch.arange(50.0)
+    each = tilted_kl(base.double(), signal.double(), 0.7)
+    assert mean_tilted_kl(base, signal, 0.7) == pytest.approx(float(each.mean()), rel=1e-12)
+    expected = float((each * weights).sum() / weights.sum())
+    assert mean_tilted_kl(base, signal, 0.7, weights=weights, chunk=7) == pytest.approx(expected, rel=1e-12)
 
 
 # --- solve_beta -----------------------------------------------------------------------------
