@@ -62,11 +62,15 @@ METHODS: dict[str, list[str]] = {
         "--distill.signal.init_args.prompts=32",
         "--data.prompts_per_round=512",
     ],
+    "erpd_replay": [f"--config={ROOT / 'configs' / 'replay.yaml'}", "--rounds=3"],
     "erpd_squared_error": ["--rounds=1", f"--extreme_region.objective={SQUARED_ERROR}"],
     "rft": [f"--config={BASELINES / 'rft.yaml'}", "--rounds=1"],
     **{f"sapo_kl_{coefficient:g}": sapo_kl(coefficient) for coefficient in COEFFICIENTS},
+    **{f"sapo_kl_{coefficient:g}_replay": [*sapo_kl(coefficient), "--data.replay=2"] for coefficient in (0.1, 0.3)},
     "grpo": grpo(5e-4, 2),
 }
+
+SAPO_KL = [f"sapo_kl_{coefficient:g}" for coefficient in COEFFICIENTS]
 
 GRPO_GRID: dict[str, list[str]] = {
     f"grpo_{rate:g}_{epochs}": grpo(rate, epochs) for rate in (2.5e-4, 5e-4, 1e-3, 2e-3) for epochs in (1, 2)
@@ -205,14 +209,14 @@ def table(found: list[Point], reference: str) -> str:
 def frontier(found: list[Point], rollouts: int) -> str:
     """Students against SAPO with a KL term at the same KL, by interpolation between its coefficients."""
     lines = []
-    for method in ("erpd", "erpd_auto"):
+    for method in (name for name in METHODS if name.startswith("erpd")):
         gains = []
         for student in (p for p in found if (p.method, p.rollouts) == (method, rollouts)):
             rivals = [
                 p
                 for p in found
                 if p.seed == student.seed
-                and ((p.method.startswith("sapo_kl") and p.rollouts == rollouts) or p.method == "base")
+                and ((p.method in SAPO_KL and p.rollouts == rollouts) or p.method == "base")
             ]
             curve = sorted((p.kl_to_first, p.accuracy) for p in rivals)
             if len(curve) > len(COEFFICIENTS):
