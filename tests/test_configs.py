@@ -12,7 +12,7 @@ from small import DEMO
 
 CONFIGS = DEMO.parent
 FILES = sorted(CONFIGS.rglob("*.yaml"))
-OVERRIDES = {CONFIGS / f"{name}.yaml" for name in ("smoke", "auto", "watched")} | {*(CONFIGS / "baselines").glob("*")}
+OVERRIDES = {CONFIGS / f"{name}.yaml" for name in ("smoke", "auto", "replay", "watched")} | {*(CONFIGS / "baselines").glob("*")}
 """What only goes on top of the demo."""
 
 
