@@ -27,6 +27,9 @@ DEMO = ROOT / "configs" / "demo.yaml"
 BASELINES = ROOT / "configs" / "baselines"
 ROLLOUTS_PER_ROUND = 4096
 
+SPARED = 512
+"""What a method may leave of its rollouts: `signal: auto` does not always preview as many candidates."""
+
 COEFFICIENTS = (0.03, 0.1, 0.3, 1.0)
 
 
@@ -49,6 +52,9 @@ def sapo_kl(coefficient: float) -> list[str]:
     return [f"--config={BASELINES / 'sapo_kl.yaml'}", f"--extreme_region.kl_coef={coefficient}", f"--rounds={rounds}"]
 
 
+SHORT = ["--rounds=6", "--data.prompts_per_round=256", "--data.replay=5"]
+"""Rounds half as long, each trained on the rollouts of all before it too."""
+
 SQUARED_ERROR = "erpd_lightning.objectives.regression.SquaredError"
 
 METHODS: dict[str, list[str]] = {
@@ -62,11 +68,12 @@ METHODS: dict[str, list[str]] = {
         "--distill.signal.init_args.prompts=32",
         "--data.prompts_per_round=512",
     ],
-    "erpd_replay": [f"--config={ROOT / 'configs' / 'replay.yaml'}", "--rounds=3"],
+    "erpd_replay": [f"--config={ROOT / 'configs' / 'replay.yaml'}"],
     "erpd_squared_error": ["--rounds=1", f"--extreme_region.objective={SQUARED_ERROR}"],
     "rft": [f"--config={BASELINES / 'rft.yaml'}", "--rounds=1"],
     **{f"sapo_kl_{coefficient:g}": sapo_kl(coefficient) for coefficient in COEFFICIENTS},
-    **{f"sapo_kl_{coefficient:g}_replay": [*sapo_kl(coefficient), "--data.replay=2"] for coefficient in (0.1, 0.3)},
+    "sapo_kl_0.3_replay": [*sapo_kl(0.3), *SHORT],
+    "sapo_kl_0.3_replay_large": [*sapo_kl(0.3), "--data.replay=2"],
     "grpo": grpo(5e-4, 2),
 }
 
@@ -125,6 +132,9 @@ def points(out: Path, method: str, seed: int) -> list[Point]:
     folder = out / method / f"seed-{seed}"
     found = []
     for entry in json.loads((folder / "summary.json").read_text())["rounds"]:
+        rollouts = -(-entry["rollouts_total"] // ROLLOUTS_PER_ROUND) * ROLLOUTS_PER_ROUND
+        if entry["rollouts_total"] < rollouts - SPARED:
+            continue
         for name, measured in entry["policies"].items():
             labels = {"student": method, "teacher": f"{method}: teacher, last", "mild": f"{method}: mild teacher"}
             label = "base" if name == "base" and entry["round"] == 1 and method == "erpd" else labels.get(name)
@@ -134,7 +144,7 @@ def points(out: Path, method: str, seed: int) -> list[Point]:
                 Point(
                     label,
                     seed,
-                    -(-entry["rollouts_total"] // ROLLOUTS_PER_ROUND) * ROLLOUTS_PER_ROUND,  # auto may spend less
+                    rollouts,
                     measured["pass@1"],
                     measured["pass@1_stderr"],
                     measured["kl_per_token"],
@@ -147,7 +157,7 @@ def points(out: Path, method: str, seed: int) -> list[Point]:
 
 
 def validated(folder: Path, method: str, seed: int) -> list[Point]:
-    """What validation saw on the way: the teacher's best epoch, and GRPO's first 4,096 rollouts."""
+    """What validation saw on the way: the best epoch of a teacher of 4,096 rollouts, and GRPO after as many."""
     rows = [row for path in folder.glob("round-1/extreme_region/metrics/*/metrics.csv") for row in read(path)]
     seen = [
         Point(
@@ -166,7 +176,7 @@ def validated(folder: Path, method: str, seed: int) -> list[Point]:
     ]
     if method.startswith("grpo"):
         return seen[:1]
-    if method.startswith("erpd"):
+    if method.startswith("erpd") and method != "erpd_replay":
         best = max(seen, key=lambda point: point.accuracy)
         return [Point(**{**asdict(best), "method": f"{method}: teacher, best by looking"})]
     return []

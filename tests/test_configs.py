@@ -12,7 +12,8 @@ from small import DEMO
 
 CONFIGS = DEMO.parent
 FILES = sorted(CONFIGS.rglob("*.yaml"))
-OVERRIDES = {CONFIGS / f"{name}.yaml" for name in ("smoke", "auto", "replay", "watched")} | {*(CONFIGS / "baselines").glob("*")}
+ON_TOP = ("smoke", "auto", "replay", "watched")
+OVERRIDES = {CONFIGS / f"{name}.yaml" for name in ON_TOP} | {*(CONFIGS / "baselines").glob("*")}
 """What only goes on top of the demo."""
 
 
