@@ -52,9 +52,6 @@ def sapo_kl(coefficient: float) -> list[str]:
     return [f"--config={BASELINES / 'sapo_kl.yaml'}", f"--extreme_region.kl_coef={coefficient}", f"--rounds={rounds}"]
 
 
-SHORT = ["--rounds=6", "--data.prompts_per_round=256", "--data.replay=5"]
-"""Rounds half as long, each trained on the rollouts of all before it too."""
-
 SQUARED_ERROR = "erpd_lightning.objectives.regression.SquaredError"
 
 METHODS: dict[str, list[str]] = {
@@ -69,11 +66,15 @@ METHODS: dict[str, list[str]] = {
         "--data.prompts_per_round=512",
     ],
     "erpd_replay": [f"--config={ROOT / 'configs' / 'replay.yaml'}"],
+    "erpd_short": [
+        f"--config={ROOT / 'configs' / 'replay.yaml'}",
+        "--rounds=2",
+        "--data.prompts_per_round=256",
+    ],
     "erpd_squared_error": ["--rounds=1", f"--extreme_region.objective={SQUARED_ERROR}"],
     "rft": [f"--config={BASELINES / 'rft.yaml'}", "--rounds=1"],
     **{f"sapo_kl_{coefficient:g}": sapo_kl(coefficient) for coefficient in COEFFICIENTS},
-    "sapo_kl_0.3_replay": [*sapo_kl(0.3), *SHORT],
-    "sapo_kl_0.3_replay_large": [*sapo_kl(0.3), "--data.replay=2"],
+    "sapo_kl_0.3_replay": [*sapo_kl(0.3), "--data.replay=2"],
     "grpo": grpo(5e-4, 2),
 }
 
@@ -176,7 +177,7 @@ def validated(folder: Path, method: str, seed: int) -> list[Point]:
     ]
     if method.startswith("grpo"):
         return seen[:1]
-    if method.startswith("erpd") and method != "erpd_replay":
+    if method.startswith("erpd") and method != "erpd_short":
         best = max(seen, key=lambda point: point.accuracy)
         return [Point(**{**asdict(best), "method": f"{method}: teacher, best by looking"})]
     return []
