@@ -347,6 +347,7 @@ class Rounds:
                 "spending": {
                     "budget": module.kl_budget,
                     "total_budget": module.total_budget,
+                    "to_spend": module.to_spend,
                     "beta": module.beta,
                     "beta_first": None if module.solution is None else module.solution.beta_first,
                     "kl_on_stored_states": None if module.solution is None else module.solution.kl_base,

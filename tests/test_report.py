@@ -66,6 +66,14 @@ def test_the_table() -> None:
     assert format_summary(SUMMARY) == TABLE
 
 
+def test_a_least_price_of_kl_says_what_it_left_of_the_budget() -> None:
+    (entry, _) = SUMMARY["rounds"]
+    held, free = ({**entry, "to_spend": to_spend} for to_spend in (0.0473, 0.05))
+    lines = format_summary({"rounds": [held, free]}).splitlines()[-2:]
+    said = "Round 1: budget 0.05 nats per token{}, 0.0452 spent (90%), beta 1.623"
+    assert lines == [said.format(", min_beta left 0.0473"), said.format("")]
+
+
 def test_columns_widen_with_what_they_hold() -> None:
     """A KL of three digits before the point, and what a single prompt cannot tell."""
     policies = {"student": {**measured(0.5, 123.4), "pass@1_stderr": float("nan")}}

@@ -134,8 +134,10 @@ def _budget(entry: dict[str, Any]) -> str:
         return f"Round {entry['round']}: no budget, {spent:.4f} nats per token spent"
     if entry["budget"] is None:
         return f"Round {entry['round']}: beta {entry['beta']:.4g} given, {spent:.4f} nats per token spent"
+    to_spend = entry.get("to_spend") or entry["budget"]
+    held = f", min_beta left {to_spend:.4f}" if to_spend < entry["budget"] else ""
     line = (
-        f"Round {entry['round']}: budget {entry['budget']:.4g} nats per token, {spent:.4f} spent "
+        f"Round {entry['round']}: budget {entry['budget']:.4g} nats per token{held}, {spent:.4f} spent "
         f"({spent / entry['budget']:.0%}), beta {entry['beta']:.4g}"
     )
     if "signal" in entry:
