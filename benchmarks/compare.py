@@ -226,8 +226,7 @@ def frontier(found: list[Point], rollouts: int) -> str:
             rivals = [
                 p
                 for p in found
-                if p.seed == student.seed
-                and ((p.method in SAPO_KL and p.rollouts == rollouts) or p.method == "base")
+                if p.seed == student.seed and ((p.method in SAPO_KL and p.rollouts == rollouts) or p.method == "base")
             ]
             curve = sorted((p.kl_to_first, p.accuracy) for p in rivals)
             if len(curve) > len(COEFFICIENTS):

@@ -342,9 +342,7 @@ class KLBudget(Callback):
             return self._measure(trainer, module, f"validation {trainer.global_step}")
         return found
 
-    def _measure(
-        self, trainer: Trainer, module: LightningModule, purpose: str, stderr: float = math.inf
-    ) -> Measured:
+    def _measure(self, trainer: Trainer, module: LightningModule, purpose: str, stderr: float = math.inf) -> Measured:
         """The KL on fresh samples, and the time that it took; see `FreshKL.measure`.
 
         Raises:

@@ -27,9 +27,7 @@ from .undisturbed import undisturbed
 MARKS = ((-1.0, "="), (-0.1, "-"), (0.1, "."), (1.0, "+"), (math.inf, "*"))
 """Marks of the signal up to so many nats; the last one is above all of them."""
 
-LEGEND = (
-    "signal = log-prob minus the base policy's, nats: * above 1, + above 0.1, . between, - below -0.1, = below -1"
-)
+LEGEND = "signal = log-prob minus the base policy's, nats: * above 1, + above 0.1, . between, - below -0.1, = below -1"
 
 COLOURS = {"=": "\033[1;31m", "-": "\033[31m", "+": "\033[32m", "*": "\033[1;32m"}
 PLAIN = "\033[0m"
@@ -90,9 +88,7 @@ class SampleTable(Callback):
         UserError: For a value out of range; when training begins, for a module or data that it cannot sample from.
     """
 
-    def __init__(
-        self, prompts: int = 4, samples: int = 1, every_n_validations: int = 2, max_tokens: int = 512
-    ) -> None:
+    def __init__(self, prompts: int = 4, samples: int = 1, every_n_validations: int = 2, max_tokens: int = 512) -> None:
         counts = {
             "prompts": prompts,
             "samples": samples,

@@ -359,7 +359,6 @@ class ConfigBuilder:
             bound = {f"{group}.{name}" for name in BOUND_BY_CHAIN[group]}
             raise UserError(readable(error, known, bound).replace(f"{group}.", f"{own}.")) from error
 
-
     def _changed(self, own: str) -> dict[str, Any]:
         """What the user set under a key of a stage's own."""
         if not is_teacher(own):

@@ -12,9 +12,7 @@ TARGET, POLICY = "#0072b2", "#444444"
 MARKERS = {"base": "s", "teacher": "^", "unlearned": "v", "student": "D"}
 
 
-def draw_preview(
-    previews: Sequence[Mapping[str, Any]], policies: Mapping[str, Mapping[str, Any]], title: str
-) -> bytes:
+def draw_preview(previews: Sequence[Mapping[str, Any]], policies: Mapping[str, Mapping[str, Any]], title: str) -> bytes:
     """Accuracy against KL to the base policy, with standard errors, as a PNG.
 
     KL is drawn on the scale of its square root, on which small budgets and a policy far away are seen together.

@@ -79,9 +79,7 @@ class Head:
         return self.logits(hidden).log_softmax(-1)
 
 
-def token_logps(
-    head: Head, hidden: Tensor, targets: Tensor, *, max_logits: int = MAX_LOGITS
-) -> TokenStats:
+def token_logps(head: Head, hidden: Tensor, targets: Tensor, *, max_logits: int = MAX_LOGITS) -> TokenStats:
     """Log-probs of the targets, differentiable, and entropies, detached.
 
     Args:
@@ -138,9 +136,7 @@ def select_support(
     return ids[:, : max(1, size)]
 
 
-def support_logps(
-    head: Head, hidden: Tensor, ids: Tensor, *, max_logits: int = MAX_LOGITS
-) -> Tensor:
+def support_logps(head: Head, hidden: Tensor, ids: Tensor, *, max_logits: int = MAX_LOGITS) -> Tensor:
     """Log-probs of a support and of the tail bucket, in nats: `(N, K+1)`, differentiable.
 
     Padding holds `LOG_ZERO`. The last slot is the log of the mass outside the support, a logsumexp

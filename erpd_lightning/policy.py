@@ -54,27 +54,19 @@ class Policy(nn.Module):
     def token_logps(self, batch: RolloutBatch, hidden: Tensor | None = None) -> TokenStats:
         """Log-probs of the response tokens and entropies (detached), in nats: both `(B, T)`."""
         hidden = self.hidden(batch) if hidden is None else hidden
-        stats = token_logps(
-            self.head, hidden, batch.response_ids[batch.mask], max_logits=self.max_logits
-        )
+        stats = token_logps(self.head, hidden, batch.response_ids[batch.mask], max_logits=self.max_logits)
         return TokenStats(align(stats.logps, batch.mask), align(stats.entropy, batch.mask))
 
-    def support_logps(
-        self, batch: RolloutBatch, ids: Tensor, hidden: Tensor | None = None
-    ) -> Tensor:
+    def support_logps(self, batch: RolloutBatch, ids: Tensor, hidden: Tensor | None = None) -> Tensor:
         """Log-probs over the support `ids` `(B, T, K)` and its tail: `(B, T, K + 1)`, nats."""
         hidden = self.hidden(batch) if hidden is None else hidden
         logps = support_logps(self.head, hidden, ids[batch.mask], max_logits=self.max_logits)
         return align(logps, batch.mask)
 
-    def select_support(
-        self, batch: RolloutBatch, mass: float, max_size: int, hidden: Tensor | None = None
-    ) -> Tensor:
+    def select_support(self, batch: RolloutBatch, mass: float, max_size: int, hidden: Tensor | None = None) -> Tensor:
         """The smallest sets of entries that hold `mass`: ids `(B, T, K)`, padded with -1."""
         hidden = self.hidden(batch) if hidden is None else hidden
-        ids = select_support(
-            self.head, hidden, mass=mass, max_size=max_size, max_logits=self.max_logits
-        )
+        ids = select_support(self.head, hidden, mass=mass, max_size=max_size, max_logits=self.max_logits)
         aligned = ids.new_full((*batch.mask.shape, ids.shape[-1]), -1)
         aligned[batch.mask] = ids
         return aligned
@@ -94,9 +86,7 @@ class Policy(nn.Module):
         hidden = self.hidden(batch) if hidden is None else hidden
         with torch.no_grad():
             other = reference.hidden(batch)
-        found = divergence(
-            self.head, hidden, reference.head, other, direction=direction, max_logits=self.max_logits
-        )
+        found = divergence(self.head, hidden, reference.head, other, direction=direction, max_logits=self.max_logits)
         return Divergence(align(found.kl, batch.mask), align(found.entropy, batch.mask))
 
     @property
@@ -163,9 +153,7 @@ def _no_dropout(config: Any) -> None:
             setattr(config, name, 0.0)
 
 
-def export_policy(
-    model: Any, tokenizer: Any, path: Path, state_dict: dict[str, Tensor] | None = None
-) -> None:
+def export_policy(model: Any, tokenizer: Any, path: Path, state_dict: dict[str, Tensor] | None = None) -> None:
     """Write a Hugging Face folder (safetensors, tokenizer) that appears at `path` whole or not at all.
 
     Args:

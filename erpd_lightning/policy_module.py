@@ -430,9 +430,7 @@ class PolicyModule(LightningModule):
     # Prediction: fresh responses, or the scores of stored ones.
 
     @torch.no_grad()
-    def predict_step(
-        self, batch: PromptBatch | ScoringPart | None, batch_idx: int
-    ) -> pa.Table | list[Scores]:
+    def predict_step(self, batch: PromptBatch | ScoringPart | None, batch_idx: int) -> pa.Table | list[Scores]:
         """Responses to prompts, a table of the `ROLLOUTS` schema; or the scores of stored responses."""
         if batch is None:
             return []
@@ -451,9 +449,7 @@ class PolicyModule(LightningModule):
             self.policy.support_logps(rollouts, ids, hidden),
         )
 
-    def on_predict_batch_end(
-        self, outputs: Any, batch: Any, batch_idx: int, dataloader_idx: int = 0
-    ) -> None:
+    def on_predict_batch_end(self, outputs: Any, batch: Any, batch_idx: int, dataloader_idx: int = 0) -> None:
         """Hand a pass over prompts or rollouts what its store is to keep."""
         data: Any = getattr(self.trainer, "datamodule", None)
         if isinstance(data, StorePass) and batch is not None:

@@ -67,9 +67,7 @@ def round_summary(folder: Path, number: int, policies: Iterable[str]) -> Record:
     paths += sorted(folder.glob("teachers/*/stage.json"))
     records = [json.loads(path.read_text()) for path in paths if path.is_file()]
     outcomes = {record["stage"]: record["outcome"] for record in records}
-    evaluations = {
-        name: json.loads((folder / "evaluation" / name / "stage.json").read_text()) for name in policies
-    }
+    evaluations = {name: json.loads((folder / "evaluation" / name / "stage.json").read_text()) for name in policies}
     records += evaluations.values()
     choice = outcomes.get("choice")
     previewed = 0 if choice is None else choice["rollouts"]

@@ -76,9 +76,7 @@ class Rounds:
             seed=self.seed,
         )
         if self.rounds < 1 or self.checkpoint_every < 1:
-            raise UserError(
-                f"rounds ({self.rounds}) and checkpoint_every ({self.checkpoint_every}) must be at least 1"
-            )
+            raise UserError(f"rounds ({self.rounds}) and checkpoint_every ({self.checkpoint_every}) must be at least 1")
         if (self.policy is None) == (self.task is None):
             raise UserError("give either policy, the base policy to start from, or task, which makes one")
         if self.policy is not None and _is_local(self.policy) and not Path(self.policy).is_dir():
@@ -212,9 +210,7 @@ class Rounds:
             inputs["student"] = self._extreme("extreme_region", "student", number, inputs)["outcome"]["policy"]
         self._evaluate(number, inputs)
         done = range(1, number + 1)
-        write_summary(
-            self.run_dir, [round_summary(self.round_dir(n), n, [*self.policies(n), "student"]) for n in done]
-        )
+        write_summary(self.run_dir, [round_summary(self.round_dir(n), n, [*self.policies(n), "student"]) for n in done])
         barrier()
         if self.stage == "evaluation" and (self._stages.ran or self.round == number):
             raise StageOnly
@@ -239,8 +235,7 @@ class Rounds:
             module = self.builder.module("extreme_region", policy="")
             if data.group_size < 2 and module.needs_groups:
                 raise UserError(
-                    "data.group_size is 1: the objective compares the responses of a group, "
-                    "which takes at least 2"
+                    "data.group_size is 1: the objective compares the responses of a group, which takes at least 2"
                 )
             self._stages.predict("rollouts", folder, self.student(number - 1), data.sampling())
             return _outcome([Store.open(folder, verify=False)])
@@ -370,10 +365,7 @@ class Rounds:
                 module = SampleKeeper(path, references, folder / SAMPLES_FILE)
                 trainer = self.builder.trainer("evaluation", default_root_dir=folder, logger=False)
                 trainer.test(module, datamodule=data, verbose=False)
-                measured = {
-                    key.removeprefix("test/"): float(value)
-                    for key, value in trainer.callback_metrics.items()
-                }
+                measured = {key.removeprefix("test/"): float(value) for key, value in trainer.callback_metrics.items()}
                 sizes = {
                     "prompts": len(data.held_out_prompts()),
                     "samples_per_prompt": data.validation_samples,
@@ -391,6 +383,7 @@ class Rounds:
             name: sha256_file(path) if path is not None and Path(path).is_file() else str(path)
             for name, path in files.items()
         }
+
 
 def _outcome(stores: list[Store]) -> Record:
     """What a record says of rollouts."""

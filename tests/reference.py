@@ -156,9 +156,7 @@ def clip(x: float, low: float, high: float) -> float:
     return low if x < low else high if x > high else x
 
 
-def ppo_terms(
-    logps: Any, anchor: Any, advantages: Any, low: float, high: float, dual: float | None = None
-) -> Array:
+def ppo_terms(logps: Any, anchor: Any, advantages: Any, low: float, high: float, dual: float | None = None) -> Array:
     logps, anchor, advantages = array(logps), array(anchor), array(advantages)
     result = np.zeros_like(logps)
     for b, t in np.ndindex(*logps.shape):
@@ -170,9 +168,7 @@ def ppo_terms(
     return result
 
 
-def ppo_gradient(
-    logps: Any, anchor: Any, advantages: Any, low: float, high: float, dual: float | None = None
-) -> Array:
+def ppo_gradient(logps: Any, anchor: Any, advantages: Any, low: float, high: float, dual: float | None = None) -> Array:
     """`d term / d logp`: `-r A` where the ratio may still move the term, else 0."""
     logps, anchor, advantages = array(logps), array(anchor), array(advantages)
     result = np.zeros_like(logps)

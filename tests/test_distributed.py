@@ -212,9 +212,7 @@ def test_two_processes_end_the_chain_like_one(alone: Path, together: Path) -> No
     assert found["rollouts"] == expected["rollouts"]
 
 
-def test_two_processes_that_are_killed_end_the_same(
-    runs: Runs, alone: Path, together: Path, tmp_path: Path
-) -> None:
+def test_two_processes_that_are_killed_end_the_same(runs: Runs, alone: Path, together: Path, tmp_path: Path) -> None:
     run_dir = tmp_path / "run"
     for kill in (
         written(r"rollouts/part-00002\.parquet"),

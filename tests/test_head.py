@@ -84,9 +84,7 @@ def reference_logits(head: Head, hidden: Tensor) -> np.ndarray:
     return reference.head_logits(hidden, head.weight, head.bias, head.scale, head.softcap)
 
 
-def assert_same_gradients(
-    result: Tensor, leaves: list[Tensor], expected: Tensor, exact: list[Tensor]
-) -> None:
+def assert_same_gradients(result: Tensor, leaves: list[Tensor], expected: Tensor, exact: list[Tensor]) -> None:
     """Of a randomly weighted sum, so that no error cancels."""
     weights = torch.randn(result.shape)
     (result * weights).sum().backward()
@@ -147,9 +145,7 @@ def test_logits_of_half_precision_are_float32(dtype: torch.dtype) -> None:
     ],
 )
 @pytest.mark.parametrize("bias", [False, True])
-def test_of_reads_the_model(
-    config: dict[str, Any], scale: float, softcap: float | None, bias: bool
-) -> None:
+def test_of_reads_the_model(config: dict[str, Any], scale: float, softcap: float | None, bias: bool) -> None:
     linear = nn.Linear(D, V, bias=bias)
     model = SimpleNamespace(config=SimpleNamespace(**config), get_output_embeddings=lambda: linear)
     head = Head.of(model)
@@ -237,9 +233,7 @@ def test_token_logps_without_autograd(max_logits: int) -> None:
         stats = token_logps(head, hidden, targets, max_logits=max_logits)
     assert not stats.logps.requires_grad
     _, full = in_float64(head, hidden)
-    torch.testing.assert_close(
-        stats.logps.double(), full[torch.arange(N), targets].detach(), **CLOSE
-    )
+    torch.testing.assert_close(stats.logps.double(), full[torch.arange(N), targets].detach(), **CLOSE)
 
 
 @pytest.mark.parametrize("max_logits", [3, 10**6])
@@ -539,9 +533,7 @@ def use_support_logps(head: Head, hidden: Tensor, max_logits: int) -> Tensor:
     return support_logps(head, hidden, ids % len(head.weight), max_logits=max_logits)
 
 
-def use_divergence(
-    head: Head, hidden: Tensor, max_logits: int, direction: Direction = "reverse"
-) -> Tensor:
+def use_divergence(head: Head, hidden: Tensor, max_logits: int, direction: Direction = "reverse") -> Tensor:
     size, dtype = head.weight.numel(), head.weight.dtype
     other = Head(weight=torch.linspace(-1, 1, size, dtype=dtype).view_as(head.weight))
     states = torch.ones_like(hidden)
@@ -659,9 +651,7 @@ def test_chunks_are_recomputed_only_if_there_are_several(use: Differentiable) ->
 
 
 @pytest.mark.parametrize("use", [*DIFFERENTIABLE, use_select_support])
-@pytest.mark.parametrize(
-    ("max_logits", "pieces"), [(1, 7), (V, 7), (2 * V, 4), (3 * V + 2, 3), (7 * V, 1)]
-)
+@pytest.mark.parametrize(("max_logits", "pieces"), [(1, 7), (V, 7), (2 * V, 4), (3 * V + 2, 3), (7 * V, 1)])
 def test_chunks_without_autograd(use: Use, max_logits: int, pieces: int) -> None:
     head, hidden = some_head(), some_hidden()
     with torch.no_grad(), metered() as meter:

@@ -370,9 +370,7 @@ def test_going_back_along_other_curves(curve: Callable[[float], float]) -> None:
 
 
 def test_a_search_too_noisy_to_be_near_takes_what_is_surely_inside() -> None:
-    _, found = go_back(
-        lambda s: Measured(0.2 * s**2, 0.01 * s), 0.05, inside=0.0, outside=0.2, margin=1.6
-    )
+    _, found = go_back(lambda s: Measured(0.2 * s**2, 0.01 * s), 0.05, inside=0.0, outside=0.2, margin=1.6)
     assert found is not None
     assert found.kl + 1.6 * found.stderr <= 0.05
     assert found.kl > 0.035

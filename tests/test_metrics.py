@@ -435,9 +435,7 @@ def make_data() -> Data:
     mask = np.arange(tokens) < lengths[:, None]
     full_p, full_q, full_sampler = (reference.log_softmax(rng.normal(size=(rows, tokens, vocabulary))) for _ in "pqs")
     sampled = rng.integers(0, vocabulary, (rows, tokens, 1))
-    logp, logq, sampler = (
-        np.take_along_axis(full, sampled, -1)[..., 0] for full in (full_p, full_q, full_sampler)
-    )
+    logp, logq, sampler = (np.take_along_axis(full, sampled, -1)[..., 0] for full in (full_p, full_q, full_sampler))
     log_ratios = rng.normal(size=(rows, tokens))
     for prompt, extreme in ((0, 200.0), (1, -200.0), (11, 201.0)):
         log_ratios[np.flatnonzero(prompts == prompt)[0], 0] = extreme

@@ -64,9 +64,7 @@ def rows() -> list[dict[str, Any]]:
 
 
 @pytest.fixture(scope="module")
-def scored(
-    tmp_path_factory: pytest.TempPathFactory, rows: list[dict[str, Any]], policies: dict[str, Path]
-) -> Path:
+def scored(tmp_path_factory: pytest.TempPathFactory, rows: list[dict[str, Any]], policies: dict[str, Path]) -> Path:
     """A store and scores of three policies on it, over almost all of the vocabulary."""
     folder = tmp_path_factory.mktemp("scored")
     write_rollouts(folder / "rollouts", rows)
@@ -544,9 +542,7 @@ def own_spent(scores: Path, beta: float, terms: Sequence[tuple[str, str, float, 
         entry = 0
         for t, size in enumerate(tables["base"][row]["support_size"]):
             logps = {
-                name: np.array(
-                    [*table[row]["support_logps"][entry : entry + size], table[row]["tail_logps"][t]]
-                )
+                name: np.array([*table[row]["support_logps"][entry : entry + size], table[row]["tail_logps"][t]])
                 for name, table in tables.items()
             }
             entry += size
@@ -655,9 +651,7 @@ class Recorder(TransformersSampler):
         self.drawn: list[tuple[list[int], Response]] = []
         self.seeds: list[int] = []
 
-    def sample(
-        self, model: Any, tokenizer: Any, prompts: Sequence[Sequence[int]], seed: int
-    ) -> list[Response]:
+    def sample(self, model: Any, tokenizer: Any, prompts: Sequence[Sequence[int]], seed: int) -> list[Response]:
         responses = super().sample(model, tokenizer, prompts, seed)
         responses = [responses[n - n % self.alike] for n in range(len(responses))]
         self.drawn += [(list(prompt), response) for prompt, response in zip(prompts, responses, strict=True)]
@@ -702,9 +696,7 @@ def measured(
     models = {name: AutoModelForCausalLM.from_pretrained(path) for name, path in references.items()}
     model = AutoModelForCausalLM.from_pretrained(policies["student"])
     count = len(PROMPTS)
-    sums: dict[str, list[float]] = {
-        name: [0.0] * count for name in ("tokens", "right", "entropy", "cut", *references)
-    }
+    sums: dict[str, list[float]] = {name: [0.0] * count for name in ("tokens", "right", "entropy", "cut", *references)}
     texts: list[set[tuple[int, ...]]] = [set() for _ in PROMPTS]
     for number, (prompt, response) in enumerate(drawn):
         group = number // SAMPLES
@@ -735,9 +727,7 @@ def measured(
     return result
 
 
-def test_metrics_of_a_policy(
-    evaluation_data: Callable[..., RolloutDataModule], policies: dict[str, Path]
-) -> None:
+def test_metrics_of_a_policy(evaluation_data: Callable[..., RolloutDataModule], policies: dict[str, Path]) -> None:
     data = evaluation_data(sampler=Recorder(alike=3))
     references = {"base": str(policies["base"]), "first": str(policies["teacher"]), "baseline": str(policies["base"])}
     module = PolicyModule(policies["student"], references=references)
@@ -847,9 +837,7 @@ def test_reference_policies_are_let_go(
 ) -> None:
     references = {"base": str(policies["base"]), "first": str(policies["teacher"])}
     seen = Validations()
-    module = ExtremeRegionModule(
-        policies["student"], references=references, kl_coef=kl_coef, kl_estimator=estimator
-    )
+    module = ExtremeRegionModule(policies["student"], references=references, kl_coef=kl_coef, kl_estimator=estimator)
     trainer = make_trainer(max_epochs=2, callbacks=[seen])
     trainer.fit(module, datamodule=evaluation_data(scored))
     assert set(seen.during) == {2}

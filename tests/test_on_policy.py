@@ -114,9 +114,7 @@ def test_each_part_is_answered_by_the_policy_of_its_time(
     assert seen == [sorted(PROMPTS[a:b]) for a, b in pairwise(ROUNDED)]
 
 
-def test_each_part_is_trained_on_for_as_many_epochs(
-    policy: Path, make_data: Callable[..., RolloutDataModule]
-) -> None:
+def test_each_part_is_trained_on_for_as_many_epochs(policy: Path, make_data: Callable[..., RolloutDataModule]) -> None:
     data = make_data()
     watch = fit(policy, data, max_epochs=2 * ITERATIONS)
     by_epoch: list[set[int]] = [set() for _ in range(2 * ITERATIONS)]

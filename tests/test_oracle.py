@@ -185,20 +185,14 @@ def target_samples(
 
 
 @pytest.fixture(scope="module")
-def policy_samples(
-    run_dir: Path, models: dict[str, Any], prompts: list[dict[str, str]]
-) -> dict[str, Samples]:
+def policy_samples(run_dir: Path, models: dict[str, Any], prompts: list[dict[str, str]]) -> dict[str, Samples]:
     return {
-        name: measure(
-            run_dir, prompts, *sample_policy(models[name], models["base"], encode(run_dir, prompts), seed)
-        )
+        name: measure(run_dir, prompts, *sample_policy(models[name], models["base"], encode(run_dir, prompts), seed))
         for seed, name in enumerate(("base", "teacher", "student"))
     }
 
 
-def test_the_student_does_what_its_target_does(
-    target_samples: Samples, policy_samples: dict[str, Samples]
-) -> None:
+def test_the_student_does_what_its_target_does(target_samples: Samples, policy_samples: dict[str, Samples]) -> None:
     target, student, base = target_samples, policy_samples["student"], policy_samples["base"]
     by_prompt = student.right.mean(1) - target.right.mean(1)
     bound = 4 * paired_stderr(by_prompt) + 0.03
@@ -208,8 +202,7 @@ def test_the_student_does_what_its_target_does(
 
     spent, wanted = student.rate(student.kl), target.rate(target.kl)
     stderr = (
-        within_stderr(student.kl, student.tokens, SAMPLES) ** 2
-        + within_stderr(target.kl, target.tokens, SAMPLES) ** 2
+        within_stderr(student.kl, student.tokens, SAMPLES) ** 2 + within_stderr(target.kl, target.tokens, SAMPLES) ** 2
     ) ** 0.5
     assert abs(spent - wanted) < 0.15 * wanted + 4 * stderr
     assert stderr < 0.1 * wanted

@@ -27,9 +27,7 @@ ROOT = Path(__file__).parents[1]
 def python(code: str, cwd: Path, path: Path | None = None) -> subprocess.CompletedProcess[str]:
     """Runs code that sees the given folder before all installed packages, and no other checkout."""
     prefix = f"import sys; sys.path.insert(0, {str(path)!r})\n" if path else ""
-    return subprocess.run(
-        [sys.executable, "-I", "-c", prefix + code], cwd=cwd, capture_output=True, text=True
-    )
+    return subprocess.run([sys.executable, "-I", "-c", prefix + code], cwd=cwd, capture_output=True, text=True)
 
 
 # Lazy names
@@ -117,9 +115,7 @@ def wheel(archives: Path) -> zipfile.ZipFile:
 def test_wheel_holds_every_module_once(wheel: zipfile.ZipFile) -> None:
     names = [name for name in wheel.namelist() if ".dist-info/" not in name]
     modules = {path.relative_to(ROOT) for path in ROOT.glob("erpd_lightning/**/*.py")}
-    modules |= {
-        Path("erpd_lightning") / path.relative_to(ROOT) for path in ROOT.glob("callbacks/**/*.py")
-    }
+    modules |= {Path("erpd_lightning") / path.relative_to(ROOT) for path in ROOT.glob("callbacks/**/*.py")}
     assert sorted(names) == sorted([*map(Path.as_posix, modules), "erpd_lightning/py.typed"])
 
 

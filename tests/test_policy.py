@@ -54,9 +54,7 @@ def check(aligned: Tensor, expected: list[Tensor], mask: Tensor, tolerance: floa
     """Row by row against values for the response tokens alone; 0 elsewhere."""
     assert aligned.shape[:2] == mask.shape
     for row, wanted in enumerate(expected):
-        torch.testing.assert_close(
-            aligned[row, : len(wanted)], wanted, atol=tolerance, rtol=1e-4, check_dtype=False
-        )
+        torch.testing.assert_close(aligned[row, : len(wanted)], wanted, atol=tolerance, rtol=1e-4, check_dtype=False)
     assert not aligned[~mask].any()
 
 
@@ -64,9 +62,7 @@ def check(aligned: Tensor, expected: list[Tensor], mask: Tensor, tolerance: floa
 
 
 @pytest.mark.parametrize("name", ["qwen3", *ARCHITECTURES])
-def test_log_probs_of_many_architectures(
-    name: str, rows: list[dict[str, Any]], batch: RolloutBatch
-) -> None:
+def test_log_probs_of_many_architectures(name: str, rows: list[dict[str, Any]], batch: RolloutBatch) -> None:
     model = make_model() if name == "qwen3" else build(name)
     full = full_logps(model, rows)
     spread = torch.cat(full).std(dim=-1).mean()
@@ -74,8 +70,7 @@ def test_log_probs_of_many_architectures(
     policy = Policy(model, max_logits=VOCABULARY_SIZE * 5)
     stats = policy.token_logps(batch)
     sampled = [
-        logps.gather(1, torch.tensor(row["response_ids"])[:, None])[:, 0]
-        for logps, row in zip(full, rows, strict=True)
+        logps.gather(1, torch.tensor(row["response_ids"])[:, None])[:, 0] for logps, row in zip(full, rows, strict=True)
     ]
     check(stats.logps.detach(), sampled, batch.mask)
     check(stats.entropy, [-(logps.exp() * logps).sum(-1) for logps in full], batch.mask)

@@ -48,8 +48,5 @@ def test_the_python_section_makes_a_student(tmp_path: Path, monkeypatch: pytest.
     student = AutoModelForCausalLM.from_pretrained("student")
     assert AutoTokenizer.from_pretrained("student").eos_token == "<eos>"
     assert policy_fingerprint("student") != policy_fingerprint("base")
-    moved = [
-        not torch.equal(a, b)
-        for a, b in zip(student.parameters(), base.parameters(), strict=True)
-    ]
+    moved = [not torch.equal(a, b) for a, b in zip(student.parameters(), base.parameters(), strict=True)]
     assert any(moved)

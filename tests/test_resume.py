@@ -137,9 +137,7 @@ def parts(run_dir: Path, stage: str) -> dict[Path, int]:
 
 
 @pytest.mark.parametrize("stage", KILLS)
-def test_a_stage_killed_at_any_point_ends_the_same(
-    stage: str, runs: Runs, reference: Path, tmp_path: Path
-) -> None:
+def test_a_stage_killed_at_any_point_ends_the_same(stage: str, runs: Runs, reference: Path, tmp_path: Path) -> None:
     run_dir = before(stage, reference, tmp_path / "run")
     record = rf"{STAGES[stage]}/(student/)?stage\.json"
     resumed: int | None = None

@@ -66,9 +66,7 @@ ARCHITECTURES: dict[str, Callable[[], Any]] = {
         max_position_embeddings=32,
         **TOKENS,
     ),
-    "falcon": lambda: transformers.FalconConfig(
-        hidden_size=16, num_hidden_layers=2, num_attention_heads=4, **TOKENS
-    ),
+    "falcon": lambda: transformers.FalconConfig(hidden_size=16, num_hidden_layers=2, num_attention_heads=4, **TOKENS),
     "gpt_bigcode": lambda: transformers.GPTBigCodeConfig(**GPT2, **TOKENS),
 }
 
@@ -98,9 +96,7 @@ def save_policy(path: Path, model: Any = None, seed: int = 0) -> Path:
     return path
 
 
-def token_logps(
-    model: Any, prompt: Sequence[int], response: Sequence[int], temperature: float = 1.0
-) -> Tensor:
+def token_logps(model: Any, prompt: Sequence[int], response: Sequence[int], temperature: float = 1.0) -> Tensor:
     """Log-probs over the vocabulary at each response token, `(T, V)`: one sequence, no padding, all logits."""
     ids = torch.tensor([[*prompt, *response]])
     logits = model(input_ids=ids, use_cache=False).logits[0].float() / temperature

@@ -71,9 +71,7 @@ class Arithmetic:
         if not 1 <= operations <= 8:
             raise UserError(f"task.operations is {operations}: it must lie between 1 and 8")
         if min(train_prompts, validation_prompts, demonstrations) < 1:
-            raise UserError(
-                "task.train_prompts, task.validation_prompts and task.demonstrations must be at least 1"
-            )
+            raise UserError("task.train_prompts, task.validation_prompts and task.demonstrations must be at least 1")
         if train_prompts + validation_prompts > space // 2:
             raise UserError(
                 f"task.train_prompts + task.validation_prompts is {train_prompts + validation_prompts}: "

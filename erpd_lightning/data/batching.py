@@ -71,9 +71,7 @@ class RolloutBatch:
     def to(self, device: torch.device | str) -> "RolloutBatch":
         """The same batch with all tensors on `device`."""
         moved: dict[str, Any] = {
-            f.name: value.to(device)
-            for f in fields(self)
-            if isinstance(value := getattr(self, f.name), Tensor)
+            f.name: value.to(device) for f in fields(self) if isinstance(value := getattr(self, f.name), Tensor)
         }
         for name in ("scores", "token_scores"):
             if (scores := getattr(self, name)) is not None:
@@ -116,8 +114,7 @@ class ScoreTable:
         if bool((rows.diff() < 0).any()):
             # Arrow sorts lists with 32-bit offsets only as long as they hold 2^31 values in all.
             wide = [
-                f.with_type(pa.large_list(f.type.value_type)) if pa.types.is_list(f.type) else f
-                for f in table.schema
+                f.with_type(pa.large_list(f.type.value_type)) if pa.types.is_list(f.type) else f for f in table.schema
             ]
             table = table.cast(pa.schema(wide)).sort_by("row")
             rows = _flat(table["row"])
@@ -129,9 +126,7 @@ class ScoreTable:
         support_ids, id_offsets = _ragged(table["support_ids"])
         support_logps, support_row_offsets = _ragged(table["support_logps"])
         support_offsets = _offsets(sizes)
-        _check_equal_lengths(
-            "scores", logps=token_offsets, support_size=size_offsets, tail_logps=tail_offsets
-        )
+        _check_equal_lengths("scores", logps=token_offsets, support_size=size_offsets, tail_logps=tail_offsets)
         _check_equal_lengths(
             "scores",
             support_size=support_offsets[token_offsets],
@@ -159,9 +154,7 @@ class ScoreTable:
         index = torch.searchsorted(self.rows, rows).clamp_max(len(self.rows) - 1)
         missing = rows[self.rows[index] != rows]
         if len(missing):
-            raise UserError(
-                f"scores: row {int(missing[0])} of the rollouts is missing; score it too"
-            )
+            raise UserError(f"scores: row {int(missing[0])} of the rollouts is missing; score it too")
         return self.token_offsets[index]
 
 
@@ -190,9 +183,7 @@ class RolloutTable:
     scores: dict[str, ScoreTable] = field(default_factory=dict)
 
     @classmethod
-    def from_arrow(
-        cls, table: pa.Table, scores: Mapping[str, ScoreTable] | None = None
-    ) -> "RolloutTable":
+    def from_arrow(cls, table: pa.Table, scores: Mapping[str, ScoreTable] | None = None) -> "RolloutTable":
         """From a table of the `ROLLOUTS` schema; row i is the i-th row of the table.
 
         Raises:
@@ -305,9 +296,7 @@ class RolloutTable:
             **self._batch_scores(rows, token, mask),
         )
 
-    def _batch_scores(
-        self, rows: Tensor, token: Tensor, mask: Tensor
-    ) -> dict[str, Any]:
+    def _batch_scores(self, rows: Tensor, token: Tensor, mask: Tensor) -> dict[str, Any]:
         """What a batch holds of the scores, where there are any."""
         reference = next(iter(self.scores.values()), None)
         if reference is None:
@@ -329,9 +318,7 @@ class RolloutTable:
 
     def _check_scores(self, name: str, score: ScoreTable, reference: ScoreTable) -> None:
         fits = len(score.rows) > 0 and score.rows[0] >= 0 and score.rows[-1] < len(self.rewards)
-        if not fits or not torch.equal(
-            score.token_offsets.diff(), self.response_lengths[score.rows]
-        ):
+        if not fits or not torch.equal(score.token_offsets.diff(), self.response_lengths[score.rows]):
             raise UserError(f"scores of {name!r} were made for other rollouts; score these")
         if not (
             torch.equal(score.rows, reference.rows)
@@ -414,9 +401,7 @@ class StepLoader:
     def __iter__(self) -> Iterator[RolloutBatch]:
         # Lightning asks for iterators that it does not use: nothing may change before the first
         # batch is taken.
-        steps = plan_steps(
-            len(self.rows), self.batch_size, seed=self.seed, epoch=self._epoch, shuffle=self.shuffle
-        )
+        steps = plan_steps(len(self.rows), self.batch_size, seed=self.seed, epoch=self._epoch, shuffle=self.shuffle)
         first, done = divmod(self._batches, self.pieces_per_rank)
         for number, chosen in enumerate(steps[first:]):
             for batch in self._micro_batches(self.rows[chosen], done if number == 0 else 0):
@@ -473,9 +458,7 @@ class StepLoader:
                 last=number == self.pieces_per_rank - 1,
             )
             if filler:
-                batch = replace(
-                    batch, mask=torch.zeros_like(batch.mask), rows=torch.full_like(batch.rows, -1)
-                )
+                batch = replace(batch, mask=torch.zeros_like(batch.mask), rows=torch.full_like(batch.rows, -1))
             yield batch
 
 
@@ -497,9 +480,7 @@ def micro_batches(rollouts: RolloutTable, max_tokens: int, rows: Tensor | None =
         )
 
 
-def plan_steps(
-    count: int, batch_size: int, *, seed: int, epoch: int, shuffle: bool
-) -> list[Tensor]:
+def plan_steps(count: int, batch_size: int, *, seed: int, epoch: int, shuffle: bool) -> list[Tensor]:
     """Indices below `count` of each optimiser step of an epoch; the last step may be smaller.
 
     The order depends on `seed` and `epoch` only: neither on the rank nor on the global random
@@ -604,6 +585,4 @@ def _check_equal_lengths(what: str, **offsets: Tensor) -> None:
     for name, other in others:
         different = (reference.diff() != other.diff()).nonzero()
         if len(different):
-            raise UserError(
-                f"{what}: {first} and {name} differ in length in row {int(different[0])}"
-            )
+            raise UserError(f"{what}: {first} and {name} differ in length in row {int(different[0])}")

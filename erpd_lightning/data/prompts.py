@@ -121,8 +121,7 @@ def read_prompts(source: str | Path) -> list[Prompt]:
         prompts = list(_read_jsonl(path))
     else:
         prompts = [
-            _as_prompt(row, f"{source}, row {number}")
-            for number, row in enumerate(_load_dataset(str(source)), start=1)
+            _as_prompt(row, f"{source}, row {number}") for number, row in enumerate(_load_dataset(str(source)), start=1)
         ]
     if not prompts:
         raise UserError(f"{source} holds no prompts: at least one is needed")
@@ -165,9 +164,7 @@ def load_tokenizer(path: str | Path) -> Any:
     from transformers import AutoTokenizer
 
     with loading(path, "tokenizer"):
-        tokenizer = AutoTokenizer.from_pretrained(
-            str(path), padding_side="left", trust_remote_code=False
-        )
+        tokenizer = AutoTokenizer.from_pretrained(str(path), padding_side="left", trust_remote_code=False)
     if tokenizer.eos_token_id is None:
         raise UserError(f"tokenizer {path} has no end-of-sequence token: responses would never end")
     if tokenizer.pad_token_id is None:

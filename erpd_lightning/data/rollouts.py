@@ -266,8 +266,7 @@ class RolloutDataModule(LightningDataModule):
         if not Store.exists(self.store):
             if module.needs_groups and self.group_size < 2:
                 raise UserError(
-                    "data.group_size is 1: the objective compares the responses of a group, "
-                    "which takes at least 2"
+                    "data.group_size is 1: the objective compares the responses of a group, which takes at least 2"
                 )
             run_pass(self.sampling(), self.trainer)
         rollouts = self.rollouts
@@ -447,17 +446,13 @@ class RolloutDataModule(LightningDataModule):
 
     def _prompt_source(self) -> str | Path:
         if self.prompts is None:
-            raise UserError(
-                f"{self.store} holds no finished rollouts, and data.prompts names no file to sample from"
-            )
+            raise UserError(f"{self.store} holds no finished rollouts, and data.prompts names no file to sample from")
         return self.prompts
 
     def _round_indices(self, available: int) -> list[int]:
         count = self.prompts_per_round or available
         if count > available:
-            raise UserError(
-                f"data.prompts_per_round is {count}, but {self.prompts} holds {available} prompts"
-            )
+            raise UserError(f"data.prompts_per_round is {count}, but {self.prompts} holds {available} prompts")
         first = (self.round - 1) * count
         return [i % available for i in range(first, first + count)]
 

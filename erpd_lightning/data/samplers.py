@@ -34,13 +34,10 @@ class Sampler(ABC):
         batch_size: Responses that are drawn at a time.
     """
 
-    def __init__(
-        self, max_new_tokens: int = 256, temperature: float = 1.0, batch_size: int = 256
-    ) -> None:
+    def __init__(self, max_new_tokens: int = 256, temperature: float = 1.0, batch_size: int = 256) -> None:
         if max_new_tokens < 1 or batch_size < 1:
             raise UserError(
-                f"data.sampler: max_new_tokens ({max_new_tokens}) and batch_size ({batch_size}) "
-                "must be at least 1"
+                f"data.sampler: max_new_tokens ({max_new_tokens}) and batch_size ({batch_size}) must be at least 1"
             )
         if not 0 < temperature < float("inf"):
             raise UserError(f"data.sampler.temperature is {temperature}: it must be above 0")
@@ -49,9 +46,7 @@ class Sampler(ABC):
         self.batch_size = batch_size
 
     @abstractmethod
-    def sample(
-        self, model: Any, tokenizer: Any, prompts: Sequence[Sequence[int]], seed: int
-    ) -> list[Response]:
+    def sample(self, model: Any, tokenizer: Any, prompts: Sequence[Sequence[int]], seed: int) -> list[Response]:
         """One response to each of the tokenised prompts, in order; the same for the same seed."""
 
 
@@ -59,9 +54,7 @@ class TransformersSampler(Sampler):
     """Samples with `generate` of transformers, on whatever device the model is."""
 
     @torch.no_grad()
-    def sample(
-        self, model: Any, tokenizer: Any, prompts: Sequence[Sequence[int]], seed: int
-    ) -> list[Response]:
+    def sample(self, model: Any, tokenizer: Any, prompts: Sequence[Sequence[int]], seed: int) -> list[Response]:
         """See `Sampler.sample`. Global random state is left as it was."""
         with self.drawing([model], seed):
             return [
@@ -106,9 +99,7 @@ class TransformersSampler(Sampler):
         reasons = ["stop" if stop else "length" for stop in ended.any(1).tolist()]
         return [
             Response(row[:length], logp[:length], reason)
-            for row, logp, length, reason in zip(
-                ids.tolist(), logps.tolist(), lengths, reasons, strict=True
-            )
+            for row, logp, length, reason in zip(ids.tolist(), logps.tolist(), lengths, reasons, strict=True)
         ]
 
     @contextmanager

@@ -211,9 +211,7 @@ class StoreWriter:
             ValueError: a value is missing or does not fit its column.
         """
         if Store.exists(self.path):
-            raise UserError(
-                f"{self.path} holds a finished store: write to another directory or delete it first"
-            )
+            raise UserError(f"{self.path} holds a finished store: write to another directory or delete it first")
         if isinstance(columns, pa.Table):
             table = columns.select(self.schema.names).cast(self.schema)
         else:
@@ -255,8 +253,7 @@ class StoreWriter:
         store = Store.open(self.path, verify=False)
         if store.fingerprint != manifest["fingerprint"]:
             raise UserError(
-                f"{self.path} holds a finished store with other content: "
-                "write to another directory or delete it first"
+                f"{self.path} holds a finished store with other content: write to another directory or delete it first"
             )
         return store
 
@@ -281,13 +278,9 @@ def disk_full_named(path: str | Path) -> Iterator[None]:
     except Exception as error:
         # safetensors, for one, raises an exception of its own that has no errno.
         texts = (os.strerror(number) for number in DISK_FULL)
-        if getattr(error, "errno", None) not in DISK_FULL and not any(
-            text in str(error) for text in texts
-        ):
+        if getattr(error, "errno", None) not in DISK_FULL and not any(text in str(error) for text in texts):
             raise
-        raise UserError(
-            f"disk full while writing {path}: free some space and start again"
-        ) from error
+        raise UserError(f"disk full while writing {path}: free some space and start again") from error
 
 
 def _check_complete(name: str, column: pa.ChunkedArray) -> None:
@@ -320,9 +313,7 @@ def _check_part(path: Path, expected: Mapping[str, Any], verify: bool) -> None:
         raise UserError(f"{path} is missing: {MANIFEST} lists it")
     same_size = path.stat().st_size == expected["bytes"]
     if not same_size or (verify and sha256_file(path) != expected["sha256"]):
-        raise UserError(
-            f"{path} was altered or truncated: it is not the file that {MANIFEST} lists"
-        )
+        raise UserError(f"{path} was altered or truncated: it is not the file that {MANIFEST} lists")
 
 
 def _read_manifest(path: Path) -> dict[str, Any]:

@@ -96,9 +96,7 @@ class _Reader:
             more["position_ids"] = (mask.cumsum(1) - 1).clamp(min=0)[:, -unread.shape[1] :]
         if "logits_to_keep" in self._accepts:
             more["logits_to_keep"] = 1
-        output = self._model(
-            input_ids=unread, attention_mask=mask, past_key_values=self._cache, use_cache=True, **more
-        )
+        output = self._model(input_ids=unread, attention_mask=mask, past_key_values=self._cache, use_cache=True, **more)
         self._cache = output.get("past_key_values")
         logps: Tensor = output.logits[:, -1].float().log_softmax(-1)
         return logps

@@ -65,9 +65,7 @@ class Float64Metric(Metric):
         for name in names:
             self.add_state(name, torch.zeros((), dtype=torch.float64), dist_reduce_fx="sum")
 
-    def _apply(
-        self, fn: Callable[[Tensor], Tensor], exclude_state: Sequence[str] = ""
-    ) -> nn.Module:
+    def _apply(self, fn: Callable[[Tensor], Tensor], exclude_state: Sequence[str] = "") -> nn.Module:
         # Follow to another device only. precision="bf16-true" converts every module that Lightning
         # holds: sums would be rounded, and ranks with and without any would differ in dtype.
         return super()._apply(lambda state: state.to(fn(state).device), exclude_state)

@@ -215,9 +215,7 @@ def _count(mask: Tensor, per: Unit) -> Tensor:
     return mask.sum(-1) if per == "token" else mask.any(-1)
 
 
-def _prompt_sums(
-    numerator: Tensor, denominator: Tensor, mask: Tensor, prompts: Tensor | None
-) -> tuple[Tensor, Tensor]:
+def _prompt_sums(numerator: Tensor, denominator: Tensor, mask: Tensor, prompts: Tensor | None) -> tuple[Tensor, Tensor]:
     """(B,) numbers of each row to (P,) sums over each prompt's, without rows of filler."""
     if mask.dtype != torch.bool or mask.ndim != 2:
         raise ValueError(f"the mask has to be bool of shape (B, T), got {mask.dtype} of {tuple(mask.shape)}")

@@ -116,9 +116,7 @@ class PPOClip(AdvantageObjective):
         ValueError: for a value out of range.
     """
 
-    def __init__(
-        self, epsilon_low: float = 0.2, epsilon_high: float = 0.2, dual_clip: float | None = None
-    ) -> None:
+    def __init__(self, epsilon_low: float = 0.2, epsilon_high: float = 0.2, dual_clip: float | None = None) -> None:
         check_clips(epsilon_low, epsilon_high)
         if dual_clip is not None and not 1 < dual_clip < math.inf:
             raise ValueError(f"dual_clip is {dual_clip}; it has to be above 1, or null for none")

@@ -65,8 +65,7 @@ class Signal:
                 f"there are those of {', '.join(sorted(logps)) or 'no policy'}"
             )
         ratios = [
-            term.weight
-            * (logps[term.numerator] - logps[term.denominator]).clamp(-term.clip, term.clip)
+            term.weight * (logps[term.numerator] - logps[term.denominator]).clamp(-term.clip, term.clip)
             for term in self.terms
         ]
         return torch.stack(ratios).sum(0)

@@ -157,9 +157,7 @@ class TwoAnchorSolution:
     kl_first: float
 
 
-def tilt_two_anchors(
-    base: Tensor, first: Tensor, signal: Tensor, beta_base: float, beta_first: float
-) -> Tensor:
+def tilt_two_anchors(base: Tensor, first: Tensor, signal: Tensor, beta_base: float, beta_first: float) -> Tensor:
     """`pi* ~ (pi_0^b0 * pi_1^b1)^(1 / (b0 + b1)) * exp(s / (b0 + b1))` over the last dimension: `(..., K+1)` log-probs.
 
     With `b0 = beta_base` and `b1 = beta_first` it maximises `E_pi[s] - b0 KL(pi || pi_0) - b1 KL(pi || pi_1)` in each

@@ -335,7 +335,7 @@ def _response(name: str, row: Row) -> str:
     cut = ", cut off" if row["finish_reason"] == "length" else ""
     tokens = list(zip(row["token_texts"], row["kls"], strict=True))
     spans = [_token(text, kl) for text, kl in tokens[:SHOWN_TOKENS]]
-    more = f' <i>… {len(tokens) - SHOWN_TOKENS} more tokens</i>' if len(tokens) > SHOWN_TOKENS else ""
+    more = f" <i>… {len(tokens) - SHOWN_TOKENS} more tokens</i>" if len(tokens) > SHOWN_TOKENS else ""
     total = sum(max(kl, 0.0) for _, kl in tokens)
     return (
         f'<p class="response"><b>{name}</b> <small>{verdict}{cut}, {len(tokens)} tokens, {total:.2f} nats</small><br>'
@@ -469,5 +469,3 @@ def _told_logs(run: Run, metric: str) -> str:
         if metric in log
     ]
     return "; ".join(told) or "none on fresh samples"
-
-

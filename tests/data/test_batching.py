@@ -67,10 +67,7 @@ def make_scores(rows: list[dict[str, Any]], scored: list[int]) -> dict[str, list
 
     # Some are empty, but not the first, which is where the index of padding points.
     supports = {
-        row: [
-            sorted({300 + draw(20) for _ in range((4 - i - t) % 5)})
-            for t, _ in enumerate(rows[row]["response_ids"])
-        ]
+        row: [sorted({300 + draw(20) for _ in range((4 - i - t) % 5)}) for t, _ in enumerate(rows[row]["response_ids"])]
         for i, row in enumerate(scored)
     }
     return {
@@ -321,9 +318,7 @@ def test_columns_of_scores_fit_each_other(column: str) -> None:
     lists = table[column].to_pylist()
     lists[1] = [*lists[1], 1]
     index = table.schema.names.index(column)
-    table = table.set_column(
-        index, SCORES.field(column), pa.chunked_array([lists], SCORES.types[index])
-    )
+    table = table.set_column(index, SCORES.field(column), pa.chunked_array([lists], SCORES.types[index]))
     with pytest.raises(UserError, match=f"{column}.* differ in length in row 1"):
         ScoreTable.from_arrow(table)
 
@@ -410,9 +405,7 @@ def best_cut(lengths: list[int], pieces: int) -> int:
 
 CUTS = [
     (torch.randint(1, high, (count,), generator=torch.Generator().manual_seed(seed)), pieces)
-    for seed, (high, count, pieces) in enumerate(
-        itertools.product([3, 8, 100], [1, 3, 5], [1, 2, 3, 4])
-    )
+    for seed, (high, count, pieces) in enumerate(itertools.product([3, 8, 100], [1, 3, 5], [1, 2, 3, 4]))
 ]
 # Here a bound that is too large by one is already a worse cut.
 CUTS += [(torch.tensor([1, 8, 8, 4, 5]), 3), (torch.tensor([5, 1, 3, 8]), 2)]
@@ -551,10 +544,7 @@ def test_a_step_is_the_same_however_it_is_cut() -> None:
 
 
 def test_ranks_get_pieces_of_similar_length_at_a_time() -> None:
-    streams = [
-        list(make_loader(TABLE, batch_size=24, rank=rank, world_size=2, pieces_per_rank=3))
-        for rank in range(2)
-    ]
+    streams = [list(make_loader(TABLE, batch_size=24, rank=rank, world_size=2, pieces_per_rank=3)) for rank in range(2)]
     pieces = [batch.rows for pair in zip(*streams, strict=True) for batch in pair]
     expected = cut_step(TABLE.lengths[torch.cat(pieces)], 6)
     assert [TABLE.lengths[piece].tolist() for piece in pieces] == [
@@ -571,9 +561,7 @@ def test_the_budget_holds_in_every_step(max_tokens: int, world_size: int) -> Non
     largest = 0
     for rank in range(world_size):
         pieces = -(-needed // world_size)
-        loader = make_loader(
-            table, batch_size=16, pieces_per_rank=pieces, rank=rank, world_size=world_size
-        )
+        loader = make_loader(table, batch_size=16, pieces_per_rank=pieces, rank=rank, world_size=world_size)
         sizes = [batch.input_ids.numel() for batch in stream(loader, 5)]
         assert len(sizes) == 5 * 4 * pieces
         largest = max(largest, *sizes)
@@ -586,9 +574,7 @@ def test_an_empty_piece_is_one_masked_row() -> None:
     lengths = TABLE.lengths[rows].tolist()
     assert len(set(lengths)) == 3
     batches = [
-        batch
-        for rank in range(2)
-        for batch in make_loader(TABLE, rows, pieces_per_rank=2, rank=rank, world_size=2)
+        batch for rank in range(2) for batch in make_loader(TABLE, rows, pieces_per_rank=2, rank=rank, world_size=2)
     ]
     assert sorted(batch.rows.tolist() for batch in batches) == [[-1], [3], [10], [14]]
     (filler,) = [batch for batch in batches if batch.rows.tolist() == [-1]]
@@ -609,9 +595,7 @@ def test_an_empty_piece_is_one_masked_row() -> None:
 @pytest.mark.parametrize(("rank", "world_size", "pieces"), [(0, 1, 1), (0, 1, 3), (1, 2, 2)])
 def test_the_stream_resumes_after_any_batch(rank: int, world_size: int, pieces: int) -> None:
     def loader() -> StepLoader:
-        return make_loader(
-            TABLE, SELECTED, pieces_per_rank=pieces, rank=rank, world_size=world_size
-        )
+        return make_loader(TABLE, SELECTED, pieces_per_rank=pieces, rank=rank, world_size=world_size)
 
     whole = list(stream(loader(), 3))
     assert len(whole) == 9 * pieces
@@ -688,17 +672,13 @@ class SaveEverywhere(Callback):
         self.saved[path] = len(pl_module.seen)
         trainer.save_checkpoint(path)
 
-    def on_train_batch_end(
-        self, trainer: Trainer, pl_module: LightningModule, *_: Any, **__: Any
-    ) -> None:
+    def on_train_batch_end(self, trainer: Trainer, pl_module: LightningModule, *_: Any, **__: Any) -> None:
         self.on_train_start(trainer, pl_module)
 
     on_train_epoch_end = on_train_start
 
 
-def fit(
-    *callbacks: Callback, limit: int | None, checkpoint: Path | None = None
-) -> list[tuple[int, list[int]]]:
+def fit(*callbacks: Callback, limit: int | None, checkpoint: Path | None = None) -> list[tuple[int, list[int]]]:
     trainer = Trainer(
         accelerator="cpu",
         max_epochs=3,
@@ -722,9 +702,7 @@ def test_a_trainer_resumes_from_any_checkpoint(tmp_path: Path, limit: int | None
     whole = fit(save, limit=limit)
     batches = limit or 3
     assert [epoch for epoch, _ in whole] == [0] * batches + [1] * batches + [2] * batches
-    expected = [
-        batch.rows.tolist() for batch in stream(make_loader(TABLE, SELECTED, pieces_per_rank=1), 3)
-    ]
+    expected = [batch.rows.tolist() for batch in stream(make_loader(TABLE, SELECTED, pieces_per_rank=1), 3)]
     kept = [rows for i, rows in enumerate(expected) if i % 3 < batches]
     assert [rows for _, rows in whole] == kept
     assert len(save.saved) == 1 + 3 * batches + 3

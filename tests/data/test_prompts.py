@@ -182,9 +182,7 @@ def test_a_template_writes_its_own_special_tokens() -> None:
 
     tokenizer = TASK.tokenizer()
     tokenizer.chat_template = "<bos>" + TEMPLATE
-    tokenizer.backend_tokenizer.post_processor = TemplateProcessing(
-        single="<bos> $A", special_tokens=[("<bos>", 1)]
-    )
+    tokenizer.backend_tokenizer.post_processor = TemplateProcessing(single="<bos> $A", special_tokens=[("<bos>", 1)])
     # Once, by the tokenizer for a plain prompt, by the template for a chat.
     assert tokenize(tokenizer, "2")[:2] == [1, 5]
     assert tokenize(tokenizer, [{"role": "user", "content": "2"}])[:3] == [1, 15, 5]
@@ -269,9 +267,7 @@ class Scripted(Sampler):
         super().__init__()
         self.seeds: list[int] = []
 
-    def sample(
-        self, model: Any, tokenizer: Any, prompts: Sequence[Sequence[int]], seed: int
-    ) -> list[Response]:
+    def sample(self, model: Any, tokenizer: Any, prompts: Sequence[Sequence[int]], seed: int) -> list[Response]:
         self.seeds.append(seed)
         return [
             Response([*prompt, 3 + n, 2], [-0.5] * (len(prompt) + 2), "stop" if n else "length")

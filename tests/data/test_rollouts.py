@@ -117,13 +117,9 @@ def sample(data: RolloutDataModule, policy: Path, ranks: Sequence[int] = (0,), w
 # Sampling
 
 
-def test_the_store_holds_what_was_sampled(
-    make_data: Callable[..., RolloutDataModule], policy: Path
-) -> None:
+def test_the_store_holds_what_was_sampled(make_data: Callable[..., RolloutDataModule], policy: Path) -> None:
     data = make_data()
-    make_trainer().predict(
-        PolicyModule(policy, references={}), datamodule=data.sampling(), return_predictions=False
-    )
+    make_trainer().predict(PolicyModule(policy, references={}), datamodule=data.sampling(), return_predictions=False)
     rows = Store.open(data.store).table().to_pylist()
     assert [(row["group"], row["sample"]) for row in rows] == [
         (group, number) for group in range(len(PROMPTS)) for number in range(GROUP_SIZE)
@@ -256,9 +252,7 @@ def test_rounds_take_the_next_prompts(make_data: Callable[..., RolloutDataModule
 def test_every_held_out_prompt_goes_to_one_rank(
     make_data: Callable[..., RolloutDataModule], policy: Path, tmp_path: Path
 ) -> None:
-    data = make_data(
-        validation_prompts=tmp_path / "prompts.jsonl", validation_samples=4, max_validation_prompts=5
-    )
+    data = make_data(validation_prompts=tmp_path / "prompts.jsonl", validation_samples=4, max_validation_prompts=5)
 
     def batches(rank: int, world_size: int) -> list[Any]:
         data.trainer = fake_trainer(make_module(policy), rank, world_size)
@@ -342,9 +336,7 @@ def write_made_up(path: Path, **changes: dict[int, Any]) -> list[dict[str, Any]]
     return rows
 
 
-def test_advantages_leave_out_what_was_not_checked(
-    make_data: Callable[..., RolloutDataModule], tmp_path: Path
-) -> None:
+def test_advantages_leave_out_what_was_not_checked(make_data: Callable[..., RolloutDataModule], tmp_path: Path) -> None:
     rewards = dict(enumerate([1, 0, 0, 0, 1, 1, 0, 0, 1, 0, 0, 0]))
     # Of the last group the only right one is not checked... so none is.
     checked = dict(enumerate([True, True, True, False, True, True, True, True, False, True, True, True]))
@@ -439,9 +431,7 @@ def test_a_group_of_one(make_data: Callable[..., RolloutDataModule], policy: Pat
     with pytest.raises(UserError, match=r"data\.group_size is 1"):
         make_trainer(max_epochs=1).fit(ExtremeRegionModule(policy), datamodule=data)
     assert Counting.drawn == 0
-    make_trainer(max_epochs=1).fit(
-        ExtremeRegionModule(policy, objective=CrossEntropy()), datamodule=data
-    )
+    make_trainer(max_epochs=1).fit(ExtremeRegionModule(policy, objective=CrossEntropy()), datamodule=data)
     assert Counting.drawn == len(PROMPTS)
 
 
@@ -559,9 +549,7 @@ def test_scores_are_the_policies_log_probs(
     rows = write_made_up(tmp_path / "rollouts")
     data = make_data(scores=tmp_path / "scores", max_tokens=40)
     trainer = make_trainer()
-    trainer.predict(
-        PolicyModule(policy, references={}), datamodule=data.scoring("base"), return_predictions=False
-    )
+    trainer.predict(PolicyModule(policy, references={}), datamodule=data.scoring("base"), return_predictions=False)
     base, teacher = Store.open(tmp_path / "scores" / "base"), score(data, "teacher", other_policy)
     check_scores(base, rows, make_model(), make_model())
     check_scores(teacher, rows, make_model(seed=1), make_model())
@@ -627,9 +615,7 @@ def test_scores_of_other_rollouts_are_refused(
         score(data, "base", policy)
 
 
-def test_the_base_is_scored_first(
-    make_data: Callable[..., RolloutDataModule], policy: Path, tmp_path: Path
-) -> None:
+def test_the_base_is_scored_first(make_data: Callable[..., RolloutDataModule], policy: Path, tmp_path: Path) -> None:
     write_made_up(tmp_path / "rollouts")
     data = make_data(scores=tmp_path / "scores")
     with pytest.raises(UserError, match="score the policy 'base' first"):

@@ -27,9 +27,7 @@ def model() -> Any:
     return make_model()
 
 
-def check_logps(
-    model: Any, prompts: list[list[int]], responses: list[Response], temperature: float
-) -> None:
+def check_logps(model: Any, prompts: list[list[int]], responses: list[Response], temperature: float) -> None:
     for prompt, response in zip(prompts, responses, strict=True):
         logps = token_logps(model, prompt, response.ids, temperature)
         expected = logps.gather(1, torch.tensor(response.ids)[:, None])[:, 0]
@@ -38,9 +36,7 @@ def check_logps(
 
 @pytest.mark.parametrize("temperature", [1.0, 0.7])
 @pytest.mark.parametrize("batch_size", [3, 256])
-def test_logps_are_those_of_teacher_forcing(
-    model: Any, tokenizer: Any, temperature: float, batch_size: int
-) -> None:
+def test_logps_are_those_of_teacher_forcing(model: Any, tokenizer: Any, temperature: float, batch_size: int) -> None:
     sampler = TransformersSampler(12, temperature, batch_size)
     prompts = PROMPTS * 5
     responses = sampler.sample(model, tokenizer, prompts, seed=1)

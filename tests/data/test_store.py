@@ -76,10 +76,7 @@ def temporary_files(path: Path) -> list[str]:
 
 def test_round_trip(store: Store) -> None:
     opened = Store.open(store.path)
-    written = {
-        name: a + b
-        for (name, a), b in zip(columns(0).items(), columns(4, rows=5).values(), strict=True)
-    }
+    written = {name: a + b for (name, a), b in zip(columns(0).items(), columns(4, rows=5).values(), strict=True)}
     assert opened.table().to_pydict() == written
     assert opened.table().schema.equals(ROLLOUTS)
     assert opened.rows == 9
@@ -208,9 +205,7 @@ def test_the_fingerprint_does_not_depend_on_time_or_place(tmp_path: Path, store:
         lambda: {name: values[:3] for name, values in columns().items()},
     ],
 )
-def test_the_fingerprint_shows_every_change(
-    tmp_path: Path, changed: Callable[[], dict[str, Any]]
-) -> None:
+def test_the_fingerprint_shows_every_change(tmp_path: Path, changed: Callable[[], dict[str, Any]]) -> None:
     before = write(tmp_path / "before", columns())
     assert write(tmp_path / "after", changed()).fingerprint != before.fingerprint
 
@@ -232,9 +227,7 @@ def test_the_fingerprint_is_the_hash_of_the_rest_of_the_manifest(store: Store) -
 def test_sha256_file(tmp_path: Path) -> None:
     (tmp_path / "abc").write_bytes(b"abc")
     # From FIPS 180-2, appendix B.1.
-    assert sha256_file(tmp_path / "abc") == (
-        "ba7816bf8f01cfea414140de5dae2223b00361a396177a9cb410ff61f20015ad"
-    )
+    assert sha256_file(tmp_path / "abc") == ("ba7816bf8f01cfea414140de5dae2223b00361a396177a9cb410ff61f20015ad")
 
 
 # Damage
@@ -351,9 +344,7 @@ def test_parts_of_other_settings_are_not_mixed_in(tmp_path: Path) -> None:
     assert writer.finish(2).table()["prompt"].to_pylist()[0] == "8+8:"
 
 
-def test_an_interrupted_write_leaves_nothing(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_an_interrupted_write_leaves_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     writer = StoreWriter(tmp_path, ROLLOUTS, METADATA)
 
     def interrupt(descriptor: int) -> None:
@@ -447,9 +438,7 @@ def test_atomic_write_follows_the_umask(tmp_path: Path) -> None:
     assert (tmp_path / "file").stat().st_mode & 0o777 == 0o640
 
 
-def test_what_atomic_write_renames_is_complete_and_on_disk(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_what_atomic_write_renames_is_complete_and_on_disk(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     events: list[str] = []
     replace, fsync = os.replace, os.fsync
 
@@ -505,17 +494,13 @@ def test_a_disk_that_is_really_full(tmp_path: Path, monkeypatch: pytest.MonkeyPa
     assert path.read_text() == "before"
 
 
-def test_a_full_disk_has_no_room_for_the_directory(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_full_disk_has_no_room_for_the_directory(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(os, "mkdir", fail(errno.ENOSPC))
     with pytest.raises(UserError, match=f"disk full while writing {tmp_path / 'store'}"):
         StoreWriter(tmp_path / "store", ROLLOUTS, {})
 
 
-def test_other_errors_are_not_called_a_full_disk(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_other_errors_are_not_called_a_full_disk(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(os, "fsync", fail(errno.EIO))
     with pytest.raises(OSError, match=os.strerror(errno.EIO)) as raised:
         atomic_write(tmp_path / "file", b"data")

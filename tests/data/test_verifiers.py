@@ -120,9 +120,7 @@ def serve_nothing(connection: Connection) -> None:
     os._exit(1)
 
 
-def test_only_the_answer_that_hangs_or_crashes_is_not_checked(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_only_the_answer_that_hangs_or_crashes_is_not_checked(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(verifiers, "_serve_math", serve_scripted)
     responses = ["1", "hang", "0", "crash", "crash", "1"]
     files = [str(tmp_path / str(i)) for i in range(len(responses))]

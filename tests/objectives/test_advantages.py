@@ -43,9 +43,7 @@ def test_order_of_responses_does_not_matter() -> None:
 @pytest.mark.parametrize("reward", [0.0, 1.0, 0.1, 1 / 3, -7.7, 1e6])
 @pytest.mark.parametrize("size", [1, 2, 3, 7, 16])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
-def test_group_of_equal_rewards_is_exactly_zero(
-    reward: float, size: int, dtype: torch.dtype
-) -> None:
+def test_group_of_equal_rewards_is_exactly_zero(reward: float, size: int, dtype: torch.dtype) -> None:
     # 0.1 is not a binary fraction: (0.1 + 0.1 + 0.1) / 3 is not 0.1
     rewards = torch.full((size + 2,), reward, dtype=dtype)
     rewards[-2:] = torch.tensor([0.0, 1.0])

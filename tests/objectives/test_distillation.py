@@ -47,9 +47,7 @@ def test_agrees_with_reference(beta: float, dtype: torch.dtype, tolerance: float
     student, base, signal = some_states(dtype)
     target = random_logps(2, 3, 5, dtype=dtype)
     assert kl_to_target(student, target).shape == (2, 3)
-    assert kl_to_target(student, target).numpy() == pytest.approx(
-        reference.kl(student, target), abs=tolerance
-    )
+    assert kl_to_target(student, target).numpy() == pytest.approx(reference.kl(student, target), abs=tolerance)
     objective = TiltedTarget()
     assert isinstance(objective, DistillObjective)
     assert objective(student, base, signal, beta).numpy() == pytest.approx(
@@ -149,9 +147,7 @@ def test_empty_mask_is_zero_and_runs_backward(tokens: int) -> None:
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
-@pytest.mark.parametrize(
-    "logits", [[1e4, -1e4, 0.0], [-1e4, 1e4, 1e4], [0.0, 0.0, -INF], [-INF, 0.0, -INF]]
-)
+@pytest.mark.parametrize("logits", [[1e4, -1e4, 0.0], [-1e4, 1e4, 1e4], [0.0, 0.0, -INF], [-INF, 0.0, -INF]])
 def test_extreme_student_stays_finite(logits: list[float], dtype: torch.dtype) -> None:
     leaf = torch.tensor([[logits]], dtype=dtype, requires_grad=True)
     base = torch.tensor([[[0.2, 0.3, 0.5]]], dtype=dtype).log()

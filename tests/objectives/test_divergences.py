@@ -32,9 +32,7 @@ def test_by_hand() -> None:
 
 @pytest.mark.parametrize("shape", [(4,), (3, 5), (2, 3, 6)])
 @pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float32, 1e-5), (torch.float64, 1e-12)])
-def test_agrees_with_reference(
-    shape: tuple[int, ...], dtype: torch.dtype, tolerance: float
-) -> None:
+def test_agrees_with_reference(shape: tuple[int, ...], dtype: torch.dtype, tolerance: float) -> None:
     p, q = random_logps(*shape, dtype=dtype), random_logps(*shape, dtype=dtype)
     assert exact_kl(p, q).shape == entropy(p).shape == shape[:-1]
     assert exact_kl(p, q).numpy() == pytest.approx(reference.kl(p, q), abs=tolerance)
@@ -81,9 +79,7 @@ def test_gradients() -> None:
         ([-INF, 0.0], [-1e4, 0.0], 0.0),
     ],
 )
-def test_zero_probability_contributes_nothing(
-    logp: list[float], logq: list[float], expected: float
-) -> None:
+def test_zero_probability_contributes_nothing(logp: list[float], logq: list[float], expected: float) -> None:
     p = torch.tensor(logp, dtype=torch.float64, requires_grad=True)
     q = torch.tensor(logq, dtype=torch.float64, requires_grad=True)
     result = exact_kl(p, q)
@@ -160,9 +156,7 @@ class Tree:
 
 
 def responses() -> list[tuple[int, ...]]:
-    ended = [
-        (*b, END) for n in range(LENGTH) for b in itertools.product(range(1, ENTRIES), repeat=n)
-    ]
+    ended = [(*b, END) for n in range(LENGTH) for b in itertools.product(range(1, ENTRIES), repeat=n)]
     return [*ended, *itertools.product(range(1, ENTRIES), repeat=LENGTH)]
 
 

@@ -60,9 +60,7 @@ def test_sapo_by_hand() -> None:
 
 @pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float32, 1e-5), (torch.float64, 1e-12)])
 @pytest.mark.parametrize("taus", [(1.0, 1.05), (0.5, 2.0), (3.0, 0.7)])
-def test_sapo_agrees_with_reference(
-    taus: tuple[float, float], dtype: torch.dtype, tolerance: float
-) -> None:
+def test_sapo_agrees_with_reference(taus: tuple[float, float], dtype: torch.dtype, tolerance: float) -> None:
     batch = some_batch(dtype)
     result = sapo_terms(*batch, tau_positive=taus[0], tau_negative=taus[1])
     assert result.dtype == dtype
@@ -138,9 +136,7 @@ def test_sapo_extreme_ratios(
 ) -> None:
     tau = 1.0 if advantage > 0 else 1.05
     logps = torch.tensor([[logp]], dtype=dtype, requires_grad=True)
-    terms = sapo_terms(
-        logps, torch.tensor([[anchor]], dtype=dtype), torch.tensor([advantage], dtype=dtype)
-    )
+    terms = sapo_terms(logps, torch.tensor([[anchor]], dtype=dtype), torch.tensor([advantage], dtype=dtype))
     gate = reference.sigmoid(-tau) if gate is None else gate
     assert terms.item() == pytest.approx(-(4 / tau) * gate * advantage, rel=1e-6)
     terms.sum().backward()
@@ -230,9 +226,7 @@ def test_flipped_sapo_descends_where_sapo_ascends() -> None:
     logps, anchor, advantages = some_batch()
     rewards = torch.zeros(5).double()
     flipped = SAPO()(logps, anchor, EVERYWHERE, *flip(rewards, advantages))
-    assert flipped.numpy() == pytest.approx(
-        reference.sapo_terms(logps, anchor, -advantages), abs=1e-12
-    )
+    assert flipped.numpy() == pytest.approx(reference.sapo_terms(logps, anchor, -advantages), abs=1e-12)
 
 
 def test_the_objective_is_abstract_in_both_methods() -> None:
@@ -254,9 +248,7 @@ def own_mask(objective: ExtremeObjective, mask: Tensor) -> Tensor:
 @every_objective
 @pytest.mark.parametrize("reduce", [masked_sum, masked_mean])
 @pytest.mark.parametrize("garbage", [0.0, 1e4, -1e4, -INF, float("nan")])
-def test_padding_changes_neither_loss_nor_gradient(
-    objective: ExtremeObjective, reduce: Reduce, garbage: float
-) -> None:
+def test_padding_changes_neither_loss_nor_gradient(objective: ExtremeObjective, reduce: Reduce, garbage: float) -> None:
     logps, anchor, advantages = some_batch()
     rewards = torch.tensor([1.0, 0.0, 1.0, 0.0, 1.0]).double()
     mask = torch.arange(4) < torch.tensor([[4], [1], [2], [3], [0]])

@@ -79,6 +79,4 @@ def test_padding_changes_nothing(reduce: Reduce, expected: Expected) -> None:
     values, mask = torch.randn(3, 5, dtype=torch.float64), some_mask((3, 5))
     padded = torch.nn.functional.pad(values, (0, 4), value=float("nan"))
     padded_mask = torch.nn.functional.pad(mask, (0, 4), value=False)
-    assert reduce(padded, padded_mask).item() == pytest.approx(
-        reduce(values, mask).item(), rel=1e-12
-    )
+    assert reduce(padded, padded_mask).item() == pytest.approx(reduce(values, mask).item(), rel=1e-12)

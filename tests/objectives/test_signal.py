@@ -56,9 +56,7 @@ def test_gradient_away_from_the_clip() -> None:
     unlearned = teacher.detach() + torch.tensor([0.5, -0.5, 9.0, -9.0])
     unlearned.requires_grad_()
     signal = Signal([Term(weight=2.0)])
-    assert torch.autograd.gradcheck(
-        lambda t, u: signal({"teacher": t, "unlearned": u}), (teacher, unlearned)
-    )
+    assert torch.autograd.gradcheck(lambda t, u: signal({"teacher": t, "unlearned": u}), (teacher, unlearned))
 
 
 @pytest.mark.parametrize(

@@ -21,14 +21,10 @@ from erpd_lightning.objectives.tilt import LOG_ZERO
 from reference import grad
 
 BETAS = [0.1, 0.5, 1.0, 3.0, 40.0]
-DTYPES = pytest.mark.parametrize(
-    ("dtype", "tolerance"), [(torch.float32, 1e-5), (torch.float64, 1e-9)]
-)
+DTYPES = pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float32, 1e-5), (torch.float64, 1e-9)])
 
 
-def some_states(
-    *shape: int, padded: int = 0, dtype: torch.dtype = torch.float64
-) -> tuple[Tensor, Tensor]:
+def some_states(*shape: int, padded: int = 0, dtype: torch.dtype = torch.float64) -> tuple[Tensor, Tensor]:
     """Base log-probs and a signal in +-3; the slots before the tail are padding."""
     base = torch.log_softmax(2 * torch.randn(shape, dtype=dtype), -1)
     signal = (2 * torch.randn(shape, dtype=dtype)).clamp(-3, 3)
@@ -57,27 +53,19 @@ def test_by_hand() -> None:
 @DTYPES
 @pytest.mark.parametrize("beta", BETAS)
 @pytest.mark.parametrize("padded", [0, 2])
-def test_agrees_with_reference(
-    beta: float, padded: int, dtype: torch.dtype, tolerance: float
-) -> None:
+def test_agrees_with_reference(beta: float, padded: int, dtype: torch.dtype, tolerance: float) -> None:
     base, signal = some_states(2, 3, 4, padded=padded, dtype=dtype)
     target = tilt(base, signal, beta)
     assert target.dtype == dtype
-    assert target.numpy() == pytest.approx(
-        reference.tilt(base, signal, beta), rel=tolerance, abs=tolerance
-    )
+    assert target.numpy() == pytest.approx(reference.tilt(base, signal, beta), rel=tolerance, abs=tolerance)
     divergence = tilted_kl(base, signal, beta)
     assert divergence.shape == (2, 3)
-    assert divergence.numpy() == pytest.approx(
-        reference.tilted_kl(base, signal, beta), rel=tolerance, abs=tolerance
-    )
+    assert divergence.numpy() == pytest.approx(reference.tilted_kl(base, signal, beta), rel=tolerance, abs=tolerance)
 
 
 def test_beta_may_be_a_tensor() -> None:
     base, signal = some_states(3, 4)
-    torch.testing.assert_close(
-        tilt(base, signal, torch.tensor(0.3).double()), tilt(base, signal, 0.3)
-    )
+    torch.testing.assert_close(tilt(base, signal, torch.tensor(0.3).double()), tilt(base, signal, 0.3))
 
 
 @pytest.mark.parametrize("beta", [0.2, 1.0, 5.0])
@@ -154,9 +142,7 @@ def test_kl_is_never_negative(beta: float, dtype: torch.dtype) -> None:
 
 @DTYPES
 @pytest.mark.parametrize("beta", [1e-6, 1e-4, 1e-3, 1.0])
-def test_signals_tied_at_the_clip_share_by_the_base(
-    beta: float, dtype: torch.dtype, tolerance: float
-) -> None:
+def test_signals_tied_at_the_clip_share_by_the_base(beta: float, dtype: torch.dtype, tolerance: float) -> None:
     """Clipped signals tie: the limit is the base restricted to the tied entries."""
     base = torch.tensor([0.1, 0.3, 0.4, 0.2], dtype=dtype).log()
     signal = torch.tensor([3.0, 3.0, -3.0, -3.0], dtype=dtype)
@@ -172,9 +158,7 @@ def test_signals_tied_at_the_clip_share_by_the_base(
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 @pytest.mark.parametrize("beta", [1e-6, 1e-3, 1.0, 1e6])
 @pytest.mark.parametrize("size", [3.0, 1e4])
-def test_extreme_values_stay_finite_in_value_and_gradient(
-    beta: float, size: float, dtype: torch.dtype
-) -> None:
+def test_extreme_values_stay_finite_in_value_and_gradient(beta: float, size: float, dtype: torch.dtype) -> None:
     base, signal = some_states(6, 5, padded=2, dtype=dtype)
     signal = (signal.sign() * size).requires_grad_()
     base.requires_grad_()
@@ -201,9 +185,7 @@ def test_padding_never_gets_mass(beta: float, pad_signal: float, dtype: torch.dt
     assert (target[2:4] <= LOG_ZERO + 1e-3).all()
     real = torch.tensor([0, 1, 4])
     torch.testing.assert_close(target[real].exp(), tilt(base[real], signal[real], beta).exp())
-    torch.testing.assert_close(
-        tilted_kl(base, signal, beta), tilted_kl(base[real], signal[real], beta)
-    )
+    torch.testing.assert_close(tilted_kl(base, signal, beta), tilted_kl(base[real], signal[real], beta))
 
 
 @pytest.mark.parametrize("beta", [1e-6, 1.0])
@@ -279,9 +261,7 @@ def test_solve_beta_near_the_most_that_is_reachable() -> None:
     base, signal = some_states(30, 4)
     best = sum(-base[n, signal[n].argmax()].item() for n in range(30)) / 30
     solution = solve_beta(base, signal, 0.99 * best)
-    assert reference.mean_tilted_kl(base, signal, solution.beta) == pytest.approx(
-        0.99 * best, rel=1.001e-4
-    )
+    assert reference.mean_tilted_kl(base, signal, solution.beta) == pytest.approx(0.99 * best, rel=1.001e-4)
 
 
 @pytest.mark.parametrize("chunk", [1, 7, 59, 60, 61])
@@ -345,9 +325,7 @@ def test_solve_beta_refuses_a_budget_that_is_not_positive(budget: float) -> None
 
 @pytest.mark.parametrize("constant", [0.0, 2.0, "per state", "but for padding"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
-def test_solve_beta_refuses_a_signal_that_says_nothing(
-    constant: float | str, dtype: torch.dtype
-) -> None:
+def test_solve_beta_refuses_a_signal_that_says_nothing(constant: float | str, dtype: torch.dtype) -> None:
     base, signal = some_states(8, 4, padded=1, dtype=dtype)
     if isinstance(constant, float):
         signal = torch.full_like(signal, constant)
