@@ -1,8 +1,9 @@
 """The method against its rivals, at equal verified rollouts, over several seeds.
 
     OMP_NUM_THREADS=1 python benchmarks/compare.py --seeds 0 1 2 3 4 --jobs 2
+    OMP_NUM_THREADS=1 python benchmarks/compare.py --seeds 0 1 2 3 4 --jobs 2 --group_size 4
 
-Every method is a configuration of the same chain on top of configs/demo.yaml (`METHODS`), every figure comes from its
+Every method is a configuration of the same chain on top of configs/demo.yaml (`methods`), every figure comes from its
 `summary.json`: fresh samples for 320 held-out prompts x 8, KL exact over the vocabulary. All methods of a seed start
 from one base policy. A run that was cut off goes on when the command is given again. It ends with a table in Markdown,
 `table.md`, all numbers, `results.json`, and a drawing of accuracy against KL, `comparison.png`.
@@ -19,7 +20,7 @@ import sys
 from collections.abc import Iterable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass
-from itertools import pairwise
+from itertools import pairwise, product
 from pathlib import Path
 
 ROOT = Path(__file__).parents[1]
@@ -32,13 +33,23 @@ SPARED = 512
 
 COEFFICIENTS = (0.03, 0.1, 0.3, 1.0)
 
+GROUP_SIZE = 8
+"""Responses to a prompt, unless `--group_size` says otherwise; there are as many rollouts either way."""
 
-def grpo(learning_rate: float, inner_epochs: int) -> list[str]:
+SQUARED_ERROR = "erpd_lightning.objectives.regression.SquaredError"
+
+
+def share(rollouts: int, group_size: int, held_out: int = 0) -> list[str]:
+    """Groups of this size that make so many rollouts in a round, and prompts that previews take."""
+    return [f"--data.group_size={group_size}", f"--data.prompts_per_round={rollouts // group_size + held_out}"]
+
+
+def grpo(learning_rate: float, inner_epochs: int, group_size: int) -> list[str]:
     """On-policy GRPO over the rollouts of three rounds, without a break between them."""
     iterations = 32 * 3
     return [
         f"--config={BASELINES / 'grpo.yaml'}",
-        f"--data.prompts_per_round={512 * 3}",
+        *share(3 * ROLLOUTS_PER_ROUND, group_size),
         f"--data.iterations={iterations}",
         f"--extreme_region.learning_rate={learning_rate}",
         f"--extreme_region_trainer.max_epochs={iterations * inner_epochs}",
@@ -46,44 +57,52 @@ def grpo(learning_rate: float, inner_epochs: int) -> list[str]:
     ]
 
 
-def sapo_kl(coefficient: float) -> list[str]:
+def sapo_kl(coefficient: float, group_size: int) -> list[str]:
     """SAPO with a KL term of this weight and no second stage; iterated where the weight is neither large nor small."""
     rounds = 3 if 0.1 <= coefficient < 1 else 1
-    return [f"--config={BASELINES / 'sapo_kl.yaml'}", f"--extreme_region.kl_coef={coefficient}", f"--rounds={rounds}"]
+    return [
+        f"--config={BASELINES / 'sapo_kl.yaml'}",
+        f"--extreme_region.kl_coef={coefficient}",
+        f"--rounds={rounds}",
+        *share(ROLLOUTS_PER_ROUND, group_size),
+    ]
 
 
-SQUARED_ERROR = "erpd_lightning.objectives.regression.SquaredError"
+def methods(group_size: int) -> dict[str, list[str]]:
+    """What each method changes in the demo, with groups of this size."""
+    whole = share(ROLLOUTS_PER_ROUND, group_size)
+    auto, replay = (f"--config={ROOT / 'configs' / name}" for name in ("auto.yaml", "replay.yaml"))
+    return {
+        "erpd": ["--rounds=3", *whole],
+        "erpd_auto": [auto, "--rounds=3", *share(ROLLOUTS_PER_ROUND - 288, group_size, held_out=24)],
+        "erpd_0.08": [
+            auto,
+            "--rounds=1",
+            "--distill.kl_budget=0.08",
+            "--distill.signal.init_args.shares=[1.0]",
+            "--distill.signal.init_args.prompts=32",
+            *share(ROLLOUTS_PER_ROUND - 256, group_size, held_out=32),
+        ],
+        "erpd_replay": [replay, *whole],
+        "erpd_short": [replay, "--rounds=2", *share(ROLLOUTS_PER_ROUND // 2, group_size)],
+        "erpd_squared_error": ["--rounds=1", f"--extreme_region.objective={SQUARED_ERROR}", *whole],
+        "rft": [f"--config={BASELINES / 'rft.yaml'}", "--rounds=1", *whole],
+        **{name: sapo_kl(coefficient, group_size) for name, coefficient in SAPO_KL.items()},
+        "sapo_kl_0.3_replay": [*sapo_kl(0.3, group_size), "--data.replay=2"],
+        "grpo": grpo(*BEST_GRPO[group_size], group_size),
+    }
 
-METHODS: dict[str, list[str]] = {
-    "erpd": ["--rounds=3"],
-    "erpd_auto": [f"--config={ROOT / 'configs' / 'auto.yaml'}", "--rounds=3"],
-    "erpd_0.08": [
-        f"--config={ROOT / 'configs' / 'auto.yaml'}",
-        "--rounds=1",
-        "--distill.kl_budget=0.08",
-        "--distill.signal.init_args.shares=[1.0]",
-        "--distill.signal.init_args.prompts=32",
-        "--data.prompts_per_round=512",
-    ],
-    "erpd_replay": [f"--config={ROOT / 'configs' / 'replay.yaml'}"],
-    "erpd_short": [
-        f"--config={ROOT / 'configs' / 'replay.yaml'}",
-        "--rounds=2",
-        "--data.prompts_per_round=256",
-    ],
-    "erpd_squared_error": ["--rounds=1", f"--extreme_region.objective={SQUARED_ERROR}"],
-    "rft": [f"--config={BASELINES / 'rft.yaml'}", "--rounds=1"],
-    **{f"sapo_kl_{coefficient:g}": sapo_kl(coefficient) for coefficient in COEFFICIENTS},
-    "sapo_kl_0.3_replay": [*sapo_kl(0.3), "--data.replay=2"],
-    "grpo": grpo(5e-4, 2),
-}
 
-SAPO_KL = [f"sapo_kl_{coefficient:g}" for coefficient in COEFFICIENTS]
+SAPO_KL = {f"sapo_kl_{coefficient:g}": coefficient for coefficient in COEFFICIENTS}
 
-GRPO_GRID: dict[str, list[str]] = {
-    f"grpo_{rate:g}_{epochs}": grpo(rate, epochs) for rate in (2.5e-4, 5e-4, 1e-3, 2e-3) for epochs in (1, 2)
-}
-"""What `grpo` was chosen among, on seeds that nothing else is judged on: `--methods grpo_0.0005_2 … --seeds 5 6`."""
+BEST_GRPO = {8: (5e-4, 2), 4: (2.5e-4, 2)}
+"""Learning rate and inner epochs of `grpo` by group size: the best of its grid after three rounds' rollouts."""
+
+
+def grpo_grid(group_size: int) -> dict[str, list[str]]:
+    """What `grpo` was chosen among, on seeds that nothing is judged on: `--methods grpo_0.0005_2 … --seeds 5 6`."""
+    settings = product((2.5e-4, 5e-4, 1e-3, 2e-3), (1, 2))
+    return {f"grpo_{rate:g}_{epochs}": grpo(rate, epochs, group_size) for rate, epochs in settings}
 
 
 @dataclass(frozen=True)
@@ -104,7 +123,7 @@ class Point:
     seconds: float
 
 
-def run(out: Path, method: str, seed: int) -> None:
+def run(out: Path, method: str, seed: int, options: list[str]) -> None:
     """Run a method on a seed, or go on with it."""
     folder = out / method / f"seed-{seed}"
     if not folder.is_dir():
@@ -112,7 +131,6 @@ def run(out: Path, method: str, seed: int) -> None:
         shutil.rmtree(partial, ignore_errors=True)
         shutil.copytree(out / "base" / f"seed-{seed}", partial)
         partial.rename(folder)
-    options = {**METHODS, **GRPO_GRID}[method]
     chain(folder, seed, *options)
 
 
@@ -220,7 +238,7 @@ def table(found: list[Point], reference: str) -> str:
 def frontier(found: list[Point], rollouts: int) -> str:
     """Students against SAPO with a KL term at the same KL, by interpolation between its coefficients."""
     lines = []
-    for method in (name for name in METHODS if name.startswith("erpd")):
+    for method in sorted({p.method for p in found if p.method.startswith("erpd") and ":" not in p.method}):
         gains = []
         for student in (p for p in found if (p.method, p.rollouts) == (method, rollouts)):
             rivals = [
@@ -290,24 +308,33 @@ def finished(out: Path, methods: Iterable[str], seeds: Iterable[int]) -> list[tu
     return [(m, s) for m, s in pairs if (out / m / f"seed-{s}" / "summary.json").is_file()]
 
 
+def names() -> list[str]:
+    """All methods that there are."""
+    return [*methods(GROUP_SIZE), *grpo_grid(GROUP_SIZE)]
+
+
 def main() -> None:
     """Run what is not done, then write table and drawing of all that is."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2, 3, 4])
-    parser.add_argument("--methods", nargs="*", default=list(METHODS), help=f"of {', '.join([*METHODS, *GRPO_GRID])}")
+    parser.add_argument("--methods", nargs="*", default=[*methods(GROUP_SIZE)], help=f"of {', '.join(names())}")
+    parser.add_argument(
+        "--group_size", type=int, choices=sorted(BEST_GRPO), default=GROUP_SIZE, help="responses to a prompt"
+    )
     parser.add_argument("--reference", default="erpd", help="the method that the others are compared with")
-    parser.add_argument("--out", type=Path, default=Path("runs/comparison"))
+    parser.add_argument("--out", type=Path, help="by default runs/comparison-GROUP_SIZE")
     parser.add_argument("--jobs", type=int, default=1, help="runs at a time, a core for each")
     options = parser.parse_args()
-    if unknown := set(options.methods) - {*METHODS, *GRPO_GRID}:
+    if unknown := set(options.methods) - {*names()}:
         parser.error(f"no method is called {', '.join(sorted(unknown))}")
-    out = options.out.resolve()
+    out = (options.out or Path(f"runs/comparison-{options.group_size}")).resolve()
     with ThreadPoolExecutor(options.jobs) as pool:
         for seed in options.seeds:
             folder = out / "base" / f"seed-{seed}"
             if not (folder / "prepare" / "stage.json").is_file():
                 pool.submit(chain, folder, seed, "--stage=base").result()
-        jobs = [pool.submit(run, out, method, seed) for method in options.methods for seed in options.seeds]
+        changes = {**methods(options.group_size), **grpo_grid(options.group_size)}
+        jobs = [pool.submit(run, out, name, seed, changes[name]) for name in options.methods for seed in options.seeds]
         for job in jobs:
             job.result()
     found = [p for method, seed in finished(out, options.methods, options.seeds) for p in points(out, method, seed)]
