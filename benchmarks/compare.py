@@ -156,14 +156,14 @@ def points(out: Path, method: str, seed: int) -> list[Point]:
             continue
         for name, measured in entry["policies"].items():
             labels = {"student": method, "teacher": f"{method}: teacher, last", "mild": f"{method}: mild teacher"}
-            label = "base" if name == "base" and entry["round"] == 1 and method == "erpd" else labels.get(name)
+            label = "base" if name == "base" and entry["round"] == 1 else labels.get(name)
             if label is None:
                 continue
             found.append(
                 Point(
                     label,
                     seed,
-                    rollouts,
+                    ROLLOUTS_PER_ROUND if label == "base" else rollouts,
                     measured["pass@1"],
                     measured["pass@1_stderr"],
                     measured["kl_per_token"],
@@ -337,7 +337,10 @@ def main() -> None:
         jobs = [pool.submit(run, out, name, seed, changes[name]) for name in options.methods for seed in options.seeds]
         for job in jobs:
             job.result()
-    found = [p for method, seed in finished(out, options.methods, options.seeds) for p in points(out, method, seed)]
+    runs = finished(out, options.methods, options.seeds)
+    # Every run of a seed has measured the same base policy.
+    unique = {(p.method, p.seed, p.rollouts): p for method, seed in runs for p in points(out, method, seed)}
+    found = [*unique.values()]
     (out / "results.json").write_text(json.dumps([asdict(point) for point in found], indent=1) + "\n")
     frontiers = [frontier(found, rounds * ROLLOUTS_PER_ROUND) for rounds in (1, 3)]
     (out / "table.md").write_text("\n".join([table(found, options.reference), *frontiers]))
