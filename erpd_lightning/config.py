@@ -95,6 +95,9 @@ WATCHING = {
 SAMPLED = ("sampler", "verifier", "group_size", "prompts_per_round")
 """What of `data` the rollouts depend on."""
 
+COMPARED = {"replay": 0, "baseline": "group"}
+"""What of `data` the loss of the first stage depends on besides the rollouts, where it is not as here."""
+
 ANSWERED = ("sampler", "group_size", "prompts_per_round")
 """What of `data` a student depends on that answers the prompts itself."""
 
@@ -217,11 +220,7 @@ class ConfigBuilder:
                     callback.fresh_kl.check_reference(_references(module))
             if isinstance(module, ExtremeRegionModule):
                 module.check_rollouts(data)
-            if module.needs_groups and data.group_size < 2:
-                raise UserError(
-                    f"data.group_size is {data.group_size}: {stage}.objective compares the responses of a group, "
-                    "which takes at least 2"
-                )
+            data.check_groups(module, f"{stage}.objective")
             if isinstance(module, DistillModule) and (unknown := {*module.signal.policies} - policies):
                 raise UserError(
                     f"distill.signal: no policy is called {', '.join(sorted(unknown))}; "
@@ -303,8 +302,8 @@ class ConfigBuilder:
             sampled: tuple[str, ...] = ("iterations", *SAMPLED) if data["iterations"] > 1 else ()
             if stage == "distill" and self.config["distill"]["iterations"] > 1:
                 sampled = ANSWERED
-            elif stage != "distill" and data["replay"]:
-                sampled = (*sampled, "replay")
+            elif stage != "distill":
+                sampled = (*sampled, *(key for key, off in COMPARED.items() if data[key] != off))
             of_data = ("batch_size", *sampled, *calibration["data"])
             ignored = OPERATIONAL.difference(calibration["trainer"])
             own = {

@@ -232,11 +232,7 @@ class Rounds:
 
         def body() -> Record:
             data = self.data(number)
-            module = self.builder.module("extreme_region", policy="")
-            if data.group_size < 2 and module.needs_groups:
-                raise UserError(
-                    "data.group_size is 1: the objective compares the responses of a group, which takes at least 2"
-                )
+            data.check_groups(self.builder.module("extreme_region", policy=""))
             self._stages.predict("rollouts", folder, self.student(number - 1), data.sampling())
             return _outcome([Store.open(folder, verify=False)])
 

@@ -4,7 +4,7 @@ import copy
 from collections.abc import Iterator, Sequence
 from functools import cached_property, partial
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import torch
@@ -60,7 +60,10 @@ class RolloutDataModule(LightningDataModule):
             (`distill.iterations`); they are not verified.
         sampler: Draws the responses.
         verifier: Checks the responses against the answers.
-        group_size: Responses to each prompt, the group whose mean reward is the baseline.
+        group_size: Responses to each prompt.
+        baseline: What the reward of a response is compared with to give its advantage: the rewards of its `group`, as
+            in GRPO, or those of its `batch`, as in REINFORCE++: of all rollouts of its round, or of its iteration. In
+            a group of wrong responses alone there is nothing to learn by comparison; beside the batch they are wrong.
         prompts_per_round: Prompts to sample from in a round; None for all of them. Each round takes the next ones.
         round: The round, from 1, that says which prompts are next.
         preview_prompts: The last of the round's prompts, on which signals are previewed: no rollouts are sampled
@@ -93,6 +96,7 @@ class RolloutDataModule(LightningDataModule):
         sampler: Sampler | None = None,
         verifier: Verifier | None = None,
         group_size: int = 16,
+        baseline: Literal["group", "batch"] = "group",
         prompts_per_round: int | None = None,
         round: int = 1,
         preview_prompts: int = 0,
@@ -128,6 +132,8 @@ class RolloutDataModule(LightningDataModule):
         for name, count in optional.items():
             if count < 0:
                 raise UserError(f"data.{name} is {count}: it must be at least 0")
+        if baseline not in ("group", "batch"):
+            raise UserError(f"data.baseline is {baseline!r}: it must be 'group' or 'batch'")
         if replay and iterations > 1:
             raise UserError(
                 f"data.replay is {replay}, but data.iterations ({iterations}) is above 1: what is trained on-policy "
@@ -144,6 +150,7 @@ class RolloutDataModule(LightningDataModule):
         self.sampler = sampler or TransformersSampler()
         self.verifier = verifier or ExactMatch()
         self.group_size = group_size
+        self.baseline = baseline
         self.prompts_per_round = prompts_per_round
         self.round = round
         self.preview_prompts = preview_prompts
@@ -228,12 +235,29 @@ class RolloutDataModule(LightningDataModule):
 
     @cached_property
     def advantages(self) -> Tensor:
-        """`(N,)` group advantages; 0 for what could not be checked, which its group leaves out."""
+        """`(N,)` advantages over the baseline; 0 for what could not be checked, which the baseline leaves out."""
+        compared = self.rollouts.groups if self.baseline == "group" else self._batches
         advantages = torch.zeros(len(self.checked))
-        advantages[self.checked] = group_advantages(
-            self.rollouts.rewards[self.checked], self.rollouts.groups[self.checked]
-        )
+        advantages[self.checked] = group_advantages(self.rollouts.rewards[self.checked], compared[self.checked])
         return advantages
+
+    @property
+    def _batches(self) -> Tensor:
+        """`(N,)` long, which of the stores a response is from."""
+        sizes = torch.tensor([Store.open(path, verify=False).rows for path in self.trained_on])
+        return torch.arange(len(sizes)).repeat_interleave(sizes)
+
+    def check_groups(self, module: Any, objective: str = "the objective") -> None:
+        """Whether the objective of the module has something to compare a response with.
+
+        Raises:
+            UserError: If a group is all that it is compared with, and consists of it alone.
+        """
+        if module.needs_groups and self.baseline == "group" and self.group_size < 2:
+            raise UserError(
+                f"data.group_size is {self.group_size}: {objective} compares the responses of a group, which takes at "
+                "least 2 (or data.baseline: batch)"
+            )
 
     def forget(self) -> None:
         """Read the stores again when they are next needed: one of them has changed."""
@@ -264,10 +288,7 @@ class RolloutDataModule(LightningDataModule):
         if self.iterations > 1:
             self._iterate(self.trainer)
         if not Store.exists(self.store):
-            if module.needs_groups and self.group_size < 2:
-                raise UserError(
-                    "data.group_size is 1: the objective compares the responses of a group, which takes at least 2"
-                )
+            self.check_groups(module)
             run_pass(self.sampling(), self.trainer)
         rollouts = self.rollouts
         # Neither right nor wrong: a flipped reward must not turn what could not be checked into either.
@@ -278,7 +299,7 @@ class RolloutDataModule(LightningDataModule):
         if len(rows) == 0:
             right = float((rollouts.rewards == 1).float().mean())
             raise UserError(
-                f"{self.store}: no response enters the loss, no group has both right and wrong answers "
+                f"{self.store}: no response enters the loss, no {self.baseline} has both right and wrong answers "
                 f"({right:.0%} of {len(rollouts.rewards)} are right); "
                 "sample other prompts, or more responses to each (data.group_size)"
             )

@@ -11,7 +11,8 @@ def group_advantages(rewards: Tensor, groups: Tensor) -> Tensor:
     """GRPO advantages `(R - mean_G) / (std_G + 1e-4)`: float32 `(N,)`.
 
     Source: arXiv 2402.03300, with the offset and Bessel's correction of TRL. Groups whose rewards
-    are all equal, groups of one member among them, get exactly 0.
+    are all equal, groups of one member among them, get exactly 0. With all responses of a batch as one
+    group they are the advantages of REINFORCE++, arXiv 2501.03262, without its KL in the reward.
 
     Args:
         rewards: `(N,)`.
