@@ -72,6 +72,8 @@ def methods(group_size: int) -> dict[str, list[str]]:
     """What each method changes in the demo, with groups of this size."""
     whole = share(ROLLOUTS_PER_ROUND, group_size)
     auto, replay = (f"--config={ROOT / 'configs' / name}" for name in ("auto.yaml", "replay.yaml"))
+    group, batch = (f"--data.baseline={name}" for name in ("group", "batch"))
+    short = [replay, "--rounds=2", *share(ROLLOUTS_PER_ROUND // 2, group_size)]
     return {
         "erpd": ["--rounds=3", *whole],
         "erpd_auto": [auto, "--rounds=3", *share(ROLLOUTS_PER_ROUND - 288, group_size, held_out=24)],
@@ -83,13 +85,17 @@ def methods(group_size: int) -> dict[str, list[str]]:
             "--distill.signal.init_args.prompts=32",
             *share(ROLLOUTS_PER_ROUND - 256, group_size, held_out=32),
         ],
-        "erpd_replay": [replay, *whole],
-        "erpd_short": [replay, "--rounds=2", *share(ROLLOUTS_PER_ROUND // 2, group_size)],
+        "erpd_replay": [replay, *whole, group],
+        "erpd_replay_batch": [replay, *whole, batch],
+        "erpd_short": [*short, group],
+        "erpd_short_batch": [*short, batch],
         "erpd_squared_error": ["--rounds=1", f"--extreme_region.objective={SQUARED_ERROR}", *whole],
         "rft": [f"--config={BASELINES / 'rft.yaml'}", "--rounds=1", *whole],
         **{name: sapo_kl(coefficient, group_size) for name, coefficient in SAPO_KL.items()},
         "sapo_kl_0.3_replay": [*sapo_kl(0.3, group_size), "--data.replay=2"],
+        "sapo_kl_0.3_batch": [*sapo_kl(0.3, group_size), batch],
         "grpo": grpo(*BEST_GRPO[group_size], group_size),
+        "grpo_batch": [*grpo(*BEST_GRPO[group_size], group_size), batch],
     }
 
 
@@ -195,7 +201,7 @@ def validated(folder: Path, method: str, seed: int) -> list[Point]:
     ]
     if method.startswith("grpo"):
         return seen[:1]
-    if method.startswith("erpd") and method != "erpd_short":
+    if method.startswith("erpd") and not method.startswith("erpd_short"):
         best = max(seen, key=lambda point: point.accuracy)
         return [Point(**{**asdict(best), "method": f"{method}: teacher, best by looking"})]
     return []

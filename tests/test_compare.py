@@ -17,7 +17,15 @@ compare = importlib.import_module("compare")
 @pytest.mark.parametrize("group_size", [4, 8])
 @pytest.mark.parametrize(
     ("method", "rollouts"),
-    [("erpd_auto", 12288), ("erpd_0.08", 4096), ("erpd_replay", 12288), ("erpd_short", 4096), ("grpo", 12288)],
+    [
+        ("erpd_auto", 12288),
+        ("erpd_0.08", 4096),
+        ("erpd_replay", 12288),
+        ("erpd_replay_batch", 12288),
+        ("erpd_short", 4096),
+        ("erpd_short_batch", 4096),
+        ("grpo", 12288),
+    ],
 )
 def test_methods_take_as_many_verified_rollouts(
     method: str, rollouts: int, group_size: int, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
