@@ -95,7 +95,7 @@ def methods(group_size: int) -> dict[str, list[str]]:
         "sapo_kl_0.3_replay": [*sapo_kl(0.3, group_size), "--data.replay=2"],
         "sapo_kl_0.3_batch": [*sapo_kl(0.3, group_size), batch],
         "grpo": grpo(*BEST_GRPO[group_size], group_size),
-        "grpo_batch": [*grpo(*BEST_GRPO[group_size], group_size), batch],
+        "grpo_batch": [*grpo(*BEST_GRPO_BATCH, group_size), batch],
     }
 
 
@@ -103,6 +103,9 @@ SAPO_KL = {f"sapo_kl_{coefficient:g}": coefficient for coefficient in COEFFICIEN
 
 BEST_GRPO = {8: (5e-4, 2), 4: (2.5e-4, 2)}
 """Learning rate and inner epochs of `grpo` by group size: the best of its grid after three rounds' rollouts."""
+
+BEST_GRPO_BATCH = (5e-4, 2)
+"""The same of `grpo_batch`, chosen with groups of four."""
 
 
 def grpo_grid(group_size: int) -> dict[str, list[str]]:
