@@ -95,8 +95,8 @@ WATCHING = {
 SAMPLED = ("sampler", "verifier", "group_size", "prompts_per_round")
 """What of `data` the rollouts depend on."""
 
-COMPARED = {"replay": 0, "baseline": "group"}
-"""What of `data` the loss of the first stage depends on besides the rollouts, where it is not as here."""
+COMPARED = ("replay", "baseline")
+"""What of `data` teacher and unlearned policy depend on besides the rollouts."""
 
 ANSWERED = ("sampler", "group_size", "prompts_per_round")
 """What of `data` a student depends on that answers the prompts itself."""
@@ -303,7 +303,7 @@ class ConfigBuilder:
             if stage == "distill" and self.config["distill"]["iterations"] > 1:
                 sampled = ANSWERED
             elif stage != "distill":
-                sampled = (*sampled, *(key for key, off in COMPARED.items() if data[key] != off))
+                sampled = (*sampled, *COMPARED)
             of_data = ("batch_size", *sampled, *calibration["data"])
             ignored = OPERATIONAL.difference(calibration["trainer"])
             own = {

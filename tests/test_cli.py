@@ -766,6 +766,7 @@ def test_no_group_with_variance(refused: Run, copy: Callable[..., Path], verifie
             "--extreme_region_trainer.max_epochs=3",
             "round-1/extreme_region was made with extreme_region_trainer.max_epochs: 2, not 3",
         ),
+        ("--data.baseline=batch", "round-1/extreme_region was made with data.baseline: group, not batch"),
         ("--unlearned.kl_coef=0.1", "round-1/unlearned was made with unlearned.kl_coef: 0.0, not 0.1"),
         ("--data.calibration_prompts=3", "round-1/distill was made with data.calibration_prompts: 4, not 3"),
         ("--data.validation_samples=3", "round-1/evaluation/base was made with data.validation_samples: 2, not 3"),

@@ -144,12 +144,12 @@ def test_in_the_chain(runs: Runs, tmp_path: Path, monkeypatch: pytest.MonkeyPatc
         (2, "extreme_region"),
         (2, "unlearned"),
     }
-    assert {stage for (_, stage), record in records.items() if "replay" in record["settings"].get("data", {})} == {
+    assert {stage for (_, stage), record in records.items() if "replay" in record["settings"]["data"]} == {
         "extreme_region",
         "unlearned",
     }
     rounds = json.loads((tmp_path / "alone" / "summary.json").read_text())["rounds"]
     assert [(entry["rollouts"], entry["rollouts_total"]) for entry in rounds] == [(128, 128), (128, 256)]
     monkeypatch.setattr("sys.argv", ["erpd_lightning"])
-    with pytest.raises(UserError, match=r"extreme_region was made with data.replay: 3, not None"):
+    with pytest.raises(UserError, match=r"extreme_region was made with data.replay: 3, not 0"):
         ERPDCLI(args=arguments(tmp_path / "alone", rounds=2))
