@@ -109,7 +109,7 @@ def measure(out: Path, folder: Path) -> None:
 
     from erpd_lightning import RolloutDataModule
     from erpd_lightning.data.samplers import TransformersSampler
-    from erpd_lightning.policy_module import PolicyModule
+    from erpd_lightning.modules.policy_module import PolicyModule
 
     base = out / "base" / "base"
     data = RolloutDataModule(

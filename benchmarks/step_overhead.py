@@ -25,7 +25,7 @@ from erpd_lightning import DistillModule, ExtremeRegionModule, RolloutDataModule
 from erpd_lightning.data.arithmetic import Arithmetic
 from erpd_lightning.data.batching import RolloutBatch
 from erpd_lightning.data.samplers import TransformersSampler
-from erpd_lightning.policy import export_policy
+from erpd_lightning.models.policy import export_policy
 
 QUIET: dict[str, Any] = {
     "accelerator": "cpu",

@@ -9,9 +9,9 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from .data.rollouts import RolloutDataModule
-    from .distill import DistillModule
     from .errors import UserError
-    from .extreme_region import ExtremeRegionModule
+    from .modules.distill import DistillModule
+    from .modules.extreme_region import ExtremeRegionModule
     from .objectives.clipped import CISPO, GSPO, PPOClip
     from .objectives.distillation import ClippedPolicyGradient, TiltedTarget
     from .objectives.extreme import SAPO, CrossEntropy

@@ -10,7 +10,7 @@ def main() -> None:
 
         report(sys.argv[2:])
     else:
-        from .cli import main as cli
+        from .cli.main import main as cli
 
         cli()
 

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from erpd_lightning.objectives.signal import AutoSignal
-from small import DEMO
+from support.chain import DEMO
 from test_configs import fit
 
 sys.path.insert(0, str(DEMO.parents[1] / "benchmarks"))

@@ -6,9 +6,9 @@ from pathlib import Path
 import pytest
 import yaml
 
-from erpd_lightning.cli import main
-from erpd_lightning.rounds import Rounds
-from small import DEMO
+from erpd_lightning.cli.main import main
+from erpd_lightning.pipeline.rounds import Rounds
+from support.chain import DEMO
 
 CONFIGS = DEMO.parent
 FILES = sorted(CONFIGS.rglob("*.yaml"))

@@ -16,13 +16,13 @@ import pytest
 import torch
 from lightning.pytorch import Trainer
 
-import ranks
 from erpd_lightning.data.rollouts import RolloutDataModule
 from erpd_lightning.data.samples import read_samples
-from erpd_lightning.policy_module import PolicyModule
-from runs import CHECKPOINT, MODULE, ROOT, Kill, Runs, contents, written
-from small import arguments
-from tiny import TASK, make_rows, save_policy, write_rollouts
+from erpd_lightning.modules.policy_module import PolicyModule
+from support import ranks
+from support.chain import arguments
+from support.policies import TASK, make_rows, save_policy, write_rollouts
+from support.runs import CHECKPOINT, MODULE, ROOT, Kill, Runs, contents, written
 
 UNCUT = next(iter(ranks.CUTS))
 ENVIRONMENT = {**os.environ, "PYTHONPATH": os.pathsep.join([str(ROOT), str(ROOT / "tests")])}

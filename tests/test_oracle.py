@@ -13,8 +13,8 @@ import torch
 from torch import Tensor
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from erpd_lightning.cli import ERPDCLI
-from small import arguments
+from erpd_lightning.cli.main import ERPDCLI
+from support.chain import arguments
 
 BUDGET = 0.05
 CLIP = 3.0

@@ -78,22 +78,22 @@ def test_callbacks_has_no_second_name() -> None:
 
 
 def test_callbacks_is_a_relative_link() -> None:
-    link = ROOT / "erpd_lightning" / "callbacks"
+    link = ROOT / "callbacks"
     assert link.is_symlink()
-    assert os.readlink(link) == os.path.join("..", "callbacks")
+    assert os.readlink(link) == os.path.join("erpd_lightning", "callbacks")
 
 
 def test_this_environment_imports_this_checkout() -> None:
     module = importlib.import_module("erpd_lightning.callbacks.throughput")
     assert module.__file__ is not None
-    assert Path(module.__file__).resolve() == ROOT / "callbacks" / "throughput.py"
+    assert Path(module.__file__).resolve() == ROOT / "erpd_lightning" / "callbacks" / "throughput.py"
 
 
 @pytest.fixture(scope="module")
 def archives(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A folder with wheel and sdist, built from a copy: the checkout gets no build folder."""
     source, output = tmp_path_factory.mktemp("source"), tmp_path_factory.mktemp("dist")
-    for name in ("erpd_lightning", "callbacks", "configs"):
+    for name in ("erpd_lightning", "configs"):
         ignored = shutil.ignore_patterns("__pycache__")
         shutil.copytree(ROOT / name, source / name, symlinks=True, ignore=ignored)
     for name in ("pyproject.toml", "MANIFEST.in", "Makefile"):
@@ -115,7 +115,6 @@ def wheel(archives: Path) -> zipfile.ZipFile:
 def test_wheel_holds_every_module_once(wheel: zipfile.ZipFile) -> None:
     names = [name for name in wheel.namelist() if ".dist-info/" not in name]
     modules = {path.relative_to(ROOT) for path in ROOT.glob("erpd_lightning/**/*.py")}
-    modules |= {Path("erpd_lightning") / path.relative_to(ROOT) for path in ROOT.glob("callbacks/**/*.py")}
     assert sorted(names) == sorted([*map(Path.as_posix, modules), "erpd_lightning/py.typed"])
 
 

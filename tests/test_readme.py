@@ -9,7 +9,7 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from erpd_lightning.data.arithmetic import Arithmetic
-from erpd_lightning.policy import export_policy, policy_fingerprint
+from erpd_lightning.models.policy import export_policy, policy_fingerprint
 
 README = Path(__file__).parents[1] / "README.md"
 

@@ -2,7 +2,6 @@
 
 import json
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -153,52 +152,6 @@ def shorten(prompt: str | list[Message], most: int = 60) -> str:
     """The beginning of a prompt, for a message about it."""
     text = repr(as_text(prompt))
     return text if len(text) <= most else f"{text[:most]}…"
-
-
-def load_tokenizer(path: str | Path) -> Any:
-    """The tokenizer beside a policy, padding on the left as generation needs it.
-
-    Raises:
-        UserError: If none lies there, or it knows no end-of-sequence token.
-    """
-    from transformers import AutoTokenizer
-
-    with loading(path, "tokenizer"):
-        tokenizer = AutoTokenizer.from_pretrained(str(path), padding_side="left", trust_remote_code=False)
-    if tokenizer.eos_token_id is None:
-        raise UserError(f"tokenizer {path} has no end-of-sequence token: responses would never end")
-    if tokenizer.pad_token_id is None:
-        tokenizer.pad_token_id = tokenizer.eos_token_id
-    return tokenizer
-
-
-def has_tokenizer(path: str | Path) -> bool:
-    """Whether a tokenizer lies beside a policy; of a hub name it is taken for granted."""
-    folder = Path(path)
-    return not folder.is_dir() or any(folder.glob("tokenizer*")) or any(folder.glob("vocab*"))
-
-
-def context_length(path: str | Path) -> int | None:
-    """Tokens that the policy at `path` can attend to, or None where its configuration does not say."""
-    from transformers import AutoConfig
-
-    with loading(path, "policy"):
-        config = AutoConfig.from_pretrained(str(path), trust_remote_code=False).get_text_config()
-    length: int | None = getattr(config, "max_position_embeddings", None)
-    return length
-
-
-@contextmanager
-def loading(path: str | Path, kind: str) -> Iterator[None]:
-    """Turn what `transformers` raises for an unusable path into one clear line.
-
-    Raises:
-        UserError: Instead of its error.
-    """
-    try:
-        yield
-    except Exception as error:  # A damaged file or an odd configuration raises errors of many libraries.
-        raise UserError(f"no {kind} can be loaded from {path}: {first_line(error)}") from error
 
 
 def _read_jsonl(path: Path) -> Iterator[Prompt]:

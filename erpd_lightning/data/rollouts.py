@@ -13,20 +13,16 @@ from lightning.pytorch.trainer.states import TrainerFn
 from torch import Tensor
 
 from ..errors import UserError
+from ..files import sha256_file
+from ..models.loading import context_length, load_tokenizer
 from ..objectives.advantages import group_advantages
 from ..seeds import derive_seed
-from .batching import RolloutBatch, RolloutTable, ScoreTable, StepLoader, pieces_needed
-from .passes import Parts, SamplingPass, ScoringPass, ranks, run_pass
-from .prompts import (
-    Prompt,
-    PromptBatch,
-    context_length,
-    load_tokenizer,
-    read_prompts,
-    tokenize,
-)
+from .batching import RolloutBatch, RolloutTable, ScoreTable
+from .loader import StepLoader, pieces_needed
+from .predict_data import Parts, SamplingPass, ScoringPass, ranks, run_pass
+from .prompts import Prompt, PromptBatch, read_prompts, tokenize
 from .samplers import Sampler, TransformersSampler
-from .store import Store, joined, sha256_file
+from .store import Store, joined
 from .verifiers import ExactMatch, Unverified, Verifier
 
 

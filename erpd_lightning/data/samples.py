@@ -10,7 +10,7 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from ..errors import UserError, first_line
-from .store import atomic_write
+from ..files import atomic_write
 
 SAMPLES_FILE = "samples.parquet"
 

@@ -6,13 +6,9 @@ leaves whole parts only, and the same rows give the same bytes, so a resumed run
 fingerprint.
 """
 
-import errno
 import hashlib
 import json
-import os
-import secrets
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager, suppress
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -22,10 +18,10 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from ..errors import UserError
+from ..files import atomic_write, disk_full_named, sha256_file
 
 VERSION = 1
 MANIFEST = "manifest.json"
-DISK_FULL = (errno.ENOSPC, errno.EDQUOT)
 
 
 def _schema(name: str, columns: dict[str, pa.DataType]) -> pa.Schema:
@@ -68,39 +64,6 @@ SCORES = _schema(
 (of the sampled token), `support_size` and `tail_logps` (of everything outside the support) have one
 entry per response token; `support_ids` and `support_logps` hold the supports of all its tokens one
 after the other."""
-
-
-def atomic_write(path: str | Path, data: bytes | str) -> None:
-    """Write a file so that `path` holds either what it held before or all of `data`.
-
-    Raises:
-        UserError: the disk is full, or the user's quota is used up.
-    """
-    path = Path(path)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}-{secrets.token_hex(4)}.tmp")
-    with disk_full_named(path):
-        try:
-            with open(temporary, "xb") as file:
-                file.write(data.encode() if isinstance(data, str) else data)
-                file.flush()
-                os.fsync(file.fileno())
-            os.replace(temporary, path)
-        except BaseException:
-            # Give the space back, if the disk still lets us.
-            with suppress(OSError):
-                temporary.unlink(missing_ok=True)
-            raise
-        directory = os.open(path.parent, os.O_RDONLY)
-        try:
-            os.fsync(directory)
-        finally:
-            os.close(directory)
-
-
-def sha256_file(path: str | Path) -> str:
-    """SHA-256 of a file's content, in hexadecimal."""
-    with open(path, "rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 @dataclass(frozen=True)
@@ -259,28 +222,6 @@ class StoreWriter:
 
     def _part(self, index: int) -> Path:
         return self.path / f"part-{index:05d}.parquet"
-
-
-@contextmanager
-def disk_full_named(path: str | Path) -> Iterator[None]:
-    """Turn what a full disk raises, in whatever library, into one clear line.
-
-    Args:
-        path: What was being written.
-
-    Raises:
-        UserError: the disk is full, or the user's quota is used up.
-    """
-    try:
-        yield
-    except UserError:
-        raise
-    except Exception as error:
-        # safetensors, for one, raises an exception of its own that has no errno.
-        texts = (os.strerror(number) for number in DISK_FULL)
-        if getattr(error, "errno", None) not in DISK_FULL and not any(text in str(error) for text in texts):
-            raise
-        raise UserError(f"disk full while writing {path}: free some space and start again") from error
 
 
 def _check_complete(name: str, column: pa.ChunkedArray) -> None:

@@ -5,27 +5,10 @@ sums and divide in `compute` alone, so the result does not depend on how the dat
 What nobody measured is NaN, never 0.
 """
 
-from .answers import (
-    DistinctShare,
-    MajorityVote,
-    PassAtK,
-    distinct_responses,
-    distinct_share,
-    majority_vote,
-    pass_at_k,
-)
+from .answers import DistinctShare, MajorityVote, PassAtK, distinct_responses, distinct_share, majority_vote, pass_at_k
 from .importance import EffectiveSampleSize, RatioTail, Tail, effective_sample_size, ratio_tail
 from .sums import ClusteredRatio, Ratio, clustered_ratio
-from .tokens import (
-    MeanEntropy,
-    MeanKL,
-    MeanLength,
-    TruncatedShare,
-    mean_entropy,
-    mean_kl,
-    mean_length,
-    truncated_share,
-)
+from .tokens import MeanEntropy, MeanKL, MeanLength, TruncatedShare, mean_entropy, mean_kl, mean_length, truncated_share
 
 __all__ = [
     "ClusteredRatio",

@@ -12,19 +12,11 @@ from .distillation import (
     kl_to_target,
 )
 from .divergences import check_kl_loss, entropy, exact_kl, kl_loss, kl_value
-from .extreme import (
-    SAPO,
-    AdvantageObjective,
-    CrossEntropy,
-    ExtremeObjective,
-    cross_entropy_terms,
-    flip,
-    sapo_terms,
-)
+from .extreme import SAPO, AdvantageObjective, CrossEntropy, ExtremeObjective, cross_entropy_terms, flip, sapo_terms
 from .reduction import masked_mean, masked_sum
 from .regression import SquaredError, squared_error_terms
 from .signal import Signal, Term
-from .tilt import (
+from .tilted_policy import (
     LOG_ZERO,
     BetaSolution,
     TwoAnchorSolution,

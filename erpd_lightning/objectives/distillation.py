@@ -11,7 +11,7 @@ from torch import Tensor
 
 from .clipped import check_clips, ppo_terms
 from .divergences import MAX_EXPONENT, exact_kl
-from .tilt import tilt
+from .tilted_policy import tilt
 
 
 def kl_to_target(student: Tensor, target: Tensor) -> Tensor:

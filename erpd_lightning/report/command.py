@@ -6,8 +6,8 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import NoReturn
 
-from ..data.store import atomic_write
 from ..errors import UserError, refuse
+from ..files import atomic_write
 from ..text import visible
 from .page import page
 from .read import read_runs

@@ -8,17 +8,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from ..data.samples import read_samples
 from ..text import visible
 from .measures import Estimate, Row, gain, kl_by_kind, kl_by_position, per_point, saved
-from .plots import (
-    DARK,
-    LIGHT,
-    Draw,
-    accuracy_of_round,
-    accuracy_of_runs,
-    by_kind,
-    by_position,
-    over_steps,
-    validations,
-)
+from .plots import DARK, LIGHT, Draw, accuracy_of_round, accuracy_of_runs, by_kind, by_position, over_steps, validations
 from .read import Log, Measured, Round, Run, in_order
 from .style import STYLE
 

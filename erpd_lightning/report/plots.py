@@ -11,8 +11,8 @@ from typing import Any
 
 import numpy as np
 
-from ..drawing import MARKERS, root_scale
 from ..text import visible
+from .drawing import MARKERS, root_scale
 from .measures import Bin, Kind
 from .read import Log, Measured, Round, Run
 

@@ -15,7 +15,7 @@ from erpd_lightning.data.batching import RolloutTable
 from erpd_lightning.data.demonstrations import write_demonstrations
 from erpd_lightning.data.verifiers import ExactMatch
 from erpd_lightning.errors import UserError
-from erpd_lightning.policy import export_policy
+from erpd_lightning.models.policy import export_policy
 
 STEP = re.compile(r"(\d)([-+*])(\d)=(\d)")
 

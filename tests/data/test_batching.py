@@ -14,18 +14,11 @@ import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
 from torch import Tensor
 
-from erpd_lightning.data.batching import (
-    RolloutBatch,
-    RolloutTable,
-    ScoreTable,
-    StepLoader,
-    cut_step,
-    pieces_needed,
-    plan_steps,
-)
+from erpd_lightning.data.batching import RolloutBatch, RolloutTable, ScoreTable
+from erpd_lightning.data.loader import StepLoader, cut_step, pieces_needed, plan_steps
 from erpd_lightning.data.store import ROLLOUTS, SCORES
 from erpd_lightning.errors import UserError
-from erpd_lightning.objectives.tilt import LOG_ZERO
+from erpd_lightning.objectives.tilted_policy import LOG_ZERO
 
 POLICIES = ("base", "teacher", "unlearned")
 

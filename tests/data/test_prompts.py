@@ -12,21 +12,14 @@ import pyarrow.parquet as pq
 import pytest
 import torch
 
-from erpd_lightning.data.prompts import (
-    Prompt,
-    PromptBatch,
-    as_text,
-    context_length,
-    load_tokenizer,
-    read_prompts,
-    tokenize,
-)
+from erpd_lightning.data.prompts import Prompt, PromptBatch, as_text, read_prompts, tokenize
 from erpd_lightning.data.samplers import Response, Sampler
 from erpd_lightning.data.store import ROLLOUTS
 from erpd_lightning.data.verifiers import Verifier
 from erpd_lightning.errors import UserError
-from erpd_lightning.policy import load_policy
-from tiny import TASK, save_policy
+from erpd_lightning.models.loading import context_length, load_tokenizer
+from erpd_lightning.models.policy import load_policy
+from support.policies import TASK, save_policy
 
 MESSAGES = [{"role": "system", "content": "1"}, {"role": "user", "content": "2+3:"}]
 TEMPLATE = (

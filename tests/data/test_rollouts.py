@@ -10,21 +10,21 @@ import pytest
 import torch
 from lightning.pytorch.callbacks import Callback
 
-from erpd_lightning import policy_module
 from erpd_lightning.data.batching import RolloutTable
-from erpd_lightning.data.passes import StorePass, run_pass
+from erpd_lightning.data.predict_data import StorePass, run_pass
 from erpd_lightning.data.prompts import Prompt, tokenize
 from erpd_lightning.data.rollouts import RolloutDataModule
 from erpd_lightning.data.samplers import Response, TransformersSampler
 from erpd_lightning.data.store import SCORES, Store
 from erpd_lightning.data.verifiers import Verifier
-from erpd_lightning.distill import DistillModule
 from erpd_lightning.errors import UserError
-from erpd_lightning.extreme_region import ExtremeRegionModule
+from erpd_lightning.modules import policy_module
+from erpd_lightning.modules.distill import DistillModule
+from erpd_lightning.modules.extreme_region import ExtremeRegionModule
+from erpd_lightning.modules.policy_module import PolicyModule
 from erpd_lightning.objectives.advantages import STD_OFFSET
 from erpd_lightning.objectives.extreme import CrossEntropy
-from erpd_lightning.policy_module import PolicyModule
-from tiny import (
+from support.policies import (
     TASK,
     VOCABULARY_SIZE,
     fake_trainer,
@@ -570,7 +570,7 @@ def test_scores_depend_on_no_rank_and_no_interruption(
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.setattr("erpd_lightning.data.passes.PART_TOKENS", 50)
+    monkeypatch.setattr("erpd_lightning.data.predict_data.PART_TOKENS", 50)
     write_made_up(tmp_path / "rollouts")
     alone = score(make_data(scores=tmp_path / "alone"), "base", policy)
     assert len(alone.parts) > 2
@@ -589,7 +589,7 @@ def test_scores_depend_on_no_rank_and_no_interruption(
 def test_scoring_goes_on_within_less_memory(
     make_data: Callable[..., RolloutDataModule], policy: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("erpd_lightning.data.passes.PART_TOKENS", 80)
+    monkeypatch.setattr("erpd_lightning.data.predict_data.PART_TOKENS", 80)
     rows = write_made_up(tmp_path / "rollouts")
     scores = tmp_path / "scores"
     interrupted(make_data(scores=scores, max_tokens=80).scoring("base"), policy, parts=1)

@@ -10,7 +10,7 @@ from transformers import GenerationConfig
 
 from erpd_lightning.data.samplers import Response, TransformersSampler
 from erpd_lightning.errors import UserError
-from tiny import TASK, VOCABULARY_SIZE, build, make_model, token_logps
+from support.policies import TASK, VOCABULARY_SIZE, build, make_model, token_logps
 
 EOS = 2
 # Of unequal length: sampled together, the shorter ones are padded on the left.

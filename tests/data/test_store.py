@@ -15,16 +15,9 @@ import pyarrow as pa
 import pytest
 
 from erpd_lightning.data import store as store_module
-from erpd_lightning.data.store import (
-    MANIFEST,
-    ROLLOUTS,
-    SCORES,
-    Store,
-    StoreWriter,
-    atomic_write,
-    sha256_file,
-)
+from erpd_lightning.data.store import MANIFEST, ROLLOUTS, SCORES, Store, StoreWriter
 from erpd_lightning.errors import UserError
+from erpd_lightning.files import atomic_write, sha256_file
 
 ROOT = Path(__file__).parents[2]
 METADATA = {"seed": 3, "sampler": {"temperature": 1.0, "stop": ["</s>", "é"]}}

@@ -9,8 +9,9 @@ from typing import Any
 
 import pytest
 
-from erpd_lightning.data import verifiers
-from erpd_lightning.data.verifiers import ExactMatch, MathVerify, as_latex
+from erpd_lightning.data.verifiers import ExactMatch, MathVerify
+from erpd_lightning.data.verifiers import math_verify as checker
+from erpd_lightning.data.verifiers.math_verify import as_latex
 from erpd_lightning.errors import UserError
 
 # Exact match
@@ -121,7 +122,7 @@ def serve_nothing(connection: Connection) -> None:
 
 
 def test_only_the_answer_that_hangs_or_crashes_is_not_checked(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(verifiers, "_serve_math", serve_scripted)
+    monkeypatch.setattr(checker, "_serve_math", serve_scripted)
     responses = ["1", "hang", "0", "crash", "crash", "1"]
     files = [str(tmp_path / str(i)) for i in range(len(responses))]
     check = MathVerify(timeout=0.5)
@@ -135,7 +136,7 @@ def test_only_the_answer_that_hangs_or_crashes_is_not_checked(tmp_path: Path, mo
 
 
 def test_a_checker_is_gone_also_after_an_error(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(verifiers, "_serve_math", serve_scripted)
+    monkeypatch.setattr(checker, "_serve_math", serve_scripted)
     check = MathVerify(timeout=20)
     with pytest.raises(ValueError, match="shorter"):
         check(["1", "1"], [str(tmp_path / "pid")])
@@ -144,7 +145,7 @@ def test_a_checker_is_gone_also_after_an_error(tmp_path: Path, monkeypatch: pyte
 
 
 def test_a_checker_that_does_not_start(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(verifiers, "_serve_math", serve_nothing)
+    monkeypatch.setattr(checker, "_serve_math", serve_nothing)
     with pytest.raises(UserError, match="did not start"):
         MathVerify()(["7"], ["7"])
 
@@ -174,7 +175,7 @@ def test_what_the_parser_trips_over_is_not_checked(monkeypatch: pytest.MonkeyPat
     script = Script(("7", "7"), ("8", "8"))
     monkeypatch.setattr(math_verify, "verify", trip)
     with pytest.raises(EOFError):
-        verifiers._serve_math(script)  # type: ignore[arg-type]
+        checker._serve_math(script)  # type: ignore[arg-type]
     assert script.sent == ["ready", None, None]
 
 

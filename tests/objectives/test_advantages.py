@@ -1,8 +1,8 @@
 import pytest
 import torch
 
-import reference
 from erpd_lightning.objectives import group_advantages
+from support import reference
 
 
 def test_by_hand() -> None:

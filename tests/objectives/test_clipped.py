@@ -5,9 +5,9 @@ import pytest
 import torch
 from torch import Tensor
 
-import reference
 from erpd_lightning.objectives import CISPO, GSPO, ExtremeObjective, PPOClip, cispo_terms, gspo_terms, ppo_terms
-from reference import grad
+from support import reference
+from support.reference import grad
 
 CLIPS = [(0.2, 0.2, None), (0.2, 0.28, None), (0.1, 0.5, 3.0), (1.0, 2.0, 1.5)]
 MASK = torch.arange(4) < torch.tensor([[4], [1], [2], [3], [4]])

@@ -5,16 +5,10 @@ import pytest
 import torch
 from torch import Tensor
 
-import reference
-from erpd_lightning.objectives import (
-    DistillObjective,
-    TiltedTarget,
-    kl_to_target,
-    masked_mean,
-    masked_sum,
-)
-from erpd_lightning.objectives.tilt import LOG_ZERO
-from reference import grad
+from erpd_lightning.objectives import DistillObjective, TiltedTarget, kl_to_target, masked_mean, masked_sum
+from erpd_lightning.objectives.tilted_policy import LOG_ZERO
+from support import reference
+from support.reference import grad
 
 Reduce = Callable[[Tensor, Tensor], Tensor]
 INF = float("inf")

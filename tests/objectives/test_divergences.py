@@ -6,9 +6,9 @@ import pytest
 import torch
 from torch import Tensor
 
-import reference
 from erpd_lightning.objectives import check_kl_loss, entropy, exact_kl, kl_loss, kl_value
-from reference import grad
+from support import reference
+from support.reference import grad
 
 INF = float("inf")
 

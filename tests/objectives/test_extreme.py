@@ -5,7 +5,6 @@ import pytest
 import torch
 from torch import Tensor
 
-import reference
 from erpd_lightning.objectives import (
     CISPO,
     GSPO,
@@ -20,7 +19,8 @@ from erpd_lightning.objectives import (
     masked_sum,
     sapo_terms,
 )
-from reference import grad
+from support import reference
+from support.reference import grad
 
 Reduce = Callable[[Tensor, Tensor], Tensor]
 INF = float("inf")

@@ -7,7 +7,6 @@ import pytest
 import torch
 from torch import Tensor
 
-import reference
 from erpd_lightning.objectives import (
     ClippedPolicyGradient,
     TokenObjective,
@@ -16,7 +15,8 @@ from erpd_lightning.objectives import (
     masked_mean,
     tilt,
 )
-from reference import grad
+from support import reference
+from support.reference import grad
 
 INF = float("inf")
 WIDE: dict[str, Any] = {"epsilon_low": 1.0, "epsilon_high": 1e6, "truncate": 1e6}

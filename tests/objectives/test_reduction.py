@@ -5,9 +5,9 @@ import pytest
 import torch
 from torch import Tensor
 
-import reference
 from erpd_lightning.objectives import masked_mean, masked_sum
-from reference import grad
+from support import reference
+from support.reference import grad
 
 Reduce = Callable[[Tensor, Tensor], Tensor]
 Expected = Callable[[Any, Any], float]

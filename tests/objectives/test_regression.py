@@ -5,9 +5,9 @@ import pytest
 import torch
 from torch import Tensor
 
-import reference
 from erpd_lightning.objectives import SquaredError, squared_error_terms
-from reference import grad
+from support import reference
+from support.reference import grad
 
 MASK = torch.arange(4) < torch.tensor([[4], [1], [2], [3], [4]])
 

@@ -4,8 +4,8 @@ from typing import Any
 import pytest
 import torch
 
-import reference
 from erpd_lightning.objectives import Signal, Term
+from support import reference
 
 INF, NAN = float("inf"), float("nan")
 

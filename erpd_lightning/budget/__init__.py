@@ -1,0 +1,1 @@
+"""KL budgets: solved for, corrected, and kept by going between two policies' weights."""

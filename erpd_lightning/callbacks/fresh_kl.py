@@ -1,0 +1,193 @@
+"""The KL of a policy in training to another one, measured on fresh samples."""
+
+import math
+from collections.abc import Collection, Mapping
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import replace
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from lightning.pytorch import LightningModule, Trainer
+from torch import nn
+
+from ..budget.interpolation import Measured
+from ..data.predict_data import ranks
+from ..data.prompts import Prompt
+from ..data.rollouts import RolloutDataModule
+from ..data.samplers import Sampler
+from ..data.verifiers import Unverified
+from ..errors import UserError
+from ..metrics import clustered_ratio
+from ..models.policy import Policy, load_frozen
+from ..modules.evaluation import prompt_sums
+from ..modules.policy_module import PolicyModule
+from .undisturbed import undisturbed
+
+CHUNKS = 16
+"""The most times that `max_prompts` prompts are taken for one measurement."""
+
+
+class FreshKL:
+    """Measures the KL to a reference policy on responses drawn for it, exactly over the vocabulary, on all ranks.
+
+    Args:
+        reference: A name among the `references` of a `PolicyModule`, or a folder or hub name.
+        per: Whether the KL is per response `token` or per `response`.
+        prompts: JSONL file or data set of the prompts; None for those of the trainer's `RolloutDataModule`.
+        tokenizer: Where the tokenizer for them is; None for beside the reference.
+        sampler: Draws responses to them; None for the default.
+        max_prompts: Prompts that are taken at a time.
+        samples: Responses to each.
+        seed: Seed of the draws.
+    """
+
+    def __init__(
+        self,
+        reference: str,
+        per: Literal["token", "response"],
+        prompts: str | Path | None,
+        tokenizer: str | Path | None,
+        sampler: Sampler | None,
+        max_prompts: int,
+        samples: int,
+        seed: int,
+    ) -> None:
+        self.reference = reference
+        self.per = per
+        self.prompts = prompts
+        self.tokenizer = tokenizer
+        self.sampler = sampler
+        self.max_prompts = max_prompts
+        self.samples = samples
+        self.seed = seed
+        self._source: tuple[RolloutDataModule, list[Prompt]] | None = None
+
+    def check(self, trainer: Trainer, module: LightningModule) -> None:
+        """Whether there is a reference to measure the KL to, and prompts to measure it on.
+
+        Raises:
+            UserError: If one of them is missing.
+        """
+        self.check_reference(getattr(module, "references", {}))
+        self._find_prompts(trainer)
+
+    def check_reference(self, names: Collection[str]) -> None:
+        """Whether the KL can be measured to the reference, among the named ones of a module.
+
+        Raises:
+            UserError: If it is none of them, and no policy of its own.
+        """
+        if self.reference not in names and not _is_policy(self.reference):
+            raise UserError(
+                f"KLBudget.reference is {self.reference!r}: it is neither a folder, nor a hub name, nor among the "
+                f"module's references ({', '.join(names) or 'none'})"
+            )
+
+    def logged(self, trainer: Trainer, module: LightningModule) -> Measured | None:
+        """What the validation of a `PolicyModule` logged of this very KL; None where it did not."""
+        if isinstance(module, PolicyModule) and self.reference in module.references:
+            name = f"val/kl_per_{self.per}" + ("" if self.reference == "base" else f"_to_{self.reference}")
+            found = trainer.callback_metrics
+            if name in found:
+                return Measured(float(found[name]), float(found[f"{name}_stderr"]))
+        return None
+
+    @torch.no_grad()
+    def measure(self, trainer: Trainer, module: LightningModule, purpose: str, stderr: float = math.inf) -> Measured:
+        """The KL, with a standard error of at most `stderr` if 16 times `max_prompts` prompts can give it.
+
+        Prompts that come again after the last one add samples, not prompts, which are what the standard error counts.
+
+        Args:
+            trainer: Knows ranks, precision and data.
+            module: Has the policy.
+            purpose: Draws are a function of the seed and of this.
+            stderr: The standard error that is asked for, in nats.
+
+        Raises:
+            UserError: If there is nothing to sample from, or no policy that could.
+        """
+        policy = policy_of(module)
+        data, prompts = self._find_prompts(trainer)
+        sums = torch.zeros(2, len(prompts), dtype=torch.float64)  # KL, and what it is divided by, of each prompt
+        with self._policy(module) as reference, undisturbed(trainer, module):
+            for chunk in range(CHUNKS):
+                first, count = chunk * self.max_prompts, min(self.max_prompts, len(prompts))
+                chosen = torch.arange(first, first + count) % len(prompts)
+                name = f"kl budget, {purpose}, {chunk}"
+                asked = [prompts[i] for i in chosen.tolist()]
+                for batch in data.prompt_batches(asked, self.samples, name, *ranks(trainer)):
+                    if batch.prompts:
+                        table = replace(batch, verifier=Unverified()).respond(policy.model)
+                        said = prompt_sums(policy, {"kl": reference}.__getitem__, ["kl"], table, batch)
+                        number = torch.full_like(said["tokens"], self.samples)
+                        places = chosen[torch.tensor(batch.groups)]
+                        sums[0].index_add_(0, places, said["kl"])
+                        sums[1].index_add_(0, places, said["tokens"] if self.per == "token" else number)
+                total = trainer.strategy.reduce(sums.clone().to(module.device), reduce_op="sum")
+                ratio = clustered_ratio(*total[:, total[1] > 0])
+                found = Measured(float(ratio.value), float(ratio.stderr))
+                if stderr == math.inf or found.stderr <= stderr or math.isnan(found.kl):
+                    break
+        return found
+
+    def forget(self) -> None:
+        """Find the prompts again when they are next needed: another trainer may have others."""
+        self._source = None
+
+    def _find_prompts(self, trainer: Trainer) -> tuple[RolloutDataModule, list[Prompt]]:
+        """The prompts to measure on, and what makes batches of them.
+
+        Raises:
+            UserError: If there are none.
+        """
+        if self._source is None:
+            data: Any = getattr(trainer, "datamodule", None)
+            if self.prompts is not None:
+                data = RolloutDataModule(
+                    store="",
+                    tokenizer=self.tokenizer or self._path(trainer.lightning_module),
+                    validation_prompts=self.prompts,
+                    sampler=self.sampler,
+                    seed=self.seed,
+                )
+                prompts = data.held_out_prompts()
+            elif isinstance(data, RolloutDataModule):
+                prompts = data.unused_prompts() or data.held_out_prompts()
+            else:
+                prompts = []
+            if not prompts:
+                raise UserError("KLBudget.prompts is missing: the KL is measured on fresh responses to some prompts")
+            self._source = data, prompts
+        return self._source
+
+    def _path(self, module: LightningModule) -> str:
+        references: Mapping[str, str] = getattr(module, "references", {})
+        return references.get(self.reference, self.reference)
+
+    def _policy(self, module: LightningModule) -> AbstractContextManager[Policy]:
+        """The reference policy while it is measured: the module's own where it may have it in memory."""
+        if isinstance(module, PolicyModule) and self.reference in module.references:
+            return module.borrowed(self.reference)
+        return nullcontext(load_frozen(self._path(module), policy_of(module), "KLBudget.reference"))
+
+
+def policy_of(module: LightningModule) -> Policy:
+    """The module's policy, with the questions that are asked of it.
+
+    Raises:
+        UserError: If it has none.
+    """
+    policy = getattr(module, "policy", None)
+    if not isinstance(policy, nn.Module):
+        raise UserError(
+            f"KLBudget needs a module with a policy, a causal language model: {type(module).__name__}.policy is "
+            f"{type(policy).__name__}"
+        )
+    return policy if isinstance(policy, Policy) else Policy(policy)
+
+
+def _is_policy(name: str) -> bool:
+    """Whether a name can be that of a folder or of a model on the hub."""
+    return Path(name).is_dir() or name.count("/") == 1

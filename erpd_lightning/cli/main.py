@@ -1,0 +1,220 @@
+"""The command line: a `LightningCLI` whose `fit` runs the chain of stages, and `preview` its target."""
+
+import json
+import logging
+import re
+import sys
+import warnings
+import zipfile
+from collections.abc import Iterable
+from dataclasses import fields
+from pathlib import Path
+from typing import Any
+
+from jsonargparse import ArgumentError
+from lightning.fabric.utilities.exceptions import MisconfigurationException
+from lightning.pytorch import LightningDataModule, LightningModule
+from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
+
+from ..errors import UserError, refuse
+from ..files import atomic_write, disk_full_named
+from ..modules.policy_module import PolicyModule
+from ..pipeline.preview import PreviewTrainer
+from ..pipeline.rounds import Rounds
+from .config import BOUND_BY_CHAIN, ConfigBuilder, add_options, options
+from .errors import readable
+
+POLICY_OF = {"base": "base", "extreme_region": "teacher", "unlearned": "unlearned", "distill": "student"}
+"""Which policy a stage makes; `validate`, `test` and `predict` run on it."""
+
+UNREADABLE = re.compile("Problems parsing config: |Unexpected config: |(?='utf-8' codec)")
+"""How jsonargparse begins a message about a file whose name it does not tell."""
+
+UNKNOWN_METRIC = re.compile("Early stopping conditioned on metric `(.*?)` which is not available")
+"""How Lightning's EarlyStopping begins its complaint about what it is to watch."""
+
+
+class ERPDCLI(LightningCLI):
+    """`fit` chains the stages; `validate`, `test` and `predict` run on the policy of one of them.
+
+    `preview` decodes from the target that a student would be distilled to.
+    """
+
+    def __init__(self, args: Any = None) -> None:
+        # Mistakes are told in a line by `main`, and no beginning of an option's name stands for it.
+        strict = {"exit_on_error": False, "allow_abbrev": False}
+        super().__init__(
+            save_config_callback=None,
+            trainer_class=PreviewTrainer,  # Where Lightning looks for subcommands.
+            seed_everything_default=0,
+            parser_kwargs={
+                **strict,
+                "prog": "python -m erpd_lightning",
+                "description": "Extreme Region Policy Distillation: many epochs on fixed rollouts, "
+                "then distillation under a KL budget.",
+                "epilog": "One more takes no configuration: 'report RUN [RUN ...]' writes an HTML page on runs, "
+                "finished or not; 'report --help' tells more.",
+                **{name: dict(strict) for name in self.subcommands()},
+                "fit": {**strict, "description": "Run every stage of every round that is not done yet."},
+            },
+            auto_configure_optimizers=False,
+            load_from_checkpoint_support=False,
+            args=args,
+        )
+
+    @staticmethod
+    def subcommands() -> dict[str, set[str]]:
+        """Lightning's own, of which the chain finds its checkpoints itself, and `preview`."""
+        commands = LightningCLI.subcommands()
+        return {**commands, "fit": {*commands["fit"], "ckpt_path", "weights_only"}, "preview": {"rounds"}}
+
+    def add_core_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
+        """The chain, the modules, the data, and the trainers."""
+        parser.add_class_arguments(Rounds, skip={"builder", "seed"}, instantiate=False)
+        add_options(parser)
+
+    def parse_arguments(self, parser: LightningArgumentParser, args: Any) -> None:
+        """Parse, and tell a mistake in a line.
+
+        Raises:
+            UserError: Names the key or the file that is wrong.
+        """
+        try:
+            super().parse_arguments(parser, args)
+        except (ArgumentError, UnicodeDecodeError) as error:
+            message = readable(error, options(self._parser("fit")), _bound())
+            if UNREADABLE.match(message):
+                file = self._unreadable(sys.argv[1:] if args is None else args)
+                message = UNREADABLE.sub(f"{file} cannot be read as options: ", message)
+            raise UserError(message) from error
+        config = self.config[self.config["subcommand"]]
+        seed, checkpoint = config["seed_everything"], config.get("ckpt_path")
+        if seed is False or not 0 <= seed < 2**32:
+            raise UserError(f"seed_everything is {seed}: it must lie between 0 and {2**32 - 1}, or be true")
+        if checkpoint and not (Path(checkpoint).is_dir() or zipfile.is_zipfile(checkpoint)):
+            raise UserError(f"ckpt_path {checkpoint} is missing or damaged: a checkpoint of Lightning's is expected")
+        if "weights_only" in config and config["weights_only"] is None:
+            config["weights_only"] = True  # Lightning would unpickle whatever is in a local file.
+
+    def instantiate_classes(self) -> None:
+        """Check every part of the configuration; only what a stage needs is built when it begins."""
+        self.config_init = self.config
+        config = self.config[self.subcommand]
+        self.builder = ConfigBuilder(config, self._parser(self.subcommand))
+        chain = {field.name: config[field.name] for field in fields(Rounds) if field.name in config}
+        chain["task"] = self.builder.built("task", chain["task"])
+        given = [name for name in ("prompts", "validation_prompts") if config["data"][name] is not None]
+        if chain["task"] is not None and given:
+            raise UserError(f"data.{given[0]} is given, but task makes the prompts: leave one of them null")
+        runs_policy = self.subcommand not in ("fit", "preview")
+        if runs_policy:
+            chain["stage"] = chain["stage"] or chain["last_stage"]
+        if self.subcommand == "preview":
+            chain["stage"] = None  # What a run of one stage left in its configuration.
+        self.rounds = Rounds(builder=self.builder, seed=config["seed_everything"], **chain)
+        self.trainer = self.builder.trainer("evaluation", kind=PreviewTrainer, logger=False)
+        self.builder.check()
+        self.model: LightningModule | None = None
+        self.datamodule: LightningDataModule | None = None
+        if runs_policy:
+            self._pick_policy(chain["stage"], chain["round"] or self.rounds.rounds)
+
+    def fit(self, **_: Any) -> None:
+        """Run the chain; the configuration lies in the run directory first."""
+        if self.rounds.task is None:
+            data = self.rounds.data(1)
+            data.round_prompts()
+            if not data.held_out_prompts():
+                raise UserError(
+                    "data.validation_prompts is missing: what a student gained is measured on held-out prompts"
+                )
+        run_dir = Path(self.rounds.run_dir)
+        written = run_dir / "config.yaml"
+        try:
+            run_dir.mkdir(parents=True, exist_ok=True)
+            before = written.read_text() if written.is_file() else None
+        except OSError as error:
+            raise UserError(f"run_dir {run_dir} cannot be used: {error.strerror}") from error
+        with disk_full_named(run_dir):
+            self._write(written, self._parser("fit").dump(self.config["fit"], skip_unset=False))
+            try:
+                self.rounds.run()
+            except UserError:
+                if before is not None:  # What is there was made with the configuration that was there.
+                    self._write(written, before)
+                raise
+
+    def preview(self, budgets: list[float] | None = None, **_: Any) -> None:
+        """Decode from the targets of a round's signal; nothing of the run changes."""
+        assert isinstance(self.trainer, PreviewTrainer)
+        self.trainer.preview(self.rounds, budgets)
+
+    def predict(self, **kwargs: Any) -> None:
+        """Sample and verify responses to the held-out prompts, and write them as JSONL."""
+        tables: list[Any] = self.trainer.predict(**kwargs) or []
+        rank = f"-{self.trainer.global_rank}" if self.trainer.world_size > 1 else ""
+        path = self._predictions.with_name(f"{self._predictions.name}{rank}.jsonl")
+        rows = [row for table in tables for row in table.to_pylist()]
+        kept = ("prompt", "response", "answer", "reward", "finish_reason")
+        lines = (json.dumps({key: row[key] for key in kept}, ensure_ascii=False) for row in rows)
+        atomic_write(path, "".join(f"{line}\n" for line in lines))
+        print(f"{len(rows)} responses lie in {path}")
+
+    def _pick_policy(self, stage: str, number: int) -> None:
+        """The module and data of `validate`, `test` and `predict`: what the stage of the round made."""
+        if stage not in POLICY_OF:
+            raise UserError(f"stage is {stage!r}: {self.subcommand} takes one of {', '.join(POLICY_OF)}")
+        rounds = self.rounds
+        name = "student" if stage == rounds.last_stage else POLICY_OF[stage]
+        made = {**rounds.policies(number), "student": rounds.student(number)}
+        policy = made[name]
+        if isinstance(policy, Path) and not policy.is_dir():
+            raise UserError(f"{policy} is missing: fit makes it, in the stage {stage} of round {number}")
+        self._predictions = rounds.round_dir(number) / f"predictions-{name}"
+        references = {"base": str(made["base"]), "first": str(rounds.student(0))}
+        if stage == "base":
+            self.model = PolicyModule(policy, references=references)
+        else:
+            self.model = self.builder.module(stage, policy=policy, references=references)
+        self.datamodule = rounds.data(number)
+
+    def _write(self, path: Path, text: str) -> None:
+        if self.trainer.is_global_zero:
+            atomic_write(path, text)
+
+    def _unreadable(self, args: Iterable[str]) -> str:
+        """The file among the arguments that holds no options."""
+        for arg in args:
+            path = Path(arg.rpartition("=")[2])
+            try:
+                if path.is_file():
+                    self._parser("fit").parse_path(path)
+            except (ArgumentError, UnicodeDecodeError) as error:
+                if UNREADABLE.match(str(error)):
+                    return str(path)
+        return "a configuration file"
+
+
+def _bound() -> set[str]:
+    return {f"{group}.{name}" for group, names in BOUND_BY_CHAIN.items() for name in names}
+
+
+def main() -> None:
+    """Run the command line; a mistake of the user's ends in a line or two and exit code 2."""
+    for name in ("lightning.pytorch", "lightning.fabric"):
+        logging.getLogger(name).setLevel(logging.WARNING)
+    from transformers.utils.logging import disable_progress_bar
+
+    disable_progress_bar()
+    # Lightning asks torch in a way that torch 2.13 frowns at; nobody who runs a chain can do anything about it.
+    warnings.filterwarnings("ignore", message=r"`isinstance\(treespec, LeafSpec\)` is deprecated")
+    try:
+        with disk_full_named("the run directory"):
+            ERPDCLI()
+    except (UserError, MisconfigurationException) as error:
+        refuse(str(error))
+    except RuntimeError as error:
+        unknown = UNKNOWN_METRIC.match(str(error))
+        if unknown is None:
+            raise
+        refuse(f"EarlyStopping: no metric is called {unknown[1]}; docs/metrics.md lists those that are logged")

@@ -1,0 +1,6 @@
+"""Samplers: responses to prompts, with the log-probs of the distribution that they were drawn from."""
+
+from .base import Response, Sampler
+from .transformers import TransformersSampler
+
+__all__ = ["Response", "Sampler", "TransformersSampler"]

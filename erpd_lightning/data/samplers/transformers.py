@@ -1,0 +1,117 @@
+"""Sampling with `generate` of transformers."""
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from .base import Response, Sampler
+
+
+class TransformersSampler(Sampler):
+    """Samples with `generate` of transformers, on whatever device the model is."""
+
+    @torch.no_grad()
+    def sample(self, model: Any, tokenizer: Any, prompts: Sequence[Sequence[int]], seed: int) -> list[Response]:
+        """See `Sampler.sample`. Global random state is left as it was."""
+        with self.drawing([model], seed):
+            return [
+                response
+                for encoded in self.padded(model, tokenizer, prompts)
+                for response in self.generate(model, tokenizer, encoded, LogpRecorder(self.temperature))
+            ]
+
+    @contextmanager
+    def drawing(self, models: Sequence[Any], seed: int) -> Iterator[None]:
+        """Models in eval mode and random state of one's own; both are as they were afterwards."""
+        device = models[0].device
+        were_training = [model.training for model in models]
+        for model in models:
+            model.eval()
+        with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
+            torch.manual_seed(seed)
+            yield
+        for model, was_training in zip(models, were_training, strict=True):
+            model.train(was_training)
+
+    def padded(self, model: Any, tokenizer: Any, prompts: Sequence[Sequence[int]]) -> Iterator[Any]:
+        """Ids and attention masks of `batch_size` prompts at a time, on the model's device."""
+        for first in range(0, len(prompts), self.batch_size):
+            chunk = list(prompts[first : first + self.batch_size])
+            yield tokenizer.pad({"input_ids": chunk}, return_tensors="pt").to(model.device)
+
+    def generate(self, model: Any, tokenizer: Any, encoded: Any, recorder: "LogpRecorder") -> list[Response]:
+        """One response to each of some padded prompts, drawn from what the recorder makes of the logits."""
+        device = encoded["input_ids"].device
+        with self._plain_sampling(model, tokenizer):
+            sequences = model.generate(
+                input_ids=encoded["input_ids"],
+                attention_mask=encoded["attention_mask"],
+                logits_processor=[recorder],
+            )
+        ids = sequences[:, encoded["input_ids"].shape[1] :]
+        logps = recorder.finish(sequences)
+        ended = torch.isin(ids, torch.tensor(_eos_ids(model, tokenizer), device=device))
+        # Up to and including the first end-of-sequence token; what follows is padding.
+        lengths = ((ended.cumsum(1) - ended.long()) == 0).sum(1).tolist()
+        reasons = ["stop" if stop else "length" for stop in ended.any(1).tolist()]
+        return [
+            Response(row[:length], logp[:length], reason)
+            for row, logp, length, reason in zip(ids.tolist(), logps.tolist(), lengths, reasons, strict=True)
+        ]
+
+    @contextmanager
+    def _plain_sampling(self, model: Any, tokenizer: Any) -> Iterator[None]:
+        """Sample from the policy itself: a checkpoint's own top-k, top-p or penalties would bias log-probs."""
+        from transformers import GenerationConfig
+
+        shipped = model.generation_config
+        model.generation_config = GenerationConfig(
+            do_sample=True,
+            temperature=self.temperature,
+            top_k=0,
+            top_p=1.0,
+            max_new_tokens=self.max_new_tokens,
+            eos_token_id=_eos_ids(model, tokenizer),
+            pad_token_id=tokenizer.pad_token_id,
+            bos_token_id=tokenizer.bos_token_id,
+        )
+        try:
+            yield
+        finally:
+            model.generation_config = shipped
+
+
+def _eos_ids(model: Any, tokenizer: Any) -> list[int]:
+    """The tokenizer's end of sequence and those that the model was shipped with (a chat model has several)."""
+    shipped = model.generation_config.eos_token_id
+    listed = shipped if isinstance(shipped, list) else [shipped]
+    return sorted({tokenizer.eos_token_id, *(token for token in listed if token is not None)})
+
+
+class LogpRecorder:
+    """A logits processor that changes nothing and notes each sampled token's log-prob.
+
+    Only one `(B, V)` tensor lives at a time, where `output_logits` of `generate` keeps one for every token.
+    """
+
+    def __init__(self, temperature: float) -> None:
+        self.temperature = temperature
+        self._pending: Tensor | None = None
+        self._logps: list[Tensor] = []
+
+    def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
+        self._note(input_ids)
+        self._pending = (scores.float() / self.temperature).log_softmax(-1)
+        return scores
+
+    def finish(self, sequences: Tensor) -> Tensor:
+        """The log-probs of all sampled tokens, `(B, T)`; what follows the end of a response is meaningless."""
+        self._note(sequences)
+        return torch.stack(self._logps, dim=1)
+
+    def _note(self, ids: Tensor) -> None:
+        if self._pending is not None:
+            self._logps.append(self._pending.gather(1, ids[:, -1:])[:, 0])

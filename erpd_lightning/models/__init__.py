@@ -1,0 +1,1 @@
+"""Policies: loaded, asked in bounded memory, exported."""

@@ -1,0 +1,195 @@
+"""A policy: a causal language model, loaded, run on stored responses in bounded memory, and exported."""
+
+import hashlib
+import shutil
+from pathlib import Path
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor, nn
+
+from ..errors import UserError
+from ..files import sha256_file
+from ..objectives.divergences import Direction
+from .head import MAX_LOGITS, Divergence, Head, TokenStats, divergence, select_support, support_logps, token_logps
+from .loading import loading
+
+POLICY_FILES = ("*.safetensors", "*.json", "*.model", "*.txt", "*.jinja")
+
+
+class TokenBatch(Protocol):
+    """What a policy is run on: prompts with their responses, right padded; see `data.batching.RolloutBatch`."""
+
+    @property
+    def input_ids(self) -> Tensor:
+        """`(B, L)` long, prompt then response."""
+
+    @property
+    def attention_mask(self) -> Tensor:
+        """`(B, L)` bool, True on prompt and response."""
+
+    @property
+    def positions(self) -> Tensor:
+        """`(B, T)` long, where in L the hidden state is that predicts response token t."""
+
+    @property
+    def response_ids(self) -> Tensor:
+        """`(B, T)` long."""
+
+    @property
+    def mask(self) -> Tensor:
+        """`(B, T)` bool, True on response tokens."""
+
+
+class Policy(nn.Module):
+    """A causal language model and the bounded-memory questions that are asked of it.
+
+    Every method takes a `TokenBatch` and answers for its response tokens alone, aligned to `(B, T)`; what the
+    mask leaves out is 0. Nothing of size tokens x vocabulary is ever made (see `head`).
+
+    Args:
+        model: A causal language model of `transformers`.
+        max_logits: The most logits to hold at a time.
+    """
+
+    def __init__(self, model: Any, max_logits: int = MAX_LOGITS) -> None:
+        super().__init__()
+        self.model = model
+        self.max_logits = max_logits
+
+    def hidden(self, batch: TokenBatch) -> Tensor:
+        """The hidden states that predict the batch's response tokens, flat: `(N, D)`."""
+        states = self.model.base_model(
+            input_ids=batch.input_ids, attention_mask=batch.attention_mask.long(), use_cache=False
+        ).last_hidden_state
+        rows = torch.arange(len(states), device=states.device)[:, None].expand_as(batch.positions)
+        return states[rows[batch.mask], batch.positions[batch.mask]]
+
+    def token_logps(self, batch: TokenBatch, hidden: Tensor | None = None) -> TokenStats:
+        """Log-probs of the response tokens and entropies (detached), in nats: both `(B, T)`."""
+        hidden = self.hidden(batch) if hidden is None else hidden
+        stats = token_logps(self.head, hidden, batch.response_ids[batch.mask], max_logits=self.max_logits)
+        return TokenStats(align(stats.logps, batch.mask), align(stats.entropy, batch.mask))
+
+    def support_logps(self, batch: TokenBatch, ids: Tensor, hidden: Tensor | None = None) -> Tensor:
+        """Log-probs over the support `ids` `(B, T, K)` and its tail: `(B, T, K + 1)`, nats."""
+        hidden = self.hidden(batch) if hidden is None else hidden
+        logps = support_logps(self.head, hidden, ids[batch.mask], max_logits=self.max_logits)
+        return align(logps, batch.mask)
+
+    def select_support(self, batch: TokenBatch, mass: float, max_size: int, hidden: Tensor | None = None) -> Tensor:
+        """The smallest sets of entries that hold `mass`: ids `(B, T, K)`, padded with -1."""
+        hidden = self.hidden(batch) if hidden is None else hidden
+        ids = select_support(self.head, hidden, mass=mass, max_size=max_size, max_logits=self.max_logits)
+        aligned = ids.new_full((*batch.mask.shape, ids.shape[-1]), -1)
+        aligned[batch.mask] = ids
+        return aligned
+
+    def divergence(
+        self,
+        reference: "Policy",
+        batch: TokenBatch,
+        hidden: Tensor | None = None,
+        direction: Direction = "reverse",
+    ) -> Divergence:
+        """`KL(self || reference)`, exact over the vocabulary, and own entropy: `(B, T)`, nats.
+
+        With direction `forward` it is `KL(reference || self)`. Differentiable in this policy in both; the reference
+        gets no gradient.
+        """
+        hidden = self.hidden(batch) if hidden is None else hidden
+        with torch.no_grad():
+            other = reference.hidden(batch)
+        found = divergence(self.head, hidden, reference.head, other, direction=direction, max_logits=self.max_logits)
+        return Divergence(align(found.kl, batch.mask), align(found.entropy, batch.mask))
+
+    @property
+    def head(self) -> Head:
+        """The output head of the language model."""
+        return Head.of(self.model)
+
+
+def align(flat: Tensor, mask: Tensor) -> Tensor:
+    """Spread `(N, …)` values over the `N` true entries of a mask `(B, T)`: `(B, T, …)`, 0 elsewhere."""
+    aligned = flat.new_zeros((*mask.shape, *flat.shape[1:]))
+    aligned[mask] = flat
+    return aligned
+
+
+def load_policy(path: str | Path, dtype: str = "float32", max_logits: int = MAX_LOGITS) -> Policy:
+    """Load a Hugging Face folder or hub name, with dropout off: a policy's log-probs are its own.
+
+    Raises:
+        UserError: If nothing that `AutoModelForCausalLM` can load lies there.
+    """
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    with loading(path, "policy"):
+        config = AutoConfig.from_pretrained(str(path), trust_remote_code=False)
+        _no_dropout(config)
+        model = AutoModelForCausalLM.from_pretrained(
+            str(path), config=config, dtype=getattr(torch, dtype), trust_remote_code=False
+        )
+    return Policy(model, max_logits).train()
+
+
+def load_frozen(path: str | Path, policy: Policy, name: str, dtype: str = "float32") -> Policy:
+    """Load a policy that others are compared with: on the device of `policy`, and without gradient.
+
+    Args:
+        path: Folder or hub name.
+        policy: The policy that is to be compared.
+        name: What to call the other one in a message.
+        dtype: Data type of its weights.
+
+    Raises:
+        UserError: If it cannot be loaded, or there is no KL to it.
+    """
+    frozen = load_policy(path, dtype, policy.max_logits)
+    sizes = len(frozen.head.weight), len(policy.head.weight)
+    if sizes[0] != sizes[1]:
+        raise UserError(
+            f"{name} ({path}) has a vocabulary of {sizes[0]} tokens, the policy one of {sizes[1]}: there is no KL "
+            "between them"
+        )
+    return frozen.to(policy.head.weight.device).eval().requires_grad_(False)
+
+
+def _no_dropout(config: Any) -> None:
+    """Set every dropout rate of a configuration, and of those inside it, to 0.
+
+    Before the model is built: where a rate goes (a layer, an attribute, the configuration itself) differs.
+    """
+    for name, value in list(vars(config).items()):
+        if hasattr(value, "to_dict"):
+            _no_dropout(value)
+        elif "drop" in name and isinstance(value, float):
+            setattr(config, name, 0.0)
+
+
+def export_policy(model: Any, tokenizer: Any, path: Path, state_dict: dict[str, Tensor] | None = None) -> None:
+    """Write a Hugging Face folder (safetensors, tokenizer) that appears at `path` whole or not at all.
+
+    Args:
+        model: The `transformers` model.
+        tokenizer: Its tokenizer.
+        path: The folder; an unfinished or earlier one is replaced.
+        state_dict: The weights where `model` holds only a shard of them.
+    """
+    partial = path.with_name(path.name + ".partial")
+    shutil.rmtree(partial, ignore_errors=True)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    model.save_pretrained(partial, state_dict=state_dict)
+    tokenizer.save_pretrained(partial)
+    shutil.rmtree(path, ignore_errors=True)
+    partial.rename(path)
+
+
+def policy_fingerprint(path: str | Path) -> str:
+    """What tells two policies apart: the digests of a folder's files, or a hub name as it stands."""
+    folder = Path(path)
+    if not folder.is_dir():
+        return f"hub:{path}"
+    files = sorted({file for pattern in POLICY_FILES for file in folder.glob(pattern)})
+    listing = "\n".join(f"{file.name} {sha256_file(file)}" for file in files)
+    return hashlib.sha256(listing.encode()).hexdigest()

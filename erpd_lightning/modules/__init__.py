@@ -1,0 +1,1 @@
+"""LightningModules: what is trained, evaluated on fresh samples, and asked about stored rollouts."""

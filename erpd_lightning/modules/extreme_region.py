@@ -1,0 +1,216 @@
+"""Stage 1: optimise long and weakly constrained on one fixed set of rollouts."""
+
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from lightning.pytorch.trainer.states import TrainerFn
+from torch import Tensor
+
+from ..data.batching import RolloutBatch
+from ..data.rollouts import RolloutDataModule
+from ..errors import UserError
+from ..objectives.divergences import Direction, check_kl_loss, kl_loss, kl_value
+from ..objectives.extreme import SAPO, ExtremeObjective, flip
+from .policy_module import PolicyModule
+
+
+class ExtremeRegionModule(PolicyModule):
+    """Drives a policy into the extreme region; the result, the teacher, is used only for its opinion.
+
+    Args:
+        policy: Folder or hub name of the causal language model to start from.
+        objective: What is minimised on the stored rollouts.
+        sign: 1 for a teacher; -1 for the unlearned policy, for which what was right counts as wrong.
+        kl_coef: Weight of a KL to the base policy on the stored states in the loss, in nats per token; 0 for no
+            constraint.
+        kl_direction: `reverse` for `KL(policy || base)`, which keeps the policy from what the base policy would not
+            say, or `forward` for `KL(base || policy)`, which keeps it able to say what that would.
+        kl_estimator: `exact` over the vocabulary, which takes the base policy into memory, or from the stored tokens
+            and the sampler's log-probs alone, which vary more: `k2` for `reverse`, `k1` or `k3` for `forward`. What
+            they constrain to is the sampler as it sampled, temperature and all.
+        keep: What training ends with: the `last` weights, or the `best` of those that were validated, by pass@1 on
+            the held-out prompts (with `sign` -1 the lowest). Judge what was chosen so on other prompts.
+        stop_at_kl: Stop after the first validation with at least this KL to the base policy, in nats per token; None
+            for the trainer's own end.
+        anchor: What the objective's importance ratio refers to: `base`, the policy that sampled the rollouts, or
+            `iteration`, this policy as it was when the iteration began: the epoch on fixed rollouts, and the part of
+            the prompts with `data.iterations`.
+        **kwargs: Arguments of `PolicyModule`.
+
+    Raises:
+        UserError: For a sign or a coefficient out of range, or an estimator whose gradient is not that of the KL.
+    """
+
+    def __init__(
+        self,
+        policy: str | Path,
+        objective: ExtremeObjective | None = None,
+        sign: int = 1,
+        kl_coef: float = 0.0,
+        kl_direction: Direction = "reverse",
+        kl_estimator: Literal["exact", "k1", "k2", "k3"] = "exact",
+        keep: Literal["last", "best"] = "last",
+        stop_at_kl: float | None = None,
+        anchor: Literal["base", "iteration"] = "base",
+        **kwargs: Any,
+    ) -> None:
+        super().__init__(policy, **kwargs)
+        if sign not in (1, -1):
+            raise UserError(f"extreme_region.sign is {sign}: it must be 1 or -1")
+        if not 0 <= kl_coef < float("inf"):
+            raise UserError(f"extreme_region.kl_coef is {kl_coef}: it must be at least 0")
+        if anchor not in ("base", "iteration"):
+            raise UserError(f"extreme_region.anchor is {anchor!r}: it must be base or iteration")
+        try:
+            check_kl_loss(kl_direction, kl_estimator)
+        except ValueError as error:
+            raise UserError(f"extreme_region.kl_estimator: {error}") from error
+        if kl_coef > 0 and kl_estimator == "exact" and "base" not in self.references:
+            raise UserError("extreme_region.kl_coef needs the reference `base` to measure the KL to")
+        if keep not in ("last", "best"):
+            raise UserError(f"extreme_region.keep is {keep!r}: it must be last or best")
+        if stop_at_kl is not None and not 0 < stop_at_kl < float("inf"):
+            raise UserError(f"extreme_region.stop_at_kl is {stop_at_kl}: it must be a positive, finite number")
+        if stop_at_kl is not None and "base" not in self.references:
+            raise UserError("extreme_region.stop_at_kl needs the reference `base` to measure the KL to")
+        self.objective = objective or SAPO()
+        self.sign = sign
+        self.kl_coef = kl_coef
+        self.kl_direction = kl_direction
+        self.kl_estimator = kl_estimator
+        self.keep = keep
+        self.stop_at_kl = stop_at_kl
+        self._best: float | None = None
+        self._kept: dict[str, Tensor] = {}
+        self._passed = False
+        self.anchor = anchor
+
+    @property
+    def re_anchors(self) -> bool:  # type: ignore[override]
+        """Whether the anchor is taken again in every iteration."""
+        return self.anchor == "iteration"
+
+    @property
+    def needs_groups(self) -> bool:  # type: ignore[override]
+        """Whether the objective compares the responses of a group."""
+        return self.objective.needs_groups
+
+    def select(self, rewards: Tensor, advantages: Tensor) -> Tensor:
+        """See `PolicyModule.select`: the objective's choice."""
+        return self.objective.select(*self._outcomes(rewards, advantages))
+
+    def terms(self, batch: RolloutBatch) -> tuple[Tensor, dict[str, Tensor]]:
+        """See `PolicyModule.terms`: the objective's terms and the weighted KL to the base policy."""
+        hidden = self.policy.hidden(batch)
+        stats = self.policy.token_logps(batch, hidden)
+        outcomes = self._outcomes(batch.rewards, batch.advantages)
+        anchor_logps = self._old.logps(batch) if self.re_anchors else batch.anchor_logps
+        terms = self.objective(stats.logps, anchor_logps, batch.mask, *outcomes)
+        self._check_shape(terms, batch.mask)
+        values = {
+            "entropy": stats.entropy,
+            "logp": stats.logps,
+            "log_ratio": stats.logps - anchor_logps,
+        }
+        if self.kl_coef > 0:
+            kl, values["kl"] = self._kl(batch, hidden, stats.logps)
+            terms = terms + self.kl_coef * self._share(kl, batch)
+        return terms, values
+
+    def setup(self, stage: str) -> None:
+        """Refuse rollouts that the loss would take for what they are not."""
+        data: Any = getattr(self.trainer, "datamodule", None)
+        if stage == "fit" and data is not None:
+            self.check_rollouts(data)
+
+    def check_rollouts(self, data: RolloutDataModule) -> None:
+        """Whether the rollouts are those that the KL term takes them for.
+
+        Raises:
+            UserError: If they are another policy's, and the KL to the base policy is estimated from them.
+        """
+        if self.kl_coef == 0 or self.kl_estimator == "exact":
+            return
+        others = {
+            "with data.iterations above 1 they are the policy's own": data.iterations > 1,
+            "with data.replay some are those of the base policies of earlier rounds": data.replay > 0,
+        }
+        for reason in (reason for reason, holds in others.items() if holds):
+            raise UserError(
+                f"extreme_region.kl_estimator is {self.kl_estimator}, which takes rollouts for those of the base "
+                f"policy; {reason}: take exact"
+            )
+
+    def on_train_start(self) -> None:
+        """Stop at once where an interrupted run had come to its end."""
+        if self._passed:
+            self.trainer.should_stop = True
+
+    def on_validation_end(self) -> None:
+        """Keep the weights that are the best so far, and the base policy where the loss needs it."""
+        if self.kl_coef == 0 or self.kl_estimator != "exact":
+            self.release_frozen()
+        found = self.trainer.callback_metrics
+        training = self.trainer.state.fn == TrainerFn.FITTING and not self.trainer.sanity_checking
+        if not training or "val/pass@1" not in found:
+            return
+        score = self.sign * float(found["val/pass@1"])
+        if self.keep == "best" and (self._best is None or score > self._best):
+            self._best = score
+            self._kept = {name: value.cpu().clone() for name, value in self.policy.state_dict().items()}
+        if self.stop_at_kl is not None and float(found["val/kl_per_token"]) >= self.stop_at_kl:
+            self._passed = True
+            self.trainer.should_stop = True
+
+    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Keep the best weights so far, and whether the KL is past its threshold."""
+        super().on_save_checkpoint(checkpoint)
+        checkpoint["teacher"] = {"best": self._best, "kept": self._kept, "passed": self._passed}
+
+    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Go on with them."""
+        super().on_load_checkpoint(checkpoint)
+        teacher = checkpoint.get("teacher")
+        if teacher is not None:
+            self._best, self._kept, self._passed = teacher["best"], teacher["kept"], teacher["passed"]
+
+    def settle(self) -> None:
+        """Take the best weights, where these are asked for.
+
+        Raises:
+            UserError: If none were validated.
+        """
+        if self.keep == "best" and not self.trainer.fast_dev_run:  # type: ignore[attr-defined]
+            if self._best is None:
+                raise UserError("extreme_region.keep is best, but nothing was validated: it takes validation prompts")
+            self.policy.load_state_dict(self._kept)
+
+    def _kl(self, batch: RolloutBatch, hidden: Tensor, logps: Tensor) -> tuple[Tensor, Tensor]:
+        """The KL to the base policy as a loss, and as a value to log: `(B, T)` each, in nats."""
+        direction, base = self.kl_direction, batch.anchor_logps
+        if self.kl_estimator == "exact":
+            kl = self.policy.divergence(self.frozen("base"), batch, hidden, direction).kl
+            return kl, kl
+        loss = kl_loss(logps, base, direction=direction, estimator=self.kl_estimator, log_sampler=base)
+        # Of the values, k3 is the one whose mean is exact and that is never negative.
+        pair = (logps, base) if direction == "reverse" else (base, logps)
+        return loss, kl_value(*pair, "k3", log_sampler=base)
+
+    def _share(self, kl: Tensor, batch: RolloutBatch) -> Tensor:
+        """The KL `(B, T)` in such terms as the objective's, so that the loss has its mean over the step's tokens."""
+        if self.objective.per == "token":
+            return kl
+        return torch.where(batch.mask, kl, 0.0).sum(-1) * (batch.step_responses / batch.step_tokens)
+
+    def _check_shape(self, terms: Tensor, mask: Tensor) -> None:
+        per = self.objective.per
+        expected = mask.shape if per == "token" else mask.shape[:1]
+        if terms.shape != expected:
+            raise UserError(
+                f"extreme_region.objective: {type(self.objective).__name__} gave terms of shape {tuple(terms.shape)}; "
+                f"with per = {per!r} they must be {tuple(expected)}"
+            )
+
+    def _outcomes(self, rewards: Tensor, advantages: Tensor) -> tuple[Tensor, Tensor]:
+        return (rewards, advantages) if self.sign == 1 else flip(rewards, advantages)

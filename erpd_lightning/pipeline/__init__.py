@@ -1,0 +1,1 @@
+"""The chain of stages, and what each leaves behind."""

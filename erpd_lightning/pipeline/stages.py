@@ -1,0 +1,184 @@
+"""How stages run: skipped when they are done, resumed when they were killed, recorded when they end.
+
+Each stage lives in a directory of its own and ends by writing a `stage.json`, last and atomically. A finished
+stage that was made from the same settings and inputs is skipped. One that was killed goes on from its last
+checkpoint or its last stored part; since all draws are functions of names (`seeds`), it ends as if nothing had
+happened. A stage whose record names other settings is never overwritten: that is an error.
+"""
+
+import json
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Protocol
+
+import torch
+from lightning.pytorch import Callback, Trainer, seed_everything
+from lightning.pytorch.utilities import rank_zero_only
+
+from ..callbacks import ResumeCheckpoint
+from ..data.arithmetic import Arithmetic
+from ..data.rollouts import RolloutDataModule
+from ..errors import UserError
+from ..modules.policy_module import PolicyModule
+from ..seeds import derive_seed
+from .records import Record, holds_work, read_record, write_record
+
+
+class Builder(Protocol):
+    """Makes what a stage needs from the user's settings and what the chain binds."""
+
+    @property
+    def teachers(self) -> Mapping[str, Any]:
+        """The further policies to train on the rollouts, by name."""
+
+    def data(self, **bound: Any) -> RolloutDataModule:
+        """The data module."""
+
+    def module(self, stage: str, **bound: Any) -> PolicyModule:
+        """The module of `extreme_region`, `unlearned` or `distill`."""
+
+    def trainer(self, stage: str, **bound: Any) -> Trainer:
+        """A trainer with the shared settings, those of the stage over them, and `bound` over both.
+
+        Callbacks in `bound` are added to the configured ones.
+        """
+
+    def settings(self, stage: str) -> Record:
+        """What a stage's result depends on, as JSON: recorded, and compared when a run goes on."""
+
+
+class StageOnly(Exception):
+    """The one stage that was asked for is done."""
+
+
+@dataclass
+class Stages:
+    """Runs the stages of a run.
+
+    Args:
+        builder: Makes data modules, modules and trainers.
+        task: The task of the stage `base`; None where its outcome is given.
+        rounds: How many rounds the run has.
+        checkpoint_every: Optimiser steps between the checkpoints that a killed stage goes on from.
+        only: The only stage to run; None for all.
+        only_round: The round of that stage; None for the first in which it is not finished.
+        seed: Seed of all draws.
+    """
+
+    builder: Builder
+    task: Arithmetic | None
+    rounds: int
+    checkpoint_every: int
+    only: str | None
+    only_round: int | None
+    seed: int
+
+    def __post_init__(self) -> None:
+        self.ran = False
+
+    def fit(
+        self,
+        stage: str,
+        folder: Path,
+        module: PolicyModule,
+        data: RolloutDataModule,
+        **bound: Any,
+    ) -> list[str]:
+        """Train from the last checkpoint of an earlier attempt, or from the start.
+
+        Returns:
+            The `reasons` of callbacks that have any: what they warned of or stopped for.
+        """
+        saver = ResumeCheckpoint(folder / "checkpoints", self.checkpoint_every)
+        trainer = self.builder.trainer(stage, default_root_dir=folder, callbacks=[saver], **bound)
+        trainer.fit(module, datamodule=data, ckpt_path=saver.latest(), weights_only=True)
+        callbacks: list[Callback] = trainer.callbacks  # type: ignore[attr-defined]
+        return [reason for callback in callbacks for reason in getattr(callback, "reasons", [])]
+
+    def predict(self, stage: str, folder: Path, policy: Path | str, data: Any) -> None:
+        """Run a pass over prompts or rollouts with a policy as it is."""
+        trainer = self.builder.trainer(stage, default_root_dir=folder, logger=False)
+        module = PolicyModule(policy, references={})
+        trainer.predict(module, datamodule=data, return_predictions=False)
+
+    def run(
+        self,
+        stage: str,
+        number: int,
+        folder: Path,
+        about: str,
+        inputs: dict[str, str],
+        body: Callable[[], Record],
+    ) -> Record:
+        """Skip a stage that is done, or run it and record it.
+
+        Raises:
+            UserError: If the directory was made with other settings or from other inputs.
+            StageOnly: If this was the only stage to run.
+        """
+        made_with = {"settings": self._settings(stage), "inputs": inputs, "seed": self.seed}
+        made_with = json.loads(json.dumps(made_with, default=str))
+        wanted = self.only == stage and self.only_round in (None, number)
+        title = f"[round {number}/{self.rounds}] {stage}" if number else f"[base] {stage}"
+        done = read_record(folder / "stage.json", made_with)
+        if done is None and self.only is not None and not wanted:
+            raise UserError(
+                f"--stage {self.only} needs the stage {stage} in {folder}, which is not finished: "
+                f"run --stage {stage} first"
+            )
+        if done is not None:
+            say(f"{title}: done already")
+            if wanted and (self.only_round is not None or number == 0) and stage != "evaluation":
+                raise StageOnly
+            return done
+        if holds_work(folder):
+            read_record(folder / "started.json", made_with)
+        say(f"{title}: {about}")
+        write_record(folder / "started.json", made_with)
+        seed_everything(derive_seed(self.seed, stage, number) % 2**32, verbose=False)
+        wall, cpu = time.perf_counter(), time.process_time()
+        outcome = body()
+        record = {
+            "stage": stage,
+            "round": number,
+            **made_with,
+            "seconds": round(time.perf_counter() - wall, 3),
+            "cpu_seconds": round(time.process_time() - cpu, 3),
+            "outcome": outcome,
+        }
+        write_record(folder / "stage.json", record)
+        barrier()
+        self.ran = True
+        if wanted and stage != "evaluation":
+            raise StageOnly
+        return record
+
+    def _settings(self, stage: str) -> Record:
+        if stage == "base":
+            assert self.task is not None
+            return {"task": vars(self.task)}
+        return self.builder.settings(stage)
+
+
+def teacher_stage(name: str) -> str:
+    """The stage that trains a policy of `teachers`."""
+    return f"teachers.{name}"
+
+
+def is_teacher(stage: str) -> bool:
+    """Whether a stage, or its trainer, is that of a policy of `teachers`."""
+    return stage.startswith("teachers.")
+
+
+def barrier() -> None:
+    """Wait for the other ranks, where there are any."""
+    if torch.distributed.is_available() and torch.distributed.is_initialized():
+        torch.distributed.barrier()
+
+
+@rank_zero_only
+def say(text: str) -> None:
+    """Tell the user, once."""
+    print(text, flush=True)

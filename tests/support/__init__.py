@@ -1,0 +1,1 @@
+"""What tests share: policies, runs of the chain, processes, and an independent reference."""
