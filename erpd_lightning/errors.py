@@ -1,4 +1,4 @@
-"""The one exception for mistakes that the user can put right, and how a command line ends with it."""
+"""The exceptions for mistakes that the user can put right, and how a command line ends with them."""
 
 import sys
 from typing import NoReturn
@@ -9,6 +9,30 @@ class UserError(ValueError):
 
     The command line prints it without a traceback and exits with code 2.
     """
+
+
+class InvalidArgument(UserError):
+    """An argument of a class that has a value it cannot have.
+
+    Classes know their arguments by their bare names; what builds them from a configuration knows the key that they
+    stand under, and names it with `under`.
+
+    Args:
+        argument: Name of the argument, such as `kl_coef`.
+        problem: The rest of the sentence, such as `is -1: it must be at least 0`.
+    """
+
+    def __init__(self, argument: str, problem: str) -> None:
+        super().__init__(f"{argument} {problem}")
+        self.argument = argument
+        self.problem = problem
+
+    def __reduce__(self) -> tuple[type["InvalidArgument"], tuple[str, str]]:
+        return type(self), (self.argument, self.problem)
+
+    def under(self, key: str) -> "InvalidArgument":
+        """The same mistake with the key in front of the argument's name."""
+        return InvalidArgument(f"{key}.{self.argument}", self.problem)
 
 
 def first_line(error: Exception) -> str:
