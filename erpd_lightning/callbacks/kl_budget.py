@@ -364,7 +364,7 @@ class KLBudget(Callback):
         other = getattr(module, "re_anchors", False) or len(getattr(data, "trained_on", ())) > 1
         if kl is None and log_ratio is not None and not other:
             origin = torch.zeros_like(log_ratio)
-            kl = kl_value(log_ratio, origin, "k3", log_sampler=origin)
+            kl = kl_value(log_ratio, origin, "k3", sampler_logps=origin)
         if mask is None or kl is None:
             return torch.zeros_like(self._sums)
         number = mask.sum() if self.fresh_kl.per == "token" else mask.any(-1).sum()

@@ -118,7 +118,7 @@ def _kl_sums(
         if log_sampler is not None:
             _check_fits("log-probs of the sampler", log_sampler, mask.shape)
             log_sampler = log_sampler.double()
-        values = kl_value(logp.double(), logq.double(), estimator, log_sampler=log_sampler, truncate=truncate)
+        values = kl_value(logp.double(), logq.double(), estimator, sampler_logps=log_sampler, truncate=truncate)
     return _prompt_sums(_token_sums(values, mask), _count(mask, per), mask, prompts)
 
 

@@ -12,17 +12,11 @@ from torch import Tensor
 from ..budget.interpolation import Landing, Line, land
 from ..data.batching import RolloutBatch, RolloutTable
 from ..errors import UserError
-from ..objectives.distillation import DistillObjective, StudentObjective, TiltedTarget, TokenObjective
+from ..objectives.distillation import DistillObjective, TiltedTarget, TokenObjective
 from ..objectives.divergences import exact_kl
 from ..objectives.signal import AutoSignal, Signal
-from ..objectives.tilted_policy import (
-    TwoAnchorSolution,
-    UnreachableBudget,
-    between,
-    mean_tilted_kl,
-    solve_beta,
-    solve_two_anchors,
-)
+from ..objectives.tilted_policy import UnreachableBudget, mean_tilted_kl, solve_beta
+from ..objectives.two_references import TwoReferenceSolution, geometric_mixture, solve_two_references
 from .policy_module import SUPPORT_MASS, SUPPORT_SIZE, PolicyModule
 
 # A student that is just starting has spent next to nothing: that says little about where it will end.
@@ -84,7 +78,7 @@ class DistillModule(PolicyModule):
         beta: float | None = None,
         min_beta: float | None = None,
         signal: Signal | Literal["auto"] | None = None,
-        objective: StudentObjective | None = None,
+        objective: DistillObjective | None = None,
         iterations: int = 1,
         policies: dict[str, str] | None = None,
         calibrate: bool = True,
@@ -103,8 +97,8 @@ class DistillModule(PolicyModule):
             raise UserError("distill.total_budget goes with distill.kl_budget, not with a given distill.beta")
         if min_beta is not None and (kl_budget is None or total_budget is not None):
             raise UserError("distill.min_beta goes with distill.kl_budget alone, not with beta or total_budget")
-        if not isinstance(objective, DistillObjective | TokenObjective | None):
-            raise UserError(f"distill.objective: {type(objective).__name__} is no DistillObjective or TokenObjective")
+        if objective is not None and getattr(objective, "needs", None) not in ("support", "tokens"):
+            raise UserError(f"distill.objective: {type(objective).__name__} is no SupportObjective or TokenObjective")
         if iterations < 1:
             raise UserError(f"distill.iterations is {iterations}: it must be at least 1")
         self.kl_budget = kl_budget
@@ -117,10 +111,10 @@ class DistillModule(PolicyModule):
             raise UserError("distill.signal is chosen for distill.kl_budget, not for a given distill.beta")
         if isinstance(self.signal, AutoSignal) and min_beta is not None:
             raise UserError("distill.min_beta is a price for one signal: distill.signal is chosen among several")
-        self.objective = objective or TiltedTarget()
+        self.objective: DistillObjective = objective or TiltedTarget()
         self.iterations = iterations
         self.policies = policies or {}
-        self.solution: TwoAnchorSolution | None = None
+        self.solution: TwoReferenceSolution | None = None
         self.landing: Landing | None = None
         self.calibrates = calibrate and beta is None and self.references.get("base") == str(policy)
         self._log_gains: list[float] = []
@@ -131,12 +125,12 @@ class DistillModule(PolicyModule):
     @property
     def re_anchors(self) -> bool:  # type: ignore[override]
         """Whether its objective has an importance ratio, whose anchor is taken again in every iteration."""
-        return isinstance(self.objective, TokenObjective)
+        return self.objective.needs == "tokens"
 
     @property
     def unrestrained(self) -> bool:
         """Whether nothing in the loss keeps the student near the base policy."""
-        return isinstance(self.objective, TokenObjective) and not self.objective.kl_term
+        return self.objective.needs == "tokens" and not self.objective.kl_term
 
     def setup(self, stage: str) -> None:
         """Solve beta for the budget on the stored states."""
@@ -233,7 +227,7 @@ class DistillModule(PolicyModule):
         calibration = checkpoint["calibration"]
         self._log_gains, self._due = calibration["log_gains"], calibration["due"]
         if calibration["solution"] is not None:
-            self._take(TwoAnchorSolution(*calibration["solution"]))
+            self._take(TwoReferenceSolution(*calibration["solution"]))
 
     def _correct(self) -> None:
         """Solve beta again for the share of the budget that, at the gain seen lately, spends all of it.
@@ -264,14 +258,14 @@ class DistillModule(PolicyModule):
         try:
             if self.total_budget is None:
                 found = solve_beta(base, signal, self.to_spend / gain)
-                self._take(TwoAnchorSolution(found.beta, 0.0, found.kl, math.nan))
+                self._take(TwoReferenceSolution(found.beta, 0.0, found.kl, math.nan))
             else:
                 budgets = (self.to_spend / gain, self.total_budget / gain)
-                self._take(solve_two_anchors(base, logps["first"], signal, *budgets))
+                self._take(solve_two_references(base, logps["first"], signal, *budgets))
         except UnreachableBudget as error:
             raise UserError(f"distill.kl_budget: {error}") from error
 
-    def _take(self, solution: TwoAnchorSolution) -> None:
+    def _take(self, solution: TwoReferenceSolution) -> None:
         self.solution = solution
         self.beta = solution.beta_base + solution.beta_first
 
@@ -290,10 +284,9 @@ class DistillModule(PolicyModule):
         if self.iterations > 1:
             batch = self._ask(batch)
         hidden = self.policy.hidden(batch)
-        if isinstance(self.objective, TokenObjective):
+        if self.objective.needs == "tokens":
             return self._token_terms(self.objective, batch, hidden)
         assert batch.scores is not None
-        assert isinstance(self.objective, DistillObjective)
         student, anchor = self._student(batch, hidden), self._anchor(batch.scores)
         kl = exact_kl(student.detach(), batch.scores["base"])
         return self.objective(student, anchor, self.signal(batch.scores), self.beta), {"kl": kl}
@@ -343,7 +336,7 @@ class DistillModule(PolicyModule):
         """What the signal tilts: the base policy, or what lies between it and the first one."""
         if self._base_share == 1:
             return scores["base"]
-        return between(scores["base"], scores["first"], self._base_share)
+        return geometric_mixture(scores["base"], scores["first"], self._base_share)
 
     @property
     def _base_share(self) -> float:

@@ -11,7 +11,7 @@ from ..data.batching import RolloutBatch
 from ..data.rollouts import RolloutDataModule
 from ..errors import UserError
 from ..objectives.divergences import Direction, check_kl_loss, kl_loss, kl_value
-from ..objectives.extreme import SAPO, ExtremeObjective, flip
+from ..objectives.extreme import SAPO, ExtremeObjective, flip_outcomes
 from .policy_module import PolicyModule
 
 
@@ -192,10 +192,10 @@ class ExtremeRegionModule(PolicyModule):
         if self.kl_estimator == "exact":
             kl = self.policy.divergence(self.frozen("base"), batch, hidden, direction).kl
             return kl, kl
-        loss = kl_loss(logps, base, direction=direction, estimator=self.kl_estimator, log_sampler=base)
+        loss = kl_loss(logps, base, direction=direction, estimator=self.kl_estimator, sampler_logps=base)
         # Of the values, k3 is the one whose mean is exact and that is never negative.
         pair = (logps, base) if direction == "reverse" else (base, logps)
-        return loss, kl_value(*pair, "k3", log_sampler=base)
+        return loss, kl_value(*pair, "k3", sampler_logps=base)
 
     def _share(self, kl: Tensor, batch: RolloutBatch) -> Tensor:
         """The KL `(B, T)` in such terms as the objective's, so that the loss has its mean over the step's tokens."""
@@ -213,4 +213,4 @@ class ExtremeRegionModule(PolicyModule):
             )
 
     def _outcomes(self, rewards: Tensor, advantages: Tensor) -> tuple[Tensor, Tensor]:
-        return (rewards, advantages) if self.sign == 1 else flip(rewards, advantages)
+        return (rewards, advantages) if self.sign == 1 else flip_outcomes(rewards, advantages)

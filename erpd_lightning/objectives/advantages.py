@@ -3,6 +3,8 @@
 import torch
 from torch import Tensor
 
+from .shapes import check_shape
+
 # Added to the standard deviation, as TRL does: bounds the advantage in groups that hardly vary.
 STD_OFFSET = 1e-4
 
@@ -17,7 +19,16 @@ def group_advantages(rewards: Tensor, groups: Tensor) -> Tensor:
     Args:
         rewards: `(N,)`.
         groups: `(N,)` long ids; equal ids are one group, in any order.
+
+    Raises:
+        ValueError: for rewards and groups of other shapes.
+
+    Example:
+        >>> group_advantages(torch.tensor([1.0, 0.0, 1.0, 1.0]), torch.tensor([7, 7, 8, 8]))
+        tensor([ 0.7070, -0.7070,  0.0000,  0.0000])
     """
+    check_shape((None,), rewards=rewards)
+    check_shape(rewards.shape, groups=groups)
     ids, index = torch.unique(groups, return_inverse=True)
     rewards = rewards.double()
     zeros = rewards.new_zeros(len(ids))

@@ -1,110 +1,77 @@
-"""Objectives of the extreme region stage that clip the importance ratio `pi / pi_anchor`."""
+"""Objectives of the extreme region stage that clip the importance ratio `pi / pi_old`."""
 
 import math
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
-from .extreme import MAX_LOG_RATIO, AdvantageObjective
+from .extreme import MAX_LOG_RATIO, AdvantageObjective, check_batch
+from .shapes import check_shape
 
-# Nothing bounds the ratio of a response with a negative advantage, so its gradient is bounded here: the square of
+# Nats. Nothing bounds the ratio of a response with a negative advantage, so its gradient is bounded here: the square of
 # exp(30), which the gradient's norm takes, leaves room for a sum in float32.
 MAX_LOG_WEIGHT = 30.0
 
 
-def ppo_terms(
-    logps: Tensor,
-    anchor_logps: Tensor,
+def clipped_surrogate(
+    log_ratio: Tensor,
     advantages: Tensor,
-    *,
-    epsilon_low: float = 0.2,
-    epsilon_high: float = 0.2,
+    epsilon_low: float,
+    epsilon_high: float,
     dual_clip: float | None = None,
 ) -> Tensor:
-    """`-min(r A, clip(r, 1 - epsilon_low, 1 + epsilon_high) A)`, `r = exp(logps - anchor_logps)`: `(B, T)`.
+    """PPO's surrogate to maximise, `min(r A, clip(r, 1 - epsilon_low, 1 + epsilon_high) A)`: `(...)`.
 
-    With `dual_clip` = c, the term of a negative advantage is at most `-c A`: a large ratio has no gradient then.
-    Finite even for an infinite log-ratio, where the gradient is 0. Source: arXiv 1707.06347; bounds that differ:
-    arXiv 2503.14476; dual clip: arXiv 1912.09729.
+    With `r = exp(log_ratio)`. With `dual_clip` = c, it is at least `c A` where the advantage is negative: a large
+    ratio has no gradient then. Finite even for an infinite log-ratio, where the gradient is 0. Source: arXiv
+    1707.06347; bounds that differ: arXiv 2503.14476; dual clip: arXiv 1912.09729.
 
     Args:
-        logps: `(B, T)` of the policy that is trained, in nats.
-        anchor_logps: `(B, T)` of the policy the importance ratio refers to, in nats.
-        advantages: `(B,)`, one for all tokens of a response, or `(B, T)`.
+        log_ratio: `(...)`, `log pi - log pi_old`, in nats.
+        advantages: `(...)`, one for each ratio.
         epsilon_low: How far below 1 the ratio still has a gradient where the advantage is negative.
         epsilon_high: How far above 1 it still has one where the advantage is positive.
         dual_clip: Bound on the ratio where the advantage is negative, above 1; None for none.
+
+    Raises:
+        ValueError: for advantages of another shape than the log-ratio's.
+
+    Example:
+        >>> clipped_surrogate(torch.tensor([0.5, 1.5]).log(), torch.tensor([1.0, 1.0]), 0.2, 0.2)
+        tensor([0.5000, 1.2000])
     """
-    advantages = advantages.to(logps.dtype)
-    if advantages.dim() == 1:
-        advantages = advantages[:, None]
-    ratio = (logps - anchor_logps).clamp(-MAX_LOG_WEIGHT, MAX_LOG_WEIGHT).exp()
-    return _clipped(ratio, advantages, epsilon_low, epsilon_high, dual_clip)
-
-
-def gspo_terms(
-    logps: Tensor,
-    anchor_logps: Tensor,
-    mask: Tensor,
-    advantages: Tensor,
-    *,
-    epsilon_low: float = 3e-4,
-    epsilon_high: float = 4e-4,
-) -> Tensor:
-    """`-min(s A, clip(s, 1 - epsilon_low, 1 + epsilon_high) A)`, `s = exp(mean_t log r_t)`: `(B,)`.
-
-    The mean is over the tokens of a response. Finite even for an infinite log-ratio. Source: arXiv 2507.18071.
-
-    Args:
-        logps: `(B, T)` of the policy that is trained, in nats.
-        anchor_logps: `(B, T)` of the policy the importance ratio refers to, in nats.
-        mask: `(B, T)` bool, True on response tokens.
-        advantages: `(B,)`.
-        epsilon_low: How far below 1 the ratio still has a gradient where the advantage is negative.
-        epsilon_high: How far above 1 it still has one where the advantage is positive.
-    """
-    log_ratio = (logps - anchor_logps).clamp(-MAX_LOG_RATIO, MAX_LOG_RATIO)
-    mean = torch.where(mask, log_ratio, 0.0).sum(-1) / mask.sum(-1).clamp(min=1)
-    ratio = mean.clamp(-MAX_LOG_WEIGHT, MAX_LOG_WEIGHT).exp()
-    return _clipped(ratio, advantages.to(logps.dtype), epsilon_low, epsilon_high, None)
-
-
-def cispo_terms(
-    logps: Tensor,
-    anchor_logps: Tensor,
-    advantages: Tensor,
-    *,
-    epsilon_low: float = 1.0,
-    epsilon_high: float = 4.0,
-) -> Tensor:
-    """`-sg(clip(r, 1 - epsilon_low, 1 + epsilon_high)) A log pi`, sg the stop-gradient: `(B, T)`.
-
-    No token loses its gradient to the clip. Finite even for an infinite log-ratio. Source: arXiv 2506.13585.
-
-    Args:
-        logps: `(B, T)` of the policy that is trained, in nats.
-        anchor_logps: `(B, T)` of the policy the importance ratio refers to, in nats.
-        advantages: `(B,)`, one for all tokens of a response.
-        epsilon_low: How far below 1 the weight of a token may fall; 1 for no bound.
-        epsilon_high: How far above 1 it may rise.
-    """
-    log_ratio = (logps - anchor_logps).detach().clamp(-MAX_LOG_RATIO, MAX_LOG_RATIO)
-    weight = log_ratio.exp().clamp(1 - epsilon_low, 1 + epsilon_high)
-    return -weight * advantages.to(logps.dtype)[:, None] * logps.clamp(min=-MAX_LOG_RATIO)
-
-
-def _clipped(
-    ratio: Tensor, advantages: Tensor, epsilon_low: float, epsilon_high: float, dual_clip: float | None
-) -> Tensor:
+    check_shape(log_ratio.shape, advantages=advantages)
+    ratio = log_ratio.clamp(-MAX_LOG_WEIGHT, MAX_LOG_WEIGHT).exp()
     clipped = ratio.clamp(1 - epsilon_low, 1 + epsilon_high)
     gain = torch.minimum(ratio * advantages, clipped * advantages)
     if dual_clip is not None:
         gain = torch.where(advantages < 0, torch.maximum(gain, dual_clip * advantages), gain)
-    return -gain
+    return gain
 
 
+def check_clip_range(epsilon_low: float, epsilon_high: float) -> None:
+    """Refuse bounds of a ratio that are out of range.
+
+    Raises:
+        ValueError: begins with the bound's name.
+
+    Example:
+        >>> check_clip_range(epsilon_low=1.5, epsilon_high=0.2)
+        Traceback (most recent call last):
+        ValueError: epsilon_low is 1.5; it has to be above 0 and at most 1
+    """
+    if not 0 < epsilon_low <= 1:
+        raise ValueError(f"epsilon_low is {epsilon_low}; it has to be above 0 and at most 1")
+    if not 0 < epsilon_high < math.inf:
+        raise ValueError(f"epsilon_high is {epsilon_high}; it has to be a positive number")
+
+
+@dataclass
 class PPOClip(AdvantageObjective):
-    """The clipped surrogate of PPO (arXiv 1707.06347), per token; see `ppo_terms`.
+    """PPO's clipped surrogate, per token: `-min(r A, clip(r, 1 - epsilon_low, 1 + epsilon_high) A)`.
+
+    `r = exp(logps - old_logps)`; see `clipped_surrogate`. Source: arXiv 1707.06347.
 
     Args:
         epsilon_low: How far below 1 the ratio still has a gradient where the advantage is negative.
@@ -114,32 +81,35 @@ class PPOClip(AdvantageObjective):
 
     Raises:
         ValueError: for a value out of range.
+
+    Example:
+        >>> logps, mask = torch.tensor([[0.5, 1.5]]).log(), torch.ones(1, 2).bool()
+        >>> PPOClip()(logps, torch.zeros(1, 2), mask, rewards=torch.ones(1), advantages=torch.ones(1))
+        tensor([[-0.5000, -1.2000]])
     """
 
-    def __init__(self, epsilon_low: float = 0.2, epsilon_high: float = 0.2, dual_clip: float | None = None) -> None:
-        check_clips(epsilon_low, epsilon_high)
-        if dual_clip is not None and not 1 < dual_clip < math.inf:
-            raise ValueError(f"dual_clip is {dual_clip}; it has to be above 1, or null for none")
-        self.epsilon_low = epsilon_low
-        self.epsilon_high = epsilon_high
-        self.dual_clip = dual_clip
+    epsilon_low: float = 0.2
+    epsilon_high: float = 0.2
+    dual_clip: float | None = None
 
-    def __call__(
-        self, logps: Tensor, anchor_logps: Tensor, mask: Tensor, rewards: Tensor, advantages: Tensor
-    ) -> Tensor:
-        """`ppo_terms`; the rewards count only through the advantages."""
-        return ppo_terms(
-            logps,
-            anchor_logps,
-            advantages,
-            epsilon_low=self.epsilon_low,
-            epsilon_high=self.epsilon_high,
-            dual_clip=self.dual_clip,
-        )
+    def __post_init__(self) -> None:
+        check_clip_range(self.epsilon_low, self.epsilon_high)
+        if self.dual_clip is not None and not 1 < self.dual_clip < math.inf:
+            raise ValueError(f"dual_clip is {self.dual_clip}; it has to be above 1, or null for none")
+
+    def __call__(self, logps: Tensor, old_logps: Tensor, mask: Tensor, rewards: Tensor, advantages: Tensor) -> Tensor:
+        """Per-token loss `(B, T)`; the rewards count only through the advantages."""
+        check_batch(logps, old_logps, mask, rewards, advantages)
+        advantages = advantages.to(logps.dtype)[:, None].expand_as(logps)
+        return -clipped_surrogate(logps - old_logps, advantages, self.epsilon_low, self.epsilon_high, self.dual_clip)
 
 
+@dataclass
 class GSPO(AdvantageObjective):
-    """Group sequence policy optimisation (arXiv 2507.18071), per response; see `gspo_terms`.
+    """Group sequence policy optimisation, per response: `-min(s A, clip(s, 1 - epsilon_low, 1 + epsilon_high) A)`.
+
+    `s = exp(mean_t(logps - old_logps))`, the mean over the tokens of a response; see `clipped_surrogate`. Finite even
+    for an infinite log-ratio. Source: arXiv 2507.18071.
 
     Args:
         epsilon_low: How far below 1 the ratio still has a gradient where the advantage is negative. The ratio is
@@ -148,31 +118,35 @@ class GSPO(AdvantageObjective):
 
     Raises:
         ValueError: for a value out of range.
+
+    Example:
+        >>> logps, mask = torch.tensor([[2.0, 8.0]]).log(), torch.ones(1, 2).bool()  # geometric mean 4
+        >>> GSPO()(logps, torch.zeros(1, 2), mask, rewards=torch.zeros(1), advantages=-torch.ones(1))
+        tensor([4.])
     """
 
     per = "response"
 
-    def __init__(self, epsilon_low: float = 3e-4, epsilon_high: float = 4e-4) -> None:
-        check_clips(epsilon_low, epsilon_high)
-        self.epsilon_low = epsilon_low
-        self.epsilon_high = epsilon_high
+    epsilon_low: float = 3e-4
+    epsilon_high: float = 4e-4
 
-    def __call__(
-        self, logps: Tensor, anchor_logps: Tensor, mask: Tensor, rewards: Tensor, advantages: Tensor
-    ) -> Tensor:
-        """`gspo_terms`; the rewards count only through the advantages."""
-        return gspo_terms(
-            logps,
-            anchor_logps,
-            mask,
-            advantages,
-            epsilon_low=self.epsilon_low,
-            epsilon_high=self.epsilon_high,
-        )
+    def __post_init__(self) -> None:
+        check_clip_range(self.epsilon_low, self.epsilon_high)
+
+    def __call__(self, logps: Tensor, old_logps: Tensor, mask: Tensor, rewards: Tensor, advantages: Tensor) -> Tensor:
+        """Per-response loss `(B,)`; the rewards count only through the advantages."""
+        check_batch(logps, old_logps, mask, rewards, advantages)
+        log_ratio = (logps - old_logps).clamp(-MAX_LOG_RATIO, MAX_LOG_RATIO)
+        mean = torch.where(mask, log_ratio, 0.0).sum(-1) / mask.sum(-1).clamp(min=1)
+        return -clipped_surrogate(mean, advantages.to(logps.dtype), self.epsilon_low, self.epsilon_high)
 
 
+@dataclass
 class CISPO(AdvantageObjective):
-    """Clipped importance weights on the log-prob (arXiv 2506.13585), per token; see `cispo_terms`.
+    """Clipped importance weights, per token: `-sg(clip(r, 1 - epsilon_low, 1 + epsilon_high)) A log pi`.
+
+    `r = exp(logps - old_logps)` and sg is the stop-gradient: no token loses its gradient to the clip. Finite even
+    for an infinite log-ratio. Source: arXiv 2506.13585.
 
     Args:
         epsilon_low: How far below 1 the weight of a token may fall; 1 for no bound, as in the paper.
@@ -181,33 +155,22 @@ class CISPO(AdvantageObjective):
 
     Raises:
         ValueError: for a value out of range.
+
+    Example:
+        >>> logps, mask = torch.tensor([[-1.0, -2.0]]), torch.ones(1, 2).bool()
+        >>> CISPO()(logps, logps, mask, rewards=torch.ones(1), advantages=torch.ones(1))
+        tensor([[1., 2.]])
     """
 
-    def __init__(self, epsilon_low: float = 1.0, epsilon_high: float = 4.0) -> None:
-        check_clips(epsilon_low, epsilon_high)
-        self.epsilon_low = epsilon_low
-        self.epsilon_high = epsilon_high
+    epsilon_low: float = 1.0
+    epsilon_high: float = 4.0
 
-    def __call__(
-        self, logps: Tensor, anchor_logps: Tensor, mask: Tensor, rewards: Tensor, advantages: Tensor
-    ) -> Tensor:
-        """`cispo_terms`; the rewards count only through the advantages."""
-        return cispo_terms(
-            logps,
-            anchor_logps,
-            advantages,
-            epsilon_low=self.epsilon_low,
-            epsilon_high=self.epsilon_high,
-        )
+    def __post_init__(self) -> None:
+        check_clip_range(self.epsilon_low, self.epsilon_high)
 
-
-def check_clips(epsilon_low: float, epsilon_high: float) -> None:
-    """Refuse bounds of a ratio that are out of range.
-
-    Raises:
-        ValueError: names the bound.
-    """
-    if not 0 < epsilon_low <= 1:
-        raise ValueError(f"epsilon_low is {epsilon_low}; it has to be above 0 and at most 1")
-    if not 0 < epsilon_high < math.inf:
-        raise ValueError(f"epsilon_high is {epsilon_high}; it has to be a positive number")
+    def __call__(self, logps: Tensor, old_logps: Tensor, mask: Tensor, rewards: Tensor, advantages: Tensor) -> Tensor:
+        """Per-token loss `(B, T)`; the rewards count only through the advantages."""
+        check_batch(logps, old_logps, mask, rewards, advantages)
+        log_ratio = (logps - old_logps).detach().clamp(-MAX_LOG_RATIO, MAX_LOG_RATIO)
+        weight = log_ratio.exp().clamp(1 - self.epsilon_low, 1 + self.epsilon_high)
+        return -weight * advantages.to(logps.dtype)[:, None] * logps.clamp(min=-MAX_LOG_RATIO)

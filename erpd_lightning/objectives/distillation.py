@@ -1,70 +1,41 @@
 """Objectives of the distillation stage: the signal enters the base policy on a KL budget.
 
-The terms are per token and unmasked. The caller masks and sums them, and divides once by the number
-of valid tokens of the whole optimiser step. Supports are laid out as in `tilt`.
+A loss is per token and unmasked. The caller masks and sums it, and divides once by the number of valid tokens of the
+whole optimiser step. Supports are laid out as in `tilted_policy`.
 """
 
 import math
 from abc import ABC, abstractmethod
+from dataclasses import dataclass
+from typing import Literal, TypeAlias
 
 from torch import Tensor
 
-from .clipped import check_clips, ppo_terms
+from .clipped import check_clip_range, clipped_surrogate
 from .divergences import MAX_EXPONENT, exact_kl
+from .shapes import check_shape
 from .tilted_policy import tilt
 
 
-def kl_to_target(student: Tensor, target: Tensor) -> Tensor:
-    """`KL(pi_theta || pi*)` over support and tail, in nats: `(B, T, K+1)` log-probs to `(B, T)`."""
-    return exact_kl(student, target)
+class SupportObjective(ABC):
+    """Loss of the distillation stage over the support of every state.
 
+    Attributes:
+        needs: What it takes: log-probs and signal over the support.
 
-def clipped_policy_gradient_terms(
-    logps: Tensor,
-    anchor_logps: Tensor,
-    sampler_logps: Tensor,
-    signal: Tensor,
-    kl: Tensor,
-    beta: float,
-    *,
-    epsilon_low: float = 0.2,
-    epsilon_high: float = 0.2,
-    truncate: float = 2.0,
-) -> Tensor:
-    """`-w min(r s, clip(r, 1 - epsilon_low, 1 + epsilon_high) s) + beta KL(pi_theta || pi_0)`: `(B, T)`, in nats.
-
-    With `r = pi_theta / pi_old` and `w = min(C, pi_old / pi_sampler)`, C being `truncate`. On tokens of the sampler,
-    without clip and truncation, the mean gradient is that of `-(E_pi[s] - beta KL(pi || pi_0))` in the states that
-    were sampled: what the tilted base policy maximises. Ours, for the paper's token rewards; the clip: arXiv
-    1707.06347; truncated importance weights: arXiv 1802.01561. Finite even for infinite log-ratios.
-
-    Args:
-        logps: `(B, T)` log-probs of the sampled tokens under the policy that is trained, in nats.
-        anchor_logps: `(B, T)` under pi_old, the policy as it was when the iteration began.
-        sampler_logps: `(B, T)` under what drew them.
-        signal: `(B, T)` of the sampled tokens, in nats: their advantage.
-        kl: `(B, T)` KL of the policy that is trained to the base policy, in nats.
-        beta: Price of a nat of KL to the base policy.
-        epsilon_low: How far below 1 the ratio still has a gradient where the signal is negative.
-        epsilon_high: How far above 1 it still has one where the signal is positive.
-        truncate: Bound on the weight, above 0, which trades variance for bias.
+    Example:
+        >>> class KLToBase(SupportObjective):
+        ...     def __call__(self, student, base, signal, beta):
+        ...         return exact_kl(student, base)
+        >>> KLToBase().needs
+        'support'
     """
-    most = min(MAX_EXPONENT, math.log(truncate))
-    weights = (anchor_logps - sampler_logps).detach().clamp(max=most).exp()
-    gain = -ppo_terms(logps, anchor_logps, signal, epsilon_low=epsilon_low, epsilon_high=epsilon_high)
-    return beta * kl - weights * gain
 
-
-class StudentObjective(ABC):  # noqa: B024
-    """What the distillation stage minimises: a `DistillObjective` or a `TokenObjective`, by what it is given."""
-
-
-class DistillObjective(StudentObjective):
-    """What the distillation stage minimises, over the support of every state."""
+    needs: Literal["support"] = "support"
 
     @abstractmethod
     def __call__(self, student: Tensor, base: Tensor, signal: Tensor, beta: float) -> Tensor:
-        """Terms to minimise, `(B, T)` and unmasked.
+        """Per-token loss to minimise, `(B, T)` and unmasked.
 
         Args:
             student: `(B, T, K+1)` log-probs of the policy that is trained, in nats.
@@ -74,93 +45,116 @@ class DistillObjective(StudentObjective):
         """
 
 
-class TiltedTarget(DistillObjective):
-    """`KL(pi_theta || pi*_beta)` to the tilted base policy, over support and tail. Ours."""
-
-    def __call__(self, student: Tensor, base: Tensor, signal: Tensor, beta: float) -> Tensor:
-        """`kl_to_target` of the tilted base policy: `(B, T)`, in nats."""
-        return kl_to_target(student, tilt(base, signal, beta))
-
-
-class TokenObjective(StudentObjective):
-    """What the distillation stage minimises where the signal of the sampled tokens alone is asked for.
+class TokenObjective(ABC):
+    """Loss of the distillation stage from the sampled tokens and their signal alone.
 
     Attributes:
-        kl_term: Whether the KL to the base policy enters the terms; if not, none is measured for them.
+        needs: What it takes: log-probs and signal of the sampled tokens.
+        kl_term: Whether the KL to the base policy enters the loss; if not, none is measured for it.
+
+    Example:
+        >>> class SignalTimesLogp(TokenObjective):
+        ...     def __call__(self, logps, old_logps, sampler_logps, signal, kl, beta):
+        ...         return beta * kl - signal * logps
+        >>> SignalTimesLogp().needs
+        'tokens'
     """
 
-    kl_term = True
+    needs: Literal["tokens"] = "tokens"
+    kl_term: bool = True
 
     @abstractmethod
     def __call__(
-        self,
-        logps: Tensor,
-        anchor_logps: Tensor,
-        sampler_logps: Tensor,
-        signal: Tensor,
-        kl: Tensor,
-        beta: float,
+        self, logps: Tensor, old_logps: Tensor, sampler_logps: Tensor, signal: Tensor, kl: Tensor, beta: float
     ) -> Tensor:
-        """Terms to minimise, `(B, T)` and unmasked.
+        """Per-token loss to minimise, `(B, T)` and unmasked.
 
         Args:
             logps: `(B, T)` log-probs of the sampled tokens under the policy that is trained, in nats.
-            anchor_logps: `(B, T)` under that policy as it was when the iteration began, in nats.
-            sampler_logps: `(B, T)` under what drew them, in nats.
+            old_logps: `(B, T)` under pi_old, the policy as it was when the iteration began, in nats.
+            sampler_logps: `(B, T)` under the distribution that they were drawn from, in nats.
             signal: `(B, T)` of the sampled tokens, in nats.
             kl: `(B, T)` KL of the policy that is trained to the base policy, in nats; 0 without `kl_term`.
             beta: Price of a nat of KL to the base policy.
         """
 
 
-class ClippedPolicyGradient(TokenObjective):
-    """The signal of the sampled token as its advantage, clipped, and beta * KL to the base policy. Ours.
+DistillObjective: TypeAlias = SupportObjective | TokenObjective
+"""What the distillation stage can minimise; `needs` tells the two apart."""
 
-    See `clipped_policy_gradient_terms`. The clip sets the speed, beta the destination.
+
+@dataclass
+class TiltedTarget(SupportObjective):
+    """`KL(pi_theta || pi*_beta)` to the tilted base policy, per token, over support and tail. Ours.
+
+    Example:
+        >>> import torch
+        >>> base, signal = torch.tensor([[[0.5, 0.5]]]).log(), torch.tensor([[[0.0, math.log(3)]]])
+        >>> TiltedTarget()(base, base, signal, beta=1.0)  # the target is (1/4, 3/4)
+        tensor([[0.1438]])
+    """
+
+    def __call__(self, student: Tensor, base: Tensor, signal: Tensor, beta: float) -> Tensor:
+        """Per-token loss `(B, T)`, in nats.
+
+        Raises:
+            ValueError: for tensors of different shapes.
+        """
+        check_shape(student.shape, base=base, signal=signal)
+        return exact_kl(student, tilt(base, signal, beta))
+
+
+@dataclass
+class ClippedPolicyGradient(TokenObjective):
+    """Clipped policy gradient with the sampled token's signal as its advantage, and a KL term, per token. Ours.
+
+    `-w min(r s, clip(r, 1 - epsilon_low, 1 + epsilon_high) s) + beta KL(pi_theta || pi_0)` with the ratio
+    `r = pi_theta / pi_old` and the weight `w = min(C, pi_old / pi_sampler)`, C being `truncate`. On tokens of the
+    sampler, without clip and truncation, the mean gradient is that of `-(E_pi[s] - beta KL(pi || pi_0))` in the states
+    that were sampled: what the tilted base policy maximises. The clip sets the speed, beta the destination. Finite even
+    for infinite log-ratios.
+
+    It is our reading of the paper's token rewards. The clip: arXiv 1707.06347; truncated importance weights: arXiv
+    1802.01561.
 
     Args:
         epsilon_low: How far below 1 the ratio still has a gradient where the signal is negative.
         epsilon_high: How far above 1 it still has one where the signal is positive.
-        truncate: Bound on the importance weight of a token where trainer and sampler differ, as on stored rollouts.
+        truncate: Bound on the importance weight of a token where trainer and sampler differ, as on stored rollouts;
+            it trades variance for bias.
         kl_term: Charge beta for each nat of KL to the base policy; without, the policy collapses.
 
     Raises:
         ValueError: for a value out of range.
+
+    Example:
+        >>> import torch
+        >>> logps, signal, kl = torch.tensor([[-1.0, -2.0]]), torch.tensor([[3.0, -3.0]]), torch.full((1, 2), 0.5)
+        >>> ClippedPolicyGradient()(logps, logps, logps, signal, kl, beta=0.2)
+        tensor([[-2.9000,  3.1000]])
     """
 
-    def __init__(
-        self,
-        epsilon_low: float = 0.2,
-        epsilon_high: float = 0.2,
-        truncate: float = 2.0,
-        kl_term: bool = True,
-    ) -> None:
-        check_clips(epsilon_low, epsilon_high)
-        if not 0 < truncate < math.inf:
-            raise ValueError(f"truncate is {truncate}; it has to be a positive number")
-        self.epsilon_low = epsilon_low
-        self.epsilon_high = epsilon_high
-        self.truncate = truncate
-        self.kl_term = kl_term
+    epsilon_low: float = 0.2
+    epsilon_high: float = 0.2
+    truncate: float = 2.0
+    kl_term: bool = True
+
+    def __post_init__(self) -> None:
+        check_clip_range(self.epsilon_low, self.epsilon_high)
+        if not 0 < self.truncate < math.inf:
+            raise ValueError(f"truncate is {self.truncate}; it has to be a positive number")
 
     def __call__(
-        self,
-        logps: Tensor,
-        anchor_logps: Tensor,
-        sampler_logps: Tensor,
-        signal: Tensor,
-        kl: Tensor,
-        beta: float,
+        self, logps: Tensor, old_logps: Tensor, sampler_logps: Tensor, signal: Tensor, kl: Tensor, beta: float
     ) -> Tensor:
-        """`clipped_policy_gradient_terms`: `(B, T)`, in nats."""
-        return clipped_policy_gradient_terms(
-            logps,
-            anchor_logps,
-            sampler_logps,
-            signal,
-            kl,
-            beta,
-            epsilon_low=self.epsilon_low,
-            epsilon_high=self.epsilon_high,
-            truncate=self.truncate,
-        )
+        """Per-token loss `(B, T)`, in nats.
+
+        Raises:
+            ValueError: for tensors of different shapes.
+        """
+        check_shape(logps.shape, old_logps=old_logps, sampler_logps=sampler_logps, signal=signal, kl=kl)
+        max_log_weight = min(MAX_EXPONENT, math.log(self.truncate))
+        weights = (old_logps - sampler_logps).detach().clamp(max=max_log_weight).exp()
+        signal = signal.to(logps.dtype)
+        gain = clipped_surrogate(logps - old_logps, signal, self.epsilon_low, self.epsilon_high)
+        return beta * kl - weights * gain

@@ -4,7 +4,7 @@ The estimators k1, k2 and k3 are those of Schulman (joschu.net/blog/kl-approx.ht
 sample of p, `k1 = l`, `k2 = l^2 / 2` and `k3 = 1/e^l - 1 + l`. They are elementwise: log-probs of tokens give the KL
 of next tokens, sums of them over a response give the KL of responses.
 
-A mean that is right says nothing about its gradient, because the samples depend on the policy too. So values and
+A correct mean says nothing about its gradient, because the samples depend on the policy too. So values and
 losses are two functions, and `check_kl_loss` knows which losses there are (cf. arXiv 2505.17508, 2512.21852).
 """
 
@@ -14,7 +14,9 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-# Exponents beyond are cut off: the square of exp(30), which the gradient's norm takes, leaves room for a sum in
+from .shapes import check_shape
+
+# Nats. Exponents beyond are cut off: the square of exp(30), which the gradient's norm takes, leaves room for a sum in
 # float32. Log-ratios as they stand, without exponential, may be longer: those of responses are.
 MAX_EXPONENT = 30.0
 MAX_LOG_RATIO = 1e4
@@ -23,9 +25,9 @@ Direction = Literal["reverse", "forward"]
 Estimator = Literal["k1", "k2", "k3"]
 
 # With pi the policy, q the reference, g = grad log pi, and E_pi[g] = 0:
-# reverse  k1: E_pi[g] = 0      k2: E_pi[g log(pi/q)]: right    k3: E_pi[(1 - q/pi) g] = -E_q[g]: the forward KL's
-# forward  k1: -E_q[g]: right   k2: -E_q[g log(q/pi)]: no KL's  k3: E_q[(pi/q - 1) g] = -E_q[g]: right
-WRONG_LOSSES = {
+# reverse  k1: E_pi[g] = 0        k2: E_pi[g log(pi/q)]: correct  k3: E_pi[(1 - q/pi) g] = -E_q[g]: the forward KL's
+# forward  k1: -E_q[g]: correct   k2: -E_q[g log(q/pi)]: no KL's  k3: E_q[(pi/q - 1) g] = -E_q[g]: correct
+INVALID_LOSSES = {
     ("reverse", "k1"): "its gradient is zero on average; take exact or k2",
     ("reverse", "k3"): "its gradient is that of the forward KL; take exact or k2",
     ("forward", "k2"): "its gradient is that of no KL; take exact, k1 or k3",
@@ -37,7 +39,15 @@ def exact_kl(logp: Tensor, logq: Tensor) -> Tensor:
 
     Entries with p = 0 contribute 0 to the value and to the gradient, whatever q is there. The
     result is infinite where q = 0 < p.
+
+    Raises:
+        ValueError: for tensors of different shapes.
+
+    Example:
+        >>> exact_kl(torch.tensor([0.5, 0.5]).log(), torch.tensor([0.25, 0.75]).log())
+        tensor(0.1438)
     """
+    check_shape(logp.shape, logq=logq)
     possible = logp.exp() > 0
     # Replaced before the product: 0 * inf is NaN, and stays NaN in the gradient of a later `where`.
     logp, logq = torch.where(possible, logp, 0.0), torch.where(possible, logq, 0.0)
@@ -45,7 +55,12 @@ def exact_kl(logp: Tensor, logq: Tensor) -> Tensor:
 
 
 def entropy(logp: Tensor) -> Tensor:
-    """`-sum p log p` over the last dimension: `(..., V)` to `(...)`, in nats."""
+    """`-sum p log p` over the last dimension: `(..., V)` to `(...)`, in nats.
+
+    Example:
+        >>> entropy(torch.tensor([0.5, 0.5]).log())
+        tensor(0.6931)
+    """
     return -exact_kl(logp, torch.zeros_like(logp))
 
 
@@ -54,7 +69,7 @@ def kl_value(
     logq: Tensor,
     estimator: Estimator,
     *,
-    log_sampler: Tensor | None = None,
+    sampler_logps: Tensor | None = None,
     truncate: float | None = None,
 ) -> Tensor:
     """`KL(p || q)` estimated from samples, in nats: `(...)` log-probs to `(...)`, without gradient.
@@ -66,23 +81,31 @@ def kl_value(
         logp: `(...)` log-probs under p of what was sampled, in nats.
         logq: `(...)` log-probs under q.
         estimator: Which of the estimators.
-        log_sampler: `(...)` log-probs under the policy that sampled, which each estimate is corrected for by the
+        sampler_logps: `(...)` log-probs under the policy that sampled, which each estimate is corrected for by the
             weight `p / sampler`; None where p did.
         truncate: Bound on the weight, above 0, which trades variance for bias; None for the full weight.
+
+    Raises:
+        ValueError: for tensors of different shapes, or a bound that is not positive.
+
+    Example:
+        >>> kl_value(torch.tensor([0.6]).log(), torch.tensor([0.3]).log(), "k3")  # log 2 - 1 / 2
+        tensor([0.1931])
     """
-    return _weighted((logp - logq).detach(), _weights(logp, log_sampler, truncate), estimator)
+    check_shape(logp.shape, logq=logq)
+    return _weighted((logp - logq).detach(), _weights(logp, sampler_logps, truncate), estimator)
 
 
 def kl_loss(
     logps: Tensor,
-    reference_logps: Tensor,
+    ref_logps: Tensor,
     *,
     direction: Direction,
     estimator: Estimator,
-    log_sampler: Tensor | None = None,
+    sampler_logps: Tensor | None = None,
     truncate: float | None = None,
 ) -> Tensor:
-    """Terms whose mean gradient, with full weights, is that of a KL: `(...)` log-probs to `(...)`.
+    """Loss of each sample whose mean gradient, with full weights, is that of a KL: `(...)` log-probs to `(...)`.
 
     `reverse` is `KL(policy || reference)`, from samples of the policy, `forward` is `KL(reference || policy)`, from
     samples of the reference; the weight of other samples carries no gradient. The gradient is that at the sampled
@@ -91,50 +114,64 @@ def kl_loss(
 
     Args:
         logps: `(...)` log-probs under the policy that is trained of what was sampled, in nats.
-        reference_logps: `(...)` log-probs under the reference.
+        ref_logps: `(...)` log-probs under the reference.
         direction: Which KL.
         estimator: Which of the estimators.
-        log_sampler: `(...)` log-probs under the policy that sampled; None where the policy (`reverse`) or the
+        sampler_logps: `(...)` log-probs under the policy that sampled; None where the policy (`reverse`) or the
             reference (`forward`) did.
         truncate: Bound on the weight, above 0, which trades variance for bias; None for the full weight.
 
     Raises:
-        ValueError: for an estimator whose gradient is not that of this direction; see `check_kl_loss`.
+        ValueError: for an estimator whose gradient is not that of this direction (see `check_kl_loss`), tensors of
+            different shapes, or a bound that is not positive.
+
+    Example:
+        >>> logps = torch.tensor([0.6]).log()
+        >>> kl_loss(logps, torch.tensor([0.3]).log(), direction="reverse", estimator="k2")  # (log 2)^2 / 2
+        tensor([0.2402])
     """
     check_kl_loss(direction, estimator)
-    logp, logq = (logps, reference_logps) if direction == "reverse" else (reference_logps, logps)
-    return _weighted(logp - logq, _weights(logp, log_sampler, truncate), estimator)
+    check_shape(logps.shape, ref_logps=ref_logps)
+    logp, logq = (logps, ref_logps) if direction == "reverse" else (ref_logps, logps)
+    return _weighted(logp - logq, _weights(logp, sampler_logps, truncate), estimator)
 
 
 def check_kl_loss(direction: str, estimator: str) -> None:
-    """Refuse what is no loss for this direction of the KL; `exact` always is one.
+    """Refuse an estimator that is no loss for this direction of the KL; `exact` always is one.
 
     Raises:
-        ValueError: for an unknown name, or an estimator whose gradient is wrong or zero.
+        ValueError: for an unknown name, or an estimator whose gradient is another one or zero.
+
+    Example:
+        >>> check_kl_loss("forward", "k3")
+        >>> check_kl_loss("reverse", "k1")
+        Traceback (most recent call last):
+        ValueError: k1 is no loss for the reverse KL: its gradient is zero on average; take exact or k2
     """
     if direction not in ("reverse", "forward"):
         raise ValueError(f"the direction is {direction!r}; it has to be reverse or forward")
     if estimator not in ("exact", "k1", "k2", "k3"):
         raise ValueError(f"the estimator is {estimator!r}; it has to be exact, k1, k2 or k3")
-    if reason := WRONG_LOSSES.get((direction, estimator)):
+    if reason := INVALID_LOSSES.get((direction, estimator)):
         raise ValueError(f"{estimator} is no loss for the {direction} KL: {reason}")
 
 
-def _weights(logp: Tensor, log_sampler: Tensor | None, truncate: float | None) -> Tensor | None:
+def _weights(logp: Tensor, sampler_logps: Tensor | None, truncate: float | None) -> Tensor | None:
     if truncate is not None and not truncate > 0:
         raise ValueError(f"truncate is {truncate}; it has to be positive, or None for the full weight")
-    if log_sampler is None:
+    if sampler_logps is None:
         return None
-    most = MAX_EXPONENT if truncate is None else min(MAX_EXPONENT, math.log(truncate))
-    return (logp - log_sampler).detach().clamp(max=most).exp()
+    check_shape(logp.shape, sampler_logps=sampler_logps)
+    max_log_weight = MAX_EXPONENT if truncate is None else min(MAX_EXPONENT, math.log(truncate))
+    return (logp - sampler_logps).detach().clamp(max=max_log_weight).exp()
 
 
 def _weighted(log_ratio: Tensor, weights: Tensor | None, estimator: Estimator) -> Tensor:
     bounded = log_ratio.clamp(-MAX_LOG_RATIO, MAX_LOG_RATIO)
     if estimator == "k1":
-        terms = bounded
+        estimates = bounded
     elif estimator == "k2":
-        terms = bounded.square() / 2
+        estimates = bounded.square() / 2
     else:
-        terms = torch.expm1((-log_ratio).clamp(max=MAX_EXPONENT)) + bounded
-    return terms if weights is None else weights * terms
+        estimates = torch.expm1((-log_ratio).clamp(max=MAX_EXPONENT)) + bounded
+    return estimates if weights is None else weights * estimates

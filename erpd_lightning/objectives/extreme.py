@@ -1,67 +1,68 @@
 """Objectives of the extreme region stage: many epochs on fixed rollouts under a weak constraint.
 
-The terms are per token or per response. The caller leaves out padding and fillers, sums the rest, and
+A loss is per token or per response. The caller leaves out padding and dummy micro-batches, sums the rest, and
 divides once by the number of response tokens, or of responses, of the whole optimiser step.
 """
 
 import math
 from abc import ABC, abstractmethod
+from dataclasses import dataclass
 from typing import Literal
 
 import torch
 from torch import Tensor
 
-# exp(80) is finite in float32, and any sensible temperature has saturated the sigmoid long before.
+from .shapes import check_shape
+
+# Nats. exp(80) is finite in float32, and any sensible temperature has saturated the sigmoid long before.
 MAX_LOG_RATIO = 80.0
 
 
-def sapo_terms(
-    logps: Tensor,
-    anchor_logps: Tensor,
-    advantages: Tensor,
-    *,
-    tau_positive: float = 1.0,
-    tau_negative: float = 1.05,
-) -> Tensor:
-    """Soft adaptive policy optimisation, `-(4 / tau) * sigmoid(tau * (r - 1)) * A`: `(B, T)`.
-
-    `r = exp(logps - anchor_logps)`, and tau is `tau_positive` where A > 0, else `tau_negative`. At
-    r = 1 the gradient with respect to `logps` is -A. Finite even for an infinite log-ratio.
-    Source: arXiv 2511.20347.
-
-    Args:
-        logps: `(B, T)` of the policy that is trained, in nats.
-        anchor_logps: `(B, T)` of the policy the importance ratio refers to, in nats.
-        advantages: `(B,)`, one for all tokens of a response.
-        tau_positive: temperature of the soft gate where the advantage is positive.
-        tau_negative: temperature of the soft gate elsewhere.
-    """
-    advantages = advantages.to(logps.dtype)[:, None]
-    tau = torch.full_like(advantages, tau_negative).masked_fill(advantages > 0, tau_positive)
-    ratio = (logps - anchor_logps).clamp(-MAX_LOG_RATIO, MAX_LOG_RATIO).exp()
-    return -(4 / tau) * torch.sigmoid(tau * (ratio - 1)) * advantages
-
-
-def cross_entropy_terms(logps: Tensor) -> Tensor:
-    """`-log pi(token)`, in nats: `(B, T)` to `(B, T)`."""
-    return -logps
-
-
-def flip(rewards: Tensor, advantages: Tensor) -> tuple[Tensor, Tensor]:
+def flip_outcomes(rewards: Tensor, advantages: Tensor) -> tuple[Tensor, Tensor]:
     """Rewards `1 - R` and advantages `-A`, `(N,)` each, which make the unlearned policy.
 
-    What was right (reward 1) counts as wrong (reward 0), and the other way round.
+    A correct response (reward 1) counts as an incorrect one (reward 0), and the other way round.
+
+    Example:
+        >>> flip_outcomes(torch.tensor([1.0, 0.0]), torch.tensor([0.5, -0.5]))
+        (tensor([0., 1.]), tensor([-0.5000,  0.5000]))
     """
     return 1 - rewards, -advantages
 
 
+def check_batch(logps: Tensor, old_logps: Tensor, mask: Tensor, rewards: Tensor, advantages: Tensor) -> None:
+    """Refuse what an `ExtremeObjective` is called with where the shapes do not fit each other.
+
+    Raises:
+        ValueError: begins with the argument's name.
+
+    Example:
+        >>> logps, mask = torch.zeros(2, 3), torch.ones(2, 3).bool()
+        >>> check_batch(logps, logps, mask, torch.ones(2), torch.ones(2, 1))
+        Traceback (most recent call last):
+        ValueError: advantages has shape (2, 1); it has to be (2)
+    """
+    check_shape((None, None), logps=logps)
+    check_shape(logps.shape, old_logps=old_logps, mask=mask)
+    check_shape(logps.shape[:1], rewards=rewards, advantages=advantages)
+
+
 class ExtremeObjective(ABC):
-    """What the extreme region stage minimises.
+    """Loss of the extreme region stage.
 
     Attributes:
-        needs_groups: Whether it compares the responses to one prompt, so that one alone tells it nothing.
-        per: What there is one term of, and what their sum is divided by: the response tokens of the whole
-            optimiser step, or its responses.
+        needs_groups: Whether it compares the responses to one prompt, so that one response alone is of no use.
+        per: What the loss is given for, and what its sum is divided by: the response tokens of the whole optimiser
+            step, or its responses.
+
+    Example:
+        >>> class SignedLogp(ExtremeObjective):
+        ...     def select(self, rewards, advantages):
+        ...         return advantages != 0
+        ...     def __call__(self, logps, old_logps, mask, rewards, advantages):
+        ...         return -advantages.sign()[:, None] * logps
+        >>> SignedLogp().select(torch.ones(2), torch.tensor([0.0, -1.5]))
+        tensor([False,  True])
     """
 
     needs_groups: bool = True
@@ -72,33 +73,43 @@ class ExtremeObjective(ABC):
         """Responses that enter the loss at all: `(N,)` rewards and advantages to bool `(N,)`."""
 
     @abstractmethod
-    def __call__(
-        self, logps: Tensor, anchor_logps: Tensor, mask: Tensor, rewards: Tensor, advantages: Tensor
-    ) -> Tensor:
-        """Terms to minimise: `(B, T)` where `per` is `token`, `(B,)` where it is `response`.
+    def __call__(self, logps: Tensor, old_logps: Tensor, mask: Tensor, rewards: Tensor, advantages: Tensor) -> Tensor:
+        """Loss to minimise: per token, `(B, T)`, or per response, `(B,)`, as `per` says.
 
-        What terms of tokens hold outside the mask, and terms of responses where a row's mask is all False, does
-        not count. A term of a response must not depend on what its tokens hold outside the mask.
+        The caller ignores a per-token loss outside the mask, and a per-response loss where a row's mask is all
+        False. A per-response loss must not depend on the values of its tokens outside the mask.
 
         Args:
-            logps: `(B, T)` of the policy that is trained, in nats.
-            anchor_logps: `(B, T)` of the policy the importance ratio refers to, in nats.
-            mask: `(B, T)` bool, True on response tokens; all False in a row that only fills up the batch.
+            logps: `(B, T)` log-probs of the policy that is trained, in nats.
+            old_logps: `(B, T)` log-probs of pi_old, which the importance ratio divides by, in nats.
+            mask: `(B, T)` bool, True on response tokens; all False in a row of a dummy micro-batch.
             rewards: `(B,)`.
             advantages: `(B,)`.
+
+        Raises:
+            ValueError: for arguments whose shapes do not fit each other.
         """
 
 
 class AdvantageObjective(ExtremeObjective):
-    """An objective that learns from advantages: those with none have nothing to say to it."""
+    """Objective that learns from advantages: responses with none are left out.
+
+    Example:
+        >>> SAPO().select(torch.ones(3), torch.tensor([1.5, 0.0, -0.5]))
+        tensor([ True, False,  True])
+    """
 
     def select(self, rewards: Tensor, advantages: Tensor) -> Tensor:
         """Responses with an advantage: bool `(N,)`."""
         return advantages != 0
 
 
+@dataclass
 class SAPO(AdvantageObjective):
-    """Soft adaptive policy optimisation (arXiv 2511.20347); see `sapo_terms`.
+    """Soft adaptive policy optimisation, per token: `-(4 / tau) * sigmoid(tau * (r - 1)) * A`.
+
+    `r = exp(logps - old_logps)`, and tau is `tau_positive` where A > 0, else `tau_negative`. At r = 1 the gradient
+    with respect to `logps` is -A. Finite even for an infinite log-ratio. Source: arXiv 2511.20347.
 
     Args:
         tau_positive: Temperature of the soft gate where the advantage is positive.
@@ -106,30 +117,40 @@ class SAPO(AdvantageObjective):
 
     Raises:
         ValueError: for a temperature that is not a positive number.
+
+    Example:
+        >>> logps, mask = torch.tensor([[-1.0, -2.0]]), torch.ones(1, 2).bool()
+        >>> SAPO()(logps, logps, mask, rewards=torch.ones(1), advantages=torch.ones(1))
+        tensor([[-2., -2.]])
     """
 
-    def __init__(self, tau_positive: float = 1.0, tau_negative: float = 1.05) -> None:
-        for name, tau in (("tau_positive", tau_positive), ("tau_negative", tau_negative)):
+    tau_positive: float = 1.0
+    tau_negative: float = 1.05
+
+    def __post_init__(self) -> None:
+        for name, tau in (("tau_positive", self.tau_positive), ("tau_negative", self.tau_negative)):
             if not 0 < tau < math.inf:
                 raise ValueError(f"{name} is {tau}; it has to be a positive number")
-        self.tau_positive = tau_positive
-        self.tau_negative = tau_negative
 
-    def __call__(
-        self, logps: Tensor, anchor_logps: Tensor, mask: Tensor, rewards: Tensor, advantages: Tensor
-    ) -> Tensor:
-        """`sapo_terms`; the rewards count only through the advantages."""
-        return sapo_terms(
-            logps,
-            anchor_logps,
-            advantages,
-            tau_positive=self.tau_positive,
-            tau_negative=self.tau_negative,
-        )
+    def __call__(self, logps: Tensor, old_logps: Tensor, mask: Tensor, rewards: Tensor, advantages: Tensor) -> Tensor:
+        """Per-token loss `(B, T)`; the rewards count only through the advantages."""
+        check_batch(logps, old_logps, mask, rewards, advantages)
+        advantages = advantages.to(logps.dtype)[:, None]
+        tau = torch.full_like(advantages, self.tau_negative).masked_fill(advantages > 0, self.tau_positive)
+        ratio = (logps - old_logps).clamp(-MAX_LOG_RATIO, MAX_LOG_RATIO).exp()
+        return -(4 / tau) * torch.sigmoid(tau * (ratio - 1)) * advantages
 
 
+@dataclass
 class CrossEntropy(ExtremeObjective):
-    """Rejection-sampling fine-tuning: cross-entropy on the responses with reward 1."""
+    """Rejection-sampling fine-tuning, per token: `-log pi` on the responses with reward 1.
+
+    Example:
+        >>> logps, mask = torch.tensor([[-1.0, -2.0], [-3.0, -4.0]]), torch.ones(2, 2).bool()
+        >>> CrossEntropy()(logps, logps, mask, rewards=torch.tensor([1.0, 0.0]), advantages=torch.zeros(2))
+        tensor([[1., 2.],
+                [0., 0.]])
+    """
 
     needs_groups = False
 
@@ -137,8 +158,7 @@ class CrossEntropy(ExtremeObjective):
         """Responses with reward 1: bool `(N,)`."""
         return rewards == 1
 
-    def __call__(
-        self, logps: Tensor, anchor_logps: Tensor, mask: Tensor, rewards: Tensor, advantages: Tensor
-    ) -> Tensor:
-        """`cross_entropy_terms` on the rows with reward 1, and 0 on the others."""
-        return torch.where((rewards == 1)[:, None], cross_entropy_terms(logps), 0.0)
+    def __call__(self, logps: Tensor, old_logps: Tensor, mask: Tensor, rewards: Tensor, advantages: Tensor) -> Tensor:
+        """Per-token loss `(B, T)` in nats: 0 in the rows whose reward is not 1."""
+        check_batch(logps, old_logps, mask, rewards, advantages)
+        return torch.where((rewards == 1)[:, None], -logps, 0.0)

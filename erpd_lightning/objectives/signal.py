@@ -1,4 +1,4 @@
-"""The signal: what a set of policies has to say about each vocabulary entry, in nats."""
+"""Signal of the distillation stage: log-ratios of policies for each vocabulary entry, in nats. Ours."""
 
 import math
 from collections.abc import Mapping, Sequence
@@ -7,19 +7,25 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-UNCLIPPED = 1e3
-"""Nats: no two policies in float32 differ by more."""
+from .shapes import check_shape
+
+MAX_CLIP = 1e3
+"""Nats: no two policies in float32 differ by more, so that this clip leaves every log-ratio as it is."""
 
 
 @dataclass(frozen=True)
 class Term:
-    """One clipped log-ratio of two policies.
+    """Clipped log-ratio of two policies, a term of a `Signal`.
 
     Args:
         numerator: Name of the policy whose opinion is followed.
         denominator: Name of the policy it is compared with.
         weight: Factor of the clipped log-ratio in the signal.
         clip: Bound on the absolute log-ratio, in nats, which tames a degenerate teacher.
+
+    Example:
+        >>> Term("teacher", "base", clip=1.0)
+        Term(numerator='teacher', denominator='base', weight=1.0, clip=1.0)
     """
 
     numerator: str = "teacher"
@@ -37,6 +43,11 @@ class Signal:
     Raises:
         ValueError: for no terms, a term of a policy with itself, a weight that is not finite,
             weights that are all zero, or a clip that is not a positive number.
+
+    Example:
+        >>> teacher, base = torch.tensor([0.5, 0.5]).log(), torch.tensor([0.25, 0.75]).log()
+        >>> Signal([Term("teacher", "base", clip=0.5)])({"teacher": teacher, "base": base})
+        tensor([ 0.5000, -0.4055])
     """
 
     # None, because jsonargparse cannot print a default that is a sequence of dataclass instances.
@@ -56,7 +67,7 @@ class Signal:
         """The signal on a support: log-probs `(..., K+1)` by policy name to `(..., K+1)`, in nats.
 
         Raises:
-            ValueError: when a policy that a term names is missing.
+            ValueError: when a policy that a term names is missing, or its log-probs have another shape.
         """
         missing = [name for name in self.policies if name not in logps]
         if missing:
@@ -64,6 +75,8 @@ class Signal:
                 f"the signal needs log-probs of {', '.join(missing)}; "
                 f"there are those of {', '.join(sorted(logps)) or 'no policy'}"
             )
+        shape = logps[self.terms[0].numerator].shape
+        check_shape(shape, **{name: logps[name] for name in self.policies})
         ratios = [
             term.weight * (logps[term.numerator] - logps[term.denominator]).clamp(-term.clip, term.clip)
             for term in self.terms
@@ -72,7 +85,7 @@ class Signal:
 
 
 class AutoSignal(Signal):
-    """A signal, and the share of the KL budget to spend on it, that are chosen by preview. Ours.
+    """Signal, and the share of the KL budget to spend on it, that are chosen by preview. Ours.
 
     The candidates are each teacher over each denominator at each clip and each share of the budget, and then
     policies themselves (over the base policy at beta = 1, unclipped), as far as the budget allows. Decoding from
@@ -90,6 +103,10 @@ class AutoSignal(Signal):
 
     Raises:
         ValueError: for no candidates, or a value out of range.
+
+    Example:
+        >>> [name for name, _, _ in AutoSignal(denominators=["unlearned"], shares=[1.0]).candidates()]
+        ['teacher/unlearned, clip 3, 100% of the budget', 'teacher']
     """
 
     def __init__(
@@ -128,15 +145,15 @@ class AutoSignal(Signal):
             for clip in self.clips
             for share in self.shares
         ]
-        return found + [(name, Signal([Term(name, "base", clip=UNCLIPPED)]), None) for name in self.themselves]
+        return found + [(name, Signal([Term(name, "base", clip=MAX_CLIP)]), None) for name in self.themselves]
 
     def __call__(self, logps: Mapping[str, Tensor]) -> Tensor:
-        """No signal yet.
+        """Refused: it has no values before one of its candidates is chosen.
 
         Raises:
             ValueError: always.
         """
-        raise ValueError("a signal that is chosen by preview says nothing before it is chosen")
+        raise ValueError("an AutoSignal has no values: take the Signal of the candidate that was chosen")
 
 
 def _check(term: Term) -> None:

@@ -16,8 +16,11 @@ from support.chain import DEMO
 from support.policies import fake_trainer, make_rows, make_trainer, save_policy, write_rollouts
 
 MY_FILE = '''
+from dataclasses import dataclass
+
 from torch import Tensor
 
+from erpd_lightning.objectives.distillation import TokenObjective
 from erpd_lightning.objectives.extreme import ExtremeObjective
 
 
@@ -38,12 +41,43 @@ class MyObjective(ExtremeObjective):
         return rewards >= 0
 
     def __call__(
-        self, logps: Tensor, anchor_logps: Tensor, mask: Tensor, rewards: Tensor, advantages: Tensor
+        self, logps: Tensor, old_logps: Tensor, mask: Tensor, rewards: Tensor, advantages: Tensor
     ) -> Tensor:
         return -self.scale * rewards * logps.where(mask, 0.0).sum(-1) / mask.sum(-1).clamp(min=1)
+
+
+@dataclass
+class MyDataclass(MyObjective):
+    """The same as a dataclass.
+
+    Args:
+        scale: Weight of it.
+    """
+
+    scale: float = 1.0
+
+
+@dataclass
+class MyTokenObjective(TokenObjective):
+    """Signal times log-prob.
+
+    Args:
+        scale: Weight of it.
+    """
+
+    scale: float = 1.0
+
+    def __call__(
+        self, logps: Tensor, old_logps: Tensor, sampler_logps: Tensor, signal: Tensor, kl: Tensor, beta: float
+    ) -> Tensor:
+        return beta * kl - self.scale * signal * logps
 '''
 
-OWN = ["--extreme_region.objective", "my_file.MyObjective", "--extreme_region.objective.scale", "3"]
+both_kinds = pytest.mark.parametrize("kind", ["MyObjective", "MyDataclass"])
+
+
+def own(kind: str) -> list[str]:
+    return ["--extreme_region.objective", f"my_file.{kind}", "--extreme_region.objective.scale", "3"]
 
 
 @pytest.fixture
@@ -60,28 +94,40 @@ def call(monkeypatch: pytest.MonkeyPatch, *args: object) -> None:
     main()
 
 
+@both_kinds
 @pytest.mark.usefixtures("my_file")
 def test_the_command_line_finds_it(
-    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path
+    kind: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path
 ) -> None:
     with pytest.raises(SystemExit) as ended:
-        call(monkeypatch, DEMO, *OWN, "--print_config")
+        call(monkeypatch, DEMO, *own(kind), "--print_config")
     printed = capsys.readouterr()
     assert ended.value.code == 0, printed.err
     found = yaml.safe_load(printed.out)["extreme_region"]["objective"]
-    assert found == {"class_path": "my_file.MyObjective", "init_args": {"scale": 3.0}}
+    assert found == {"class_path": f"my_file.{kind}", "init_args": {"scale": 3.0}}
 
 
 @pytest.mark.usefixtures("my_file")
-def test_a_step_is_trained_with_it(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+def test_one_of_the_distillation_stage_says_what_it_needs(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     chains: list[Rounds] = []
     monkeypatch.setattr(Rounds, "run", lambda self: chains.append(self))
-    call(monkeypatch, DEMO, "--run_dir", tmp_path / "run", *OWN)
+    settings = ["--distill.objective", "my_file.MyTokenObjective", "--distill.objective.scale", "2"]
+    call(monkeypatch, DEMO, "--run_dir", tmp_path / "run", *settings)
+    objective = chains[0].builder.module("distill", policy="p").objective
+    assert (type(objective).__name__, objective.scale, objective.needs) == ("MyTokenObjective", 2.0, "tokens")
+
+
+@both_kinds
+@pytest.mark.usefixtures("my_file")
+def test_a_step_is_trained_with_it(kind: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    chains: list[Rounds] = []
+    monkeypatch.setattr(Rounds, "run", lambda self: chains.append(self))
+    call(monkeypatch, DEMO, "--run_dir", tmp_path / "run", *own(kind))
     rows = make_rows()
     write_rollouts(tmp_path / "rollouts", rows)
     policy = save_policy(tmp_path / "base")
     module: Any = chains[0].builder.module("extreme_region", policy=str(policy))
-    assert type(module.objective).__name__ == "MyObjective"
+    assert type(module.objective).__name__ == kind
     data = RolloutDataModule(tmp_path / "rollouts", policy, batch_size=100, max_tokens=60)
     trainer = make_trainer(max_steps=1)
     trainer.fit(module, datamodule=data)

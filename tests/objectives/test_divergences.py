@@ -133,7 +133,7 @@ def test_padding_the_vocabulary_changes_nothing(log_zero: float) -> None:
 # --- estimators from samples ----------------------------------------------------------------
 
 LOSSES: list[Any] = [("reverse", "k2"), ("forward", "k1"), ("forward", "k3")]
-WRONG: list[Any] = [("reverse", "k1"), ("reverse", "k3"), ("forward", "k2")]
+INVALID: list[Any] = [("reverse", "k1"), ("reverse", "k3"), ("forward", "k2")]
 END, LENGTH, ENTRIES = 0, 3, 3
 
 
@@ -172,9 +172,9 @@ def test_estimators_by_hand() -> None:
     estimators: list[Any] = list(expected)
     for name in estimators:
         assert kl_value(logp, logq, name).item() == pytest.approx(expected[name], abs=1e-12)
-        weighted = kl_value(logp, logq, name, log_sampler=sampler)
+        weighted = kl_value(logp, logq, name, sampler_logps=sampler)
         assert weighted.item() == pytest.approx(3 * expected[name], abs=1e-12)
-        cut = kl_value(logp, logq, name, log_sampler=sampler, truncate=1.5)
+        cut = kl_value(logp, logq, name, sampler_logps=sampler, truncate=1.5)
         assert cut.item() == pytest.approx(1.5 * expected[name], abs=1e-12)
         assert not kl_value(logp.requires_grad_(), logq, name).requires_grad
 
@@ -194,7 +194,7 @@ def test_the_mean_of_the_estimates_is_the_kl_of_tokens(direction: str, off_polic
     sampler = third if off_policy else p
     estimators: list[Any] = ["k1", "k2", "k3"]
     means = [
-        (sampler.exp() * kl_value(p, q, name, log_sampler=sampler if off_policy else None)).sum(-1)
+        (sampler.exp() * kl_value(p, q, name, sampler_logps=sampler if off_policy else None)).sum(-1)
         for name in estimators
     ]
     exact = reference.kl(p, q)
@@ -211,16 +211,16 @@ def test_the_gradient_of_a_loss_is_that_of_the_kl_of_tokens(direction: Any, esti
     policy = logits.log_softmax(-1)
     p, q = pick(direction, policy, other)
     sampler = third if off_policy else p.detach()
-    terms = kl_loss(
-        policy, other, direction=direction, estimator=estimator, log_sampler=sampler if off_policy else None
+    losses = kl_loss(
+        policy, other, direction=direction, estimator=estimator, sampler_logps=sampler if off_policy else None
     )
-    (gradient,) = torch.autograd.grad((sampler.exp() * terms).sum(), logits, retain_graph=True)
+    (gradient,) = torch.autograd.grad((sampler.exp() * losses).sum(), logits, retain_graph=True)
     (expected,) = torch.autograd.grad((p.exp() * (p - q)).sum(), logits)
     torch.testing.assert_close(gradient, expected, rtol=0, atol=1e-12)
 
 
 @pytest.mark.parametrize("off_policy", [False, True])
-@pytest.mark.parametrize(("direction", "estimator"), [*LOSSES, *WRONG])
+@pytest.mark.parametrize(("direction", "estimator"), [*LOSSES, *INVALID])
 def test_values_and_gradients_of_the_kl_of_responses(direction: Any, estimator: Any, off_policy: bool) -> None:
     """Over every response there is: log-probs summed over a response are those of the response."""
     policy, other, third = Tree(), Tree(), Tree()
@@ -231,21 +231,21 @@ def test_values_and_gradients_of_the_kl_of_responses(direction: Any, estimator: 
     p, q = pick(direction, logps, fixed)
     exact = (p.exp() * (p - q)).sum()
     sampler = sampled if off_policy else p.detach()
-    settings: dict[str, Any] = {"log_sampler": sampled if off_policy else None}
+    settings: dict[str, Any] = {"sampler_logps": sampled if off_policy else None}
     if estimator != "k2":
         mean = (sampler.exp() * kl_value(p, q, estimator, **settings)).sum()
         assert mean.item() == pytest.approx(exact.item(), abs=1e-12)
     (expected,) = torch.autograd.grad(exact, policy.logits, retain_graph=True)
     if (direction, estimator) in LOSSES:
-        terms = kl_loss(logps, fixed, direction=direction, estimator=estimator, **settings)
-        (gradient,) = torch.autograd.grad((sampler.exp() * terms).sum(), policy.logits)
+        losses = kl_loss(logps, fixed, direction=direction, estimator=estimator, **settings)
+        (gradient,) = torch.autograd.grad((sampler.exp() * losses).sum(), policy.logits)
         torch.testing.assert_close(gradient, expected, rtol=0, atol=1e-12)
         return
 
     # What the refused ones would do, written out.
     ratio = p - q
-    term = {"k1": ratio, "k2": ratio**2 / 2, "k3": (-ratio).exp() - 1 + ratio}[estimator]
-    (gradient,) = torch.autograd.grad((p.detach().exp() * term).sum(), policy.logits, retain_graph=True)
+    estimate = {"k1": ratio, "k2": ratio**2 / 2, "k3": (-ratio).exp() - 1 + ratio}[estimator]
+    (gradient,) = torch.autograd.grad((p.detach().exp() * estimate).sum(), policy.logits, retain_graph=True)
     (opposite,) = torch.autograd.grad((q.exp() * (q - p)).sum(), policy.logits)
     assert (gradient - expected).norm() > 0.1 * expected.norm()
     if (direction, estimator) == ("reverse", "k1"):
@@ -267,14 +267,14 @@ def test_estimates_of_tokens_add_up_to_the_kl_of_responses(direction: str, off_p
     sampler = third.detach() if off_policy else p
     before = (p - sampler).cumsum(-1) - (p - sampler)
     for name in ("k1", "k3"):
-        tokens = kl_value(p, q, name, log_sampler=sampler)
+        tokens = kl_value(p, q, name, sampler_logps=sampler)
         sums = (before.exp() * tokens).where(mask, 0.0).sum(-1)
         assert (sampler.sum(-1).exp() * sums).sum().item() == pytest.approx(exact.item(), abs=1e-12)
 
 
 def test_the_weight_of_a_loss_is_cut_and_carries_no_gradient() -> None:
     logps, other, sampler = log(0.6, 0.2).requires_grad_(), log(0.3, 0.1), log(0.2, 0.4)
-    kl_loss(logps, other, direction="reverse", estimator="k2", log_sampler=sampler, truncate=2.0).sum().backward()
+    kl_loss(logps, other, direction="reverse", estimator="k2", sampler_logps=sampler, truncate=2.0).sum().backward()
     # weights min(3, 2) and 1/2, times the log-ratio
     assert grad(logps).tolist() == pytest.approx([2 * math.log(2), math.log(2) / 2], abs=1e-12)
 
@@ -293,10 +293,10 @@ def test_losses_of_infinite_log_ratios_stay_finite(
         sampler = torch.tensor([-3.0, -2.0], dtype=dtype)
     else:
         sampler = torch.tensor([sampled, -2.0], dtype=dtype)
-    terms = kl_loss(logps, other, direction=direction, estimator=estimator, log_sampler=sampler)
-    terms.sum().backward()
-    values = kl_value(*pick(direction, logps, other), estimator, log_sampler=sampler)
-    assert torch.isfinite(terms).all()
+    losses = kl_loss(logps, other, direction=direction, estimator=estimator, sampler_logps=sampler)
+    losses.sum().backward()
+    values = kl_value(*pick(direction, logps, other), estimator, sampler_logps=sampler)
+    assert torch.isfinite(losses).all()
     assert torch.isfinite(values).all()
     assert torch.isfinite(grad(logps)).all()
     assert torch.isfinite(grad(logps).norm())
@@ -306,14 +306,14 @@ def test_losses_of_infinite_log_ratios_stay_finite(
 @pytest.mark.parametrize(("direction", "estimator"), LOSSES)
 def test_what_is_masked_out_of_a_loss_leaves_no_trace(direction: Any, estimator: Any, garbage: float) -> None:
     logps, other = torch.tensor([-1.0, garbage], requires_grad=True), torch.tensor([-2.0, 0.0])
-    terms = kl_loss(logps, other, direction=direction, estimator=estimator, log_sampler=other)
-    torch.where(torch.tensor([True, False]), terms, 0.0).sum().backward()
+    losses = kl_loss(logps, other, direction=direction, estimator=estimator, sampler_logps=other)
+    torch.where(torch.tensor([True, False]), losses, 0.0).sum().backward()
     assert grad(logps)[0] != 0
     assert grad(logps)[1] == 0
 
 
-@pytest.mark.parametrize(("direction", "estimator"), WRONG)
-def test_a_loss_of_the_wrong_gradient_is_refused(direction: Any, estimator: Any) -> None:
+@pytest.mark.parametrize(("direction", "estimator"), INVALID)
+def test_a_loss_of_another_gradient_is_refused(direction: Any, estimator: Any) -> None:
     with pytest.raises(ValueError, match=f"{estimator} is no loss for the {direction} KL: its gradient is"):
         kl_loss(log(0.5), log(0.5), direction=direction, estimator=estimator)
     check_kl_loss(direction, "exact")
@@ -325,4 +325,4 @@ def test_names_and_bounds_that_are_none() -> None:
     with pytest.raises(ValueError, match="estimator is 'k4'"):
         check_kl_loss("forward", "k4")
     with pytest.raises(ValueError, match="truncate is 0"):
-        kl_value(log(0.5), log(0.5), "k1", log_sampler=log(0.5), truncate=0)
+        kl_value(log(0.5), log(0.5), "k1", sampler_logps=log(0.5), truncate=0)

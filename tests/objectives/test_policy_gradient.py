@@ -10,9 +10,8 @@ from torch import Tensor
 from erpd_lightning.objectives import (
     ClippedPolicyGradient,
     TokenObjective,
-    clipped_policy_gradient_terms,
     exact_kl,
-    masked_mean,
+    masked_sum,
     tilt,
 )
 from support import reference
@@ -24,11 +23,11 @@ WIDE: dict[str, Any] = {"epsilon_low": 1.0, "epsilon_high": 1e6, "truncate": 1e6
 
 
 def some_tokens(dtype: torch.dtype = torch.float64) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """Log-probs of student, anchor and sampler, a signal of both signs, and a KL."""
-    anchor = -3 * torch.rand(6, 5, dtype=dtype)
-    logps = anchor + 0.5 * torch.randn(6, 5, dtype=dtype)
-    sampler = anchor + 0.8 * torch.randn(6, 5, dtype=dtype)
-    return logps, anchor, sampler, torch.randn(6, 5, dtype=dtype), torch.rand(6, 5, dtype=dtype)
+    """Log-probs of student, pi_old and sampler, a signal of both signs, and a KL."""
+    old = -3 * torch.rand(6, 5, dtype=dtype)
+    logps = old + 0.5 * torch.randn(6, 5, dtype=dtype)
+    sampler = old + 0.8 * torch.randn(6, 5, dtype=dtype)
+    return logps, old, sampler, torch.randn(6, 5, dtype=dtype), torch.rand(6, 5, dtype=dtype)
 
 
 def logs(*values: float) -> Tensor:
@@ -44,11 +43,11 @@ def logs(*values: float) -> Tensor:
     ],
 )
 def test_by_hand(signal: float, expected: list[float]) -> None:
-    anchor, sampler = logs(0.2, 0.3, 0.4), logs(0.4, 0.2, 0.1)
-    logps, signals = anchor + logs(0.5, 1.0, 1.5), torch.full((1, 3), signal).double()
+    old, sampler = logs(0.2, 0.3, 0.4), logs(0.4, 0.2, 0.1)
+    logps, signals = old + logs(0.5, 1.0, 1.5), torch.full((1, 3), signal).double()
     kl = torch.full((1, 3), 0.5).double()
-    terms = ClippedPolicyGradient()(logps, anchor, sampler, signals, kl, 0.4)
-    assert terms[0].tolist() == pytest.approx(expected, abs=1e-12)
+    losses = ClippedPolicyGradient()(logps, old, sampler, signals, kl, 0.4)
+    assert losses[0].tolist() == pytest.approx(expected, abs=1e-12)
 
 
 @pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float32, 1e-5), (torch.float64, 1e-12)])
@@ -58,11 +57,11 @@ def test_agrees_with_reference_and_its_gradient(settings: Any, dtype: torch.dtyp
     tensors = some_tokens(dtype)
     for tensor in tensors:
         tensor.requires_grad_()
-    terms = ClippedPolicyGradient(*settings)(*tensors, 0.7)
-    expected, gradient = reference.clipped_policy_gradient_terms(*tensors, 0.7, *settings)
-    assert terms.shape == (6, 5)
-    assert terms.detach().numpy() == pytest.approx(expected, abs=tolerance)
-    terms.sum().backward()
+    losses = ClippedPolicyGradient(*settings)(*tensors, 0.7)
+    expected, gradient = reference.clipped_policy_gradient_loss(*tensors, 0.7, *settings)
+    assert losses.shape == (6, 5)
+    assert losses.detach().numpy() == pytest.approx(expected, abs=tolerance)
+    losses.sum().backward()
     assert (gradient == 0).any()
     assert grad(tensors[0]).numpy() == pytest.approx(gradient, abs=tolerance)
     assert grad(tensors[4]).numpy() == pytest.approx(0.7)
@@ -70,20 +69,18 @@ def test_agrees_with_reference_and_its_gradient(settings: Any, dtype: torch.dtyp
 
 
 def test_gradcheck() -> None:
-    logps, anchor, sampler, signal, kl = some_tokens()
+    logps, old, sampler, signal, kl = some_tokens()
     logps.requires_grad_()
     kl.requires_grad_()
-    assert torch.autograd.gradcheck(
-        lambda x, y: clipped_policy_gradient_terms(x, anchor, sampler, signal, y, 0.3), (logps, kl)
-    )
+    assert torch.autograd.gradcheck(lambda x, y: ClippedPolicyGradient()(x, old, sampler, signal, y, 0.3), (logps, kl))
 
 
 def by_enumeration(logits: Tensor, old: Tensor, sampler: Tensor, base: Tensor, signal: Tensor, beta: float) -> Tensor:
-    """The mean term over all next tokens `(V,)` that the sampler may draw in one state."""
+    """The mean loss over all next tokens `(V,)` that the sampler may draw in one state."""
     logp, size = logits.log_softmax(-1), len(logits)
     kl = exact_kl(logp, base).expand(1, size)
-    terms = ClippedPolicyGradient(**WIDE)(logp[None], old[None], sampler[None], signal[None], kl, beta)
-    return sampler.exp() @ terms[0]
+    losses = ClippedPolicyGradient(**WIDE)(logp[None], old[None], sampler[None], signal[None], kl, beta)
+    return sampler.exp() @ losses[0]
 
 
 @pytest.mark.parametrize("on_policy", [True, False])
@@ -103,7 +100,7 @@ def test_mean_gradient_is_that_of_the_regularised_signal_by_enumeration(on_polic
 
 
 def test_it_ends_at_the_tilted_base_policy() -> None:
-    """Optimised on-policy in one state, the anchor taken again at every step, it ends where the target is."""
+    """Optimised on-policy in one state, pi_old taken again at every step, it ends where the target is."""
     base, signal = torch.randn(5, dtype=torch.float64).log_softmax(-1), torch.randn(5).double()
     logits, beta = base.clone().requires_grad_(), 0.5
     optimizer = torch.optim.Adam([logits], lr=0.05)
@@ -123,8 +120,8 @@ def test_without_a_kl_it_collapses() -> None:
         optimizer.zero_grad()
         logp = logits.log_softmax(-1)
         old, none = logp.detach(), torch.zeros(1, 5).double()
-        terms = ClippedPolicyGradient(kl_term=False)(logp[None], old[None], old[None], signal[None], none, 0.5)
-        (old.exp() @ terms[0]).backward()
+        losses = ClippedPolicyGradient(kl_term=False)(logp[None], old[None], old[None], signal[None], none, 0.5)
+        (old.exp() @ losses[0]).backward()
         optimizer.step()
     assert float(logits.detach().softmax(-1)[signal.argmax()]) > 0.999
 
@@ -137,7 +134,7 @@ def test_padding_changes_neither_loss_nor_gradient(garbage: float) -> None:
     def run(logps: Tensor, others: Any, mask: Tensor) -> tuple[Tensor, Tensor]:
         logps = logps.clone().requires_grad_()
         old, sampler, signal, kl = others
-        loss = masked_mean(ClippedPolicyGradient()(logps, old, sampler, signal, kl, 0.5), mask)
+        loss = masked_sum(ClippedPolicyGradient()(logps, old, sampler, signal, kl, 0.5), mask)
         loss.backward()
         assert (grad(logps)[~mask] == 0).all()
         return loss, grad(logps)[mask]
@@ -156,8 +153,8 @@ def test_padding_changes_neither_loss_nor_gradient(garbage: float) -> None:
 def test_empty_mask_is_zero_and_runs_backward(tokens: int) -> None:
     logps, old, sampler, signal, kl = (x[:, :tokens] for x in some_tokens())
     logps = logps.clone().requires_grad_()
-    terms = ClippedPolicyGradient()(logps, old, sampler, signal, kl, 1.0)
-    loss = masked_mean(terms, torch.zeros(6, tokens, dtype=torch.bool))
+    losses = ClippedPolicyGradient()(logps, old, sampler, signal, kl, 1.0)
+    loss = masked_sum(losses, torch.zeros(6, tokens, dtype=torch.bool))
     assert loss.item() == 0.0
     loss.backward()
     assert torch.equal(grad(logps), torch.zeros_like(logps))
@@ -165,15 +162,15 @@ def test_empty_mask_is_zero_and_runs_backward(tokens: int) -> None:
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 @pytest.mark.parametrize("sampler", [-1e4, -1.0, 0.0])
-@pytest.mark.parametrize("anchor", [-1e4, -1.0, 0.0])
+@pytest.mark.parametrize("old_logp", [-1e4, -1.0, 0.0])
 @pytest.mark.parametrize("logp", [-INF, -1e4, -1.0, 0.0])
-def test_extreme_log_probs_stay_finite(logp: float, anchor: float, sampler: float, dtype: torch.dtype) -> None:
+def test_extreme_log_probs_stay_finite(logp: float, old_logp: float, sampler: float, dtype: torch.dtype) -> None:
     leaf = torch.full((1, 2), logp, dtype=dtype, requires_grad=True)
-    old, drawn = (torch.full((1, 2), value, dtype=dtype) for value in (anchor, sampler))
+    old, drawn = (torch.full((1, 2), value, dtype=dtype) for value in (old_logp, sampler))
     signal = torch.tensor([[3.0, -3.0]], dtype=dtype)
-    terms = ClippedPolicyGradient()(leaf, old, drawn, signal, torch.zeros(1, 2, dtype=dtype), 0.5)
-    assert torch.isfinite(terms).all()
-    terms.sum().backward()
+    losses = ClippedPolicyGradient()(leaf, old, drawn, signal, torch.zeros(1, 2, dtype=dtype), 0.5)
+    assert torch.isfinite(losses).all()
+    losses.sum().backward()
     assert torch.isfinite(grad(leaf)).all()
     assert grad(leaf).norm().isfinite()
 
@@ -182,8 +179,6 @@ def test_defaults() -> None:
     objective = ClippedPolicyGradient()
     assert vars(objective) == {"epsilon_low": 0.2, "epsilon_high": 0.2, "truncate": 2.0, "kl_term": True}
     assert isinstance(objective, TokenObjective)
-    tokens = some_tokens()
-    assert torch.equal(objective(*tokens, 0.3), clipped_policy_gradient_terms(*tokens, 0.3))
 
 
 @pytest.mark.parametrize("value", [0.0, -0.1, math.nan, math.inf])

@@ -118,7 +118,7 @@ def test_the_candidates_of_a_signal_to_choose() -> None:
     assert [vars(signal.terms[0]) for _, signal, _ in found[-2:]] == [
         {"numerator": name, "denominator": "base", "weight": 1.0, "clip": 1e3} for name in ("a", "b")
     ]
-    with pytest.raises(ValueError, match="says nothing before it is chosen"):
+    with pytest.raises(ValueError, match="an AutoSignal has no values"):
         auto({})
 
 

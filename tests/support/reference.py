@@ -49,11 +49,6 @@ def masked_sum(values: Any, mask: Any) -> float:
     return total
 
 
-def masked_mean(values: Any, mask: Any) -> float:
-    count = sum(1 for counts in np.asarray(mask).flat if counts)
-    return masked_sum(values, mask) / count if count else 0.0
-
-
 # --- advantages -----------------------------------------------------------------------------
 
 
@@ -126,27 +121,25 @@ def sigmoid(x: float) -> float:
     return 1.0 / (1.0 + math.exp(-x)) if x >= 0 else math.exp(x) / (1.0 + math.exp(x))
 
 
-def sapo_terms(
-    logps: Any, anchor: Any, advantages: Any, tau_positive: float = 1.0, tau_negative: float = 1.05
-) -> Array:
-    logps, anchor, advantages = array(logps), array(anchor), array(advantages)
+def sapo_loss(logps: Any, old: Any, advantages: Any, tau_positive: float = 1.0, tau_negative: float = 1.05) -> Array:
+    logps, old, advantages = array(logps), array(old), array(advantages)
     result = np.zeros_like(logps)
     for b, t in np.ndindex(*logps.shape):
         tau = tau_positive if advantages[b] > 0 else tau_negative
-        ratio = math.exp(logps[b, t] - anchor[b, t])
+        ratio = math.exp(logps[b, t] - old[b, t])
         result[b, t] = -(4.0 / tau) * sigmoid(tau * (ratio - 1.0)) * advantages[b]
     return result
 
 
 def sapo_gradient(
-    logps: Any, anchor: Any, advantages: Any, tau_positive: float = 1.0, tau_negative: float = 1.05
+    logps: Any, old: Any, advantages: Any, tau_positive: float = 1.0, tau_negative: float = 1.05
 ) -> Array:
-    """`d term / d logp = -4 g (1 - g) r A`, `g` the gate (the `1/tau` cancels)."""
-    logps, anchor, advantages = array(logps), array(anchor), array(advantages)
+    """`d loss / d logp = -4 g (1 - g) r A`, `g` the gate (the `1/tau` cancels)."""
+    logps, old, advantages = array(logps), array(old), array(advantages)
     result = np.zeros_like(logps)
     for b, t in np.ndindex(*logps.shape):
         tau = tau_positive if advantages[b] > 0 else tau_negative
-        ratio = math.exp(logps[b, t] - anchor[b, t])
+        ratio = math.exp(logps[b, t] - old[b, t])
         gate, closed = sigmoid(tau * (ratio - 1.0)), sigmoid(-tau * (ratio - 1.0))
         result[b, t] = -4.0 * gate * closed * ratio * advantages[b]
     return result
@@ -156,11 +149,11 @@ def clip(x: float, low: float, high: float) -> float:
     return low if x < low else high if x > high else x
 
 
-def ppo_terms(logps: Any, anchor: Any, advantages: Any, low: float, high: float, dual: float | None = None) -> Array:
-    logps, anchor, advantages = array(logps), array(anchor), array(advantages)
+def ppo_loss(logps: Any, old: Any, advantages: Any, low: float, high: float, dual: float | None = None) -> Array:
+    logps, old, advantages = array(logps), array(old), array(advantages)
     result = np.zeros_like(logps)
     for b, t in np.ndindex(*logps.shape):
-        ratio, advantage = math.exp(logps[b, t] - anchor[b, t]), advantages[b]
+        ratio, advantage = math.exp(logps[b, t] - old[b, t]), advantages[b]
         gain = min(ratio * advantage, clip(ratio, 1 - low, 1 + high) * advantage)
         if dual is not None and advantage < 0:
             gain = max(gain, dual * advantage)
@@ -168,21 +161,21 @@ def ppo_terms(logps: Any, anchor: Any, advantages: Any, low: float, high: float,
     return result
 
 
-def ppo_gradient(logps: Any, anchor: Any, advantages: Any, low: float, high: float, dual: float | None = None) -> Array:
-    """`d term / d logp`: `-r A` where the ratio may still move the term, else 0."""
-    logps, anchor, advantages = array(logps), array(anchor), array(advantages)
+def ppo_gradient(logps: Any, old: Any, advantages: Any, low: float, high: float, dual: float | None = None) -> Array:
+    """`d loss / d logp`: `-r A` where the ratio may still move the loss, else 0."""
+    logps, old, advantages = array(logps), array(old), array(advantages)
     result = np.zeros_like(logps)
     for b, t in np.ndindex(*logps.shape):
-        ratio, advantage = math.exp(logps[b, t] - anchor[b, t]), advantages[b]
+        ratio, advantage = math.exp(logps[b, t] - old[b, t]), advantages[b]
         moves = ratio < 1 + high if advantage > 0 else 1 - low < ratio < (math.inf if dual is None else dual)
         if moves:
             result[b, t] = -ratio * advantage
     return result
 
 
-def clipped_policy_gradient_terms(
+def clipped_policy_gradient_loss(
     logps: Any,
-    anchor: Any,
+    old: Any,
     sampler: Any,
     signal: Any,
     divergence: Any,
@@ -191,37 +184,37 @@ def clipped_policy_gradient_terms(
     high: float,
     truncate: float,
 ) -> tuple[Array, Array]:
-    """The terms, and their gradient with respect to the log-probs (the divergence's apart)."""
-    logps, anchor, sampler, signal = array(logps), array(anchor), array(sampler), array(signal)
+    """The per-token losses, and their gradient with respect to the log-probs (the divergence's apart)."""
+    logps, old, sampler, signal = array(logps), array(old), array(sampler), array(signal)
     divergence = array(divergence)
-    terms, gradient = np.zeros_like(logps), np.zeros_like(logps)
+    losses, gradient = np.zeros_like(logps), np.zeros_like(logps)
     for b, t in np.ndindex(*logps.shape):
-        s, ratio = float(signal[b, t]), math.exp(logps[b, t] - anchor[b, t])
-        weight = min(truncate, math.exp(anchor[b, t] - sampler[b, t]))
+        s, ratio = float(signal[b, t]), math.exp(logps[b, t] - old[b, t])
+        weight = min(truncate, math.exp(old[b, t] - sampler[b, t]))
         gain = min(ratio * s, clip(ratio, 1 - low, 1 + high) * s)
-        terms[b, t] = beta * divergence[b, t] - weight * gain
+        losses[b, t] = beta * divergence[b, t] - weight * gain
         if ratio < 1 + high if s > 0 else ratio > 1 - low:
             gradient[b, t] = -weight * ratio * s
-    return terms, gradient
+    return losses, gradient
 
 
-def gspo_terms(logps: Any, anchor: Any, mask: Any, advantages: Any, low: float, high: float) -> Array:
-    logps, anchor, mask, advantages = array(logps), array(anchor), np.asarray(mask), array(advantages)
+def gspo_loss(logps: Any, old: Any, mask: Any, advantages: Any, low: float, high: float) -> Array:
+    logps, old, mask, advantages = array(logps), array(old), np.asarray(mask), array(advantages)
     result = np.zeros(len(logps))
     for b in range(len(logps)):
-        ratios = [logps[b, t] - anchor[b, t] for t in range(logps.shape[1]) if mask[b, t]]
+        ratios = [logps[b, t] - old[b, t] for t in range(logps.shape[1]) if mask[b, t]]
         ratio = math.exp(sum(ratios) / len(ratios))
         result[b] = -min(ratio * advantages[b], clip(ratio, 1 - low, 1 + high) * advantages[b])
     return result
 
 
-def gspo_gradient(logps: Any, anchor: Any, mask: Any, advantages: Any, low: float, high: float) -> Array:
-    """`d term / d logp_t = -s A / T` where the response is not clipped."""
-    logps, anchor, mask, advantages = array(logps), array(anchor), np.asarray(mask), array(advantages)
+def gspo_gradient(logps: Any, old: Any, mask: Any, advantages: Any, low: float, high: float) -> Array:
+    """`d loss / d logp_t = -s A / T` where the response is not clipped."""
+    logps, old, mask, advantages = array(logps), array(old), np.asarray(mask), array(advantages)
     result = np.zeros_like(logps)
     for b in range(len(logps)):
         tokens = [t for t in range(logps.shape[1]) if mask[b, t]]
-        ratio = math.exp(sum(logps[b, t] - anchor[b, t] for t in tokens) / len(tokens))
+        ratio = math.exp(sum(logps[b, t] - old[b, t] for t in tokens) / len(tokens))
         if ratio < 1 + high if advantages[b] > 0 else ratio > 1 - low:
             for t in tokens:
                 result[b, t] = -ratio * advantages[b] / len(tokens)
@@ -270,7 +263,7 @@ def tilt(base: Any, signal: Any, beta: float, log_zero: float = -100.0) -> Array
     return result
 
 
-def two_anchors(base: Any, first: Any, signal: Any, beta_base: float, beta_first: float) -> Array:
+def two_references(base: Any, first: Any, signal: Any, beta_base: float, beta_first: float) -> Array:
     """`log((p^b q^c)^(1/(b+c)) e^{s/(b+c)} / Z)` of each row."""
     base, first, signal = array(base), array(first), array(signal)
     total, result = beta_base + beta_first, np.zeros_like(base)
@@ -287,11 +280,9 @@ def tilted_kl(base: Any, signal: Any, beta: float) -> Array:
     return kl(tilt(base, signal, beta), base)
 
 
-def mean_tilted_kl(base: Any, signal: Any, beta: float, weights: Any = None) -> float:
+def mean_tilted_kl(base: Any, signal: Any, beta: float) -> float:
     divergences = tilted_kl(base, signal, beta)
-    weights = np.ones(len(divergences)) if weights is None else array(weights)
-    total = sum(w * d for w, d in zip(weights, divergences, strict=True))
-    return total / sum(weights)
+    return float(sum(divergences)) / len(divergences)
 
 
 def tilt_objective(policy: Any, base: Any, signal: Any, beta: float) -> float:
