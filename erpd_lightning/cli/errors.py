@@ -16,7 +16,7 @@ WORDING = (
     (r"(?:typing\.)?Literal\[(.*?)\]", r"one of \1"),
     (r"^Unable to load config '(.*?)'.*", r"\1 is no configuration file"),
     (r"^Expected a dot import path string: (.*)", r"\1 is no class path"),
-    (r"^Import path does not correspond to a subclass of", "expected a subclass of"),
+    (r"^Import path (?:\S+ )?does not correspond to a subclass of", "expected a subclass of"),
     (r"^Not a valid subclass of (\w+)", r"expected \1"),
     (r"^Expected an? ", "expected "),
     (r"\. Got value: ?(.*)", r", not \1"),

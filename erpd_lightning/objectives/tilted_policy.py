@@ -34,10 +34,10 @@ class UnreachableBudget(ValueError):
 
 @dataclass(frozen=True)
 class BetaSolution:
-    """A solved beta.
+    """Solved beta, and the KL that its tilted policy spends.
 
     Args:
-        beta: The beta.
+        beta: Price of a nat of KL to the base policy.
         kl: KL of the tilted policy to the base policy at that beta, in nats per token.
     """
 

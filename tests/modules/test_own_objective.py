@@ -113,7 +113,7 @@ def test_one_of_the_distillation_stage_says_what_it_needs(monkeypatch: pytest.Mo
     monkeypatch.setattr(Rounds, "run", lambda self: chains.append(self))
     settings = ["--distill.objective", "my_file.MyTokenObjective", "--distill.objective.scale", "2"]
     call(monkeypatch, DEMO, "--run_dir", tmp_path / "run", *settings)
-    objective = chains[0].builder.module("distill", policy="p").objective
+    objective: Any = chains[0].builder.module("distill", policy="p").objective
     assert (type(objective).__name__, objective.scale, objective.needs) == ("MyTokenObjective", 2.0, "tokens")
 
 

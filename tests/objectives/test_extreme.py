@@ -274,6 +274,7 @@ def test_empty_mask_is_zero_and_runs_backward(objective: ExtremeObjective, respo
     mask, ones = torch.zeros(responses, 3, dtype=torch.bool), torch.ones(responses)
     losses = objective(logps, torch.zeros(responses, 3), mask, ones, ones)
     assert losses.shape == own_mask(objective, mask).shape
+    assert torch.isfinite(losses).all()  # the mean over no tokens too
     loss = masked_sum(losses, own_mask(objective, mask))
     assert loss.item() == 0.0
     loss.backward()
