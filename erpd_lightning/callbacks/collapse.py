@@ -1,4 +1,4 @@
-"""Eyes on a stage: what shows that a policy gains, drifts and collapses, with limits that warn or stop."""
+"""Monitor of policy collapse: accuracy, entropy and importance ratios of a stage, with limits that warn or stop."""
 
 import math
 from collections.abc import Mapping, Sequence
@@ -12,51 +12,51 @@ from lightning.pytorch.trainer.states import TrainerFn
 from lightning.pytorch.utilities import rank_zero_only, rank_zero_warn
 from torch import Tensor
 
+from ..metrics import (
+    ImportanceSums,
+    check_ratio_bounds,
+    empty_importance_sums,
+    importance_statistics,
+    importance_sums,
+    merge_importance_sums,
+)
 from ..modules.policy_module import TrainingDiverged
 from ..objectives.reduction import masked_sum
 from ..text import aligned
 
-OF_TOKENS = ("ess", "max_log_ratio", "tail_share", "clipped_share", "entropy", "logp_right", "logp_wrong")
-"""What is computed from the tokens of optimiser steps, and logged as `collapse/NAME`."""
+MEANS = ("entropy", "logp_correct", "logp_incorrect")
+"""Quantities that are means over tokens, in nats per token."""
 
-OF_VALIDATION = ("pass@1", "kl_per_token", "entropy_per_token", "mean_length", "truncated", "distinct")
-"""What is read from validation, where the module logs it as `val/NAME`."""
+TOKEN_QUANTITIES = ("ess", "max_log_ratio", "tail_share", "clipped_share", *MEANS)
+"""Quantities of the tokens of optimiser steps, logged as `collapse/NAME`."""
 
-COLUMNS = {
+VALIDATION_QUANTITIES = ("pass@1", "kl_per_token", "entropy_per_token", "mean_length", "truncated", "distinct")
+"""Quantities of validation, where the module logs them as `val/NAME`."""
+
+TABLE_COLUMNS = {
     "pass@1": ("val/pass@1",),
     "KL/token": ("val/kl_per_token",),
     "entropy": ("val/entropy_per_token", "collapse/entropy"),
-    "logp right": ("collapse/logp_right",),
-    "logp wrong": ("collapse/logp_wrong",),
+    "logp correct": ("collapse/logp_correct",),
+    "logp incorrect": ("collapse/logp_incorrect",),
     "ESS": ("collapse/ess",),
     "distinct": ("val/distinct",),
 }
-"""Columns of the table at the end, and which quantity is in them: the first that was ever measured."""
+"""Columns of the table at the end, and the quantity in each: the first of those named that was ever measured."""
 
-ADDED = (
-    "ratio_tokens",
-    "tail",
-    "clipped",
-    "entropy",
-    "entropy_tokens",
-    "right_logp",
-    "right_tokens",
-    "wrong_logp",
-    "wrong_tokens",
-)
-LOG_ADDED = ("log_sum", "log_sum_squares")
-"""Of a vector of sums, those that are added, and the logarithms of those that are; last in it is a maximum."""
+IMPORTANCE_SUMS = len(ImportanceSums._fields)
+"""Number of importance sums, with which a vector of token sums begins."""
 
 
 @dataclass
 class Limit:
-    """What a watched quantity may be.
+    """Limit of a monitored quantity.
 
     Args:
-        min: The least it may be, in the quantity's unit; None for no such bound.
-        max: The most it may be; None for no such bound.
-        action: `warn`, once for each time that it is crossed, or `stop` training.
-        patience: Measurements in a row that have to lie outside.
+        min: Least value inside the limit, in the quantity's unit; None for no such bound.
+        max: Greatest value inside the limit; None for no such bound.
+        action: `warn`, once for each time that the limit is crossed, or `stop` training.
+        patience: Number of measurements in a row that have to lie outside.
     """
 
     min: float | None = None
@@ -64,8 +64,8 @@ class Limit:
     action: Literal["warn", "stop"] = "warn"
     patience: int = 1
 
-    def broken(self, value: float) -> str | None:
-        """How the value is outside, in words; None if it is inside."""
+    def violation(self, value: float) -> str | None:
+        """Description of how a value lies outside the limit; None if it is inside."""
         if self.min is not None and value < self.min:
             return f"{value:.4g}, below {self.min:g}"
         if self.max is not None and value > self.max:
@@ -74,7 +74,7 @@ class Limit:
 
 
 class CollapseMonitor(Callback):
-    """Watches a stage for gains that turn into drift: logs, warns, stops, and prints a table when training ends.
+    """Monitor of a training stage that logs signs of collapse, warns or stops, and prints a table at the end.
 
     Of the tokens of optimiser steps, all micro-batches and ranks, it logs under `collapse/`:
 
@@ -82,35 +82,35 @@ class CollapseMonitor(Callback):
       `(sum r)^2 / (n sum r^2)` (Kong 1992), computed from logarithms;
     - `max_log_ratio`: the largest log-ratio, nats; `tail_share`: share of the tokens with a ratio above `tail`;
     - `clipped_share`: share of the tokens with a ratio outside `interval`;
-    - `entropy`, `logp_right`, `logp_wrong`: means over their tokens, nats per token; a response is right if its
-      reward is 1;
-    - `seconds`: what the watching took so far, the mean of the ranks. On an accelerator this includes what the
-      device had still to do for the step.
+    - `entropy`, `logp_correct`, `logp_incorrect`: means over their tokens, nats per token; a response is correct if
+      its reward is 1;
+    - `seconds`: time that the monitor has taken so far, the mean of the ranks. On an accelerator this includes what
+      the device had still to do for the step.
 
-    From validation it takes what the module logs as `val/pass@1`, `val/kl_per_token`, `val/entropy_per_token`,
+    Of validation it reads what the module logs as `val/pass@1`, `val/kl_per_token`, `val/entropy_per_token`,
     `val/mean_length`, `val/truncated` and `val/distinct`. Limits go by these names.
 
     It works with any LightningModule whose `training_step` returns a dictionary with the `loss` and, detached,
 
     - `mask`: `(B, T)` bool, the response tokens that count, and any of
-    - `log_ratio`: `(B, T)`, log-prob minus that of the anchor of the importance ratio, nats;
+    - `log_ratio`: `(B, T)`, log-prob minus the old log-prob, that of the importance ratio's denominator, nats;
     - `entropy`: `(B, T)`, nats;
     - `logp`: `(B, T)`, nats, with `rewards`: `(B,)`.
 
-    What is outside the mask does not count. What a module does not return is not watched.
+    What is outside the mask does not count. What a module does not return is not monitored.
 
-    All ranks decide the same: about tokens by sums over all ranks, about validation by the values of every rank, of
-    which one outside the limit is enough. What was crossed is kept in `reasons`.
+    All ranks decide the same. Limits of tokens are compared with sums over all ranks. Limits of validation are
+    compared with the value of every rank, and one outside is enough. Each crossing is described in `reasons`.
 
     Args:
         limits: Limits by the name that the quantity is logged by, such as `collapse/ess`; None for none.
-        every_n_steps: Optimiser steps from one that is watched to the next; a step is watched as a whole or not.
+        every_n_steps: Optimiser steps from one that is monitored to the next; a step is monitored as a whole or not.
         interval: Ratios inside are neither clipped nor saturated; by default those of DAPO (arXiv 2503.14476).
         tail: Ratio above which a token is in the upper tail.
 
     Raises:
         ValueError: For a limit of an unknown quantity or without bounds, or a value out of range.
-        TrainingDiverged: While training, if a watched quantity is NaN: names it and the step.
+        TrainingDiverged: While training, if a monitored quantity is NaN: names it and the step.
     """
 
     def __init__(
@@ -121,13 +121,10 @@ class CollapseMonitor(Callback):
         tail: float = 10.0,
     ) -> None:
         for name, limit in (limits or {}).items():
-            _check(name, limit)
+            _check_limit(name, limit)
         if every_n_steps < 1:
             raise ValueError(f"every_n_steps is {every_n_steps}: it must be at least 1")
-        if not 0 <= interval[0] < interval[1]:
-            raise ValueError(f"interval is {interval}: it must be two ratios, the smaller one first")
-        if not 0 < tail < math.inf:
-            raise ValueError(f"tail is {tail}: it must be a positive, finite ratio")
+        check_ratio_bounds(interval, tail)
         self.limits = limits or {}
         self.every_n_steps = every_n_steps
         self.interval = interval
@@ -136,13 +133,13 @@ class CollapseMonitor(Callback):
         self.rows: list[dict[str, float]] = []
         self.seconds = 0.0
         self._stopped = False
-        self._outside: dict[str, int] = {}
-        self._since_row = nothing_summed()
+        self._measurements_outside: dict[str, int] = {}
+        self._sums_since_row = empty_token_sums()
         self._micro_batches: list[Tensor] = []
         self._steps = 0
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Stop at once where an interrupted run had been stopped."""
+        """Stop at once if a limit had stopped the run before it was interrupted."""
         self._steps = trainer.global_step
         self._micro_batches = []
         if self._stopped:
@@ -151,40 +148,40 @@ class CollapseMonitor(Callback):
     def on_train_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
-        """Add a micro-batch to its optimiser step, and judge the step once it is whole."""
-        began = perf_counter()
-        watched = (self._steps + 1) % self.every_n_steps == 0
-        if watched:
+        """Add a micro-batch to its optimiser step; log the step and check its limits after the last micro-batch."""
+        start = perf_counter()
+        monitored = (self._steps + 1) % self.every_n_steps == 0
+        if monitored:
             self._micro_batches.append(token_sums(outputs, self.interval, self.tail).to(pl_module.device))
         if trainer.global_step > self._steps:
             self._steps = trainer.global_step
-            if watched:
-                self._judge_step(trainer, pl_module)
-        self.seconds += perf_counter() - began
+            if monitored:
+                self._finish_step(trainer, pl_module)
+        self.seconds += perf_counter() - start
 
     def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Judge what validation says, and note it beside what the tokens said since the last one."""
+        """Check the limits of validation, and add a row with it and the tokens since the last row."""
         if trainer.state.fn != TrainerFn.FITTING or trainer.sanity_checking:
             return
-        began = perf_counter()
-        found = self._validated(trainer, pl_module)
-        self._judge(trainer, found)
-        self._add_row(trainer, {name: values[0] for name, values in found.items()})
-        self.seconds += perf_counter() - began
+        start = perf_counter()
+        measured = self._validation_values(trainer, pl_module)
+        self._check_limits(trainer, measured)
+        self._add_row(trainer, {name: values[0] for name, values in measured.items()})
+        self.seconds += perf_counter() - start
 
     def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Note what the tokens said where nothing was validated, and log what the watching costs."""
+        """Add a row of the tokens if the epoch had no validation, and log the time that the monitor takes."""
         if not self.rows or self.rows[-1]["step"] != trainer.global_step:
             self._add_row(trainer, {})
         pl_module.log("collapse/seconds", self.seconds, sync_dist=True)
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Print the table, and which limits had nothing to go by."""
+        """Print the table, and the limits whose quantities were never measured."""
         unmeasured = [name for name in self.limits if not any(name in row for row in self.rows)]
         lines = [format_rows(self.rows)] if self.rows else []
         lines += [f"Limits of what was not measured: {', '.join(unmeasured)}"] if unmeasured else []
         if lines:
-            _say("\n".join(lines))
+            _print("\n".join(lines))
 
     def state_dict(self) -> dict[str, Any]:
         return {
@@ -192,69 +189,76 @@ class CollapseMonitor(Callback):
             "rows": [dict(row) for row in self.rows],
             "seconds": self.seconds,
             "stopped": self._stopped,
-            "outside": dict(self._outside),
-            "since_row": self._since_row.tolist(),
+            "measurements_outside": dict(self._measurements_outside),
+            "sums_since_row": self._sums_since_row.tolist(),
         }
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         self.reasons, self.rows = state_dict["reasons"], state_dict["rows"]
         self.seconds, self._stopped = state_dict["seconds"], state_dict["stopped"]
-        self._outside = state_dict["outside"]
-        self._since_row = torch.tensor(state_dict["since_row"], dtype=torch.float64)
+        self._measurements_outside = state_dict["measurements_outside"]
+        self._sums_since_row = torch.tensor(state_dict["sums_since_row"], dtype=torch.float64)
 
-    def _judge_step(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        own, self._micro_batches = merged(torch.stack(self._micro_batches)), []
-        step = merged(_gathered(pl_module, own)).cpu()
-        self._since_row = merged(torch.stack([self._since_row, step]))
-        found = token_quantities(step)
-        # By the module's own log, Lightning would log the values again at every step that is not watched.
+    def _finish_step(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Reduce the step's sums over micro-batches and ranks, log its quantities, and check their limits."""
+        own, self._micro_batches = merge_token_sums(torch.stack(self._micro_batches)), []
+        step = merge_token_sums(_gather(pl_module, own)).cpu()
+        self._sums_since_row = merge_token_sums(torch.stack([self._sums_since_row, step]))
+        measured = token_quantities(step)
+        # By the module's own log, Lightning would log the values again at every step that is not monitored.
         for logger in trainer.loggers:
-            logger.log_metrics(found, step=self._steps - 1)  # Where Lightning counts the step's other values.
-        self._judge(trainer, {name: [value] for name, value in found.items()})
+            logger.log_metrics(measured, step=self._steps - 1)  # Where Lightning counts the step's other values.
+        self._check_limits(trainer, {name: [value] for name, value in measured.items()})
 
-    def _validated(self, trainer: Trainer, pl_module: LightningModule) -> dict[str, list[float]]:
-        """What the ranks that measured it say of each quantity; a module need not have reduced it over ranks."""
-        names = [f"val/{name}" for name in OF_VALIDATION]
+    def _validation_values(self, trainer: Trainer, pl_module: LightningModule) -> dict[str, list[float]]:
+        """Values of each quantity on the ranks that measured it; a module need not have reduced it over ranks."""
+        names = [f"val/{name}" for name in VALIDATION_QUANTITIES]
         own = [trainer.callback_metrics.get(name) for name in names]
         values = [0.0 if value is None else float(value) for value in own]
-        measured = [0.0 if value is None else 1.0 for value in own]
-        gathered = _gathered(pl_module, torch.tensor([*values, *measured], dtype=torch.float64)).tolist()
-        said = {name: [row[n] for row in gathered if row[n + len(names)]] for n, name in enumerate(names)}
-        return {name: values for name, values in said.items() if values}
+        is_measured = [0.0 if value is None else 1.0 for value in own]
+        ranks = _gather(pl_module, torch.tensor([*values, *is_measured], dtype=torch.float64)).tolist()
+        by_name = {name: [rank[n] for rank in ranks if rank[n + len(names)]] for n, name in enumerate(names)}
+        return {name: values for name, values in by_name.items() if values}
 
-    def _judge(self, trainer: Trainer, found: Mapping[str, Sequence[float]]) -> None:
-        """Compare what all ranks know with the limits.
+    def _check_limits(self, trainer: Trainer, measured: Mapping[str, Sequence[float]]) -> None:
+        """Compare values that all ranks know with the limits.
 
         Raises:
-            TrainingDiverged: If any of it is NaN.
+            TrainingDiverged: If one of them is NaN.
         """
         step = trainer.global_step
-        for name, values in found.items():
+        for name, values in measured.items():
             if any(math.isnan(value) for value in values):
                 raise TrainingDiverged(f"optimiser step {step}: {name} is NaN. The last checkpoint is untouched")
         for name, limit in self.limits.items():
-            if name not in found:
+            if name not in measured:
                 continue
-            broken = [words for value in found[name] if (words := limit.broken(value)) is not None]
-            self._outside[name] = self._outside.get(name, 0) + 1 if broken else 0
-            if self._outside[name] != limit.patience:
+            violations = [text for value in measured[name] if (text := limit.violation(value)) is not None]
+            self._measurements_outside[name] = self._measurements_outside.get(name, 0) + 1 if violations else 0
+            if self._measurements_outside[name] != limit.patience:
                 continue
-            lasting = f" ({limit.patience} measurements in a row)" if limit.patience > 1 else ""
+            duration = f" ({limit.patience} measurements in a row)" if limit.patience > 1 else ""
             end = "; training stops" if limit.action == "stop" else ""
-            self.reasons.append(f"optimiser step {step}: {name} is {broken[0]}{lasting}{end}")
+            self.reasons.append(f"optimiser step {step}: {name} is {violations[0]}{duration}{end}")
             rank_zero_warn(self.reasons[-1])
             if limit.action == "stop":
                 self._stopped = trainer.should_stop = True
 
     def _add_row(self, trainer: Trainer, validated: Mapping[str, float]) -> None:
-        found = {**token_quantities(self._since_row), **validated}
-        self._since_row = nothing_summed()
-        if found:
-            self.rows.append({"epoch": trainer.current_epoch + 1, "step": trainer.global_step, **found})
+        measured = {**token_quantities(self._sums_since_row), **validated}
+        self._sums_since_row = empty_token_sums()
+        if measured:
+            self.rows.append({"epoch": trainer.current_epoch + 1, "step": trainer.global_step, **measured})
+
+
+def empty_token_sums() -> Tensor:
+    """Sums `(S,)` over no tokens: `ImportanceSums`, then the total and the number of tokens of each of `MEANS`."""
+    means = torch.zeros(2 * len(MEANS), dtype=torch.float64)
+    return torch.cat([torch.stack(empty_importance_sums()), means])
 
 
 def token_sums(outputs: Any, interval: tuple[float, float], tail: float) -> Tensor:
-    """What a micro-batch adds to its step: float64, the sums `ADDED`, the `LOG_ADDED`, and the largest log-ratio.
+    """Sums `(S,)` that a micro-batch adds to its optimiser step, float64.
 
     Args:
         outputs: What `training_step` returned; see `CollapseMonitor`.
@@ -262,72 +266,58 @@ def token_sums(outputs: Any, interval: tuple[float, float], tail: float) -> Tens
         tail: See `CollapseMonitor`.
     """
     if not isinstance(outputs, Mapping) or "mask" not in outputs:
-        return nothing_summed()
+        return empty_token_sums()
     mask = outputs["mask"]
-    sums = nothing_summed().to(mask.device)
+    sums = empty_token_sums().to(mask.device)
     if "log_ratio" in outputs:
-        ratios = outputs["log_ratio"].detach().double()
-        low, high = interval
-        outside = (ratios > math.log(high)) | (ratios < (math.log(low) if low > 0 else -math.inf))
-        counted = torch.where(mask, ratios, -torch.inf)
-        sums[0] = mask.sum()
-        sums[1] = (mask & (ratios > math.log(tail))).sum()
-        sums[2] = (mask & outside).sum()
-        sums[-3] = counted.flatten().logsumexp(0)
-        sums[-2] = (2 * counted).flatten().logsumexp(0)
-        sums[-1] = counted.max()
+        sums[:IMPORTANCE_SUMS] = torch.stack(importance_sums(outputs["log_ratio"], mask, interval, tail))
+    averaged: dict[str, tuple[Tensor, Tensor]] = {}
     if "entropy" in outputs:
-        sums[3] = masked_sum(outputs["entropy"].detach().double(), mask)
-        sums[4] = mask.sum()
+        averaged["entropy"] = outputs["entropy"], mask
     if "logp" in outputs and "rewards" in outputs:
-        logps, is_right = outputs["logp"].detach().double(), (outputs["rewards"] == 1)[:, None]
-        for place, chosen in ((5, mask & is_right), (7, mask & ~is_right)):
-            sums[place] = masked_sum(logps, chosen)
-            sums[place + 1] = chosen.sum()
+        is_correct = (outputs["rewards"] == 1)[:, None]
+        averaged["logp_correct"] = outputs["logp"], mask & is_correct
+        averaged["logp_incorrect"] = outputs["logp"], mask & ~is_correct
+    for name, (values, tokens) in averaged.items():
+        place = IMPORTANCE_SUMS + 2 * MEANS.index(name)
+        sums[place] = masked_sum(values.detach().double(), tokens)
+        sums[place + 1] = tokens.sum()
     return sums
 
 
-def nothing_summed() -> Tensor:
-    """The sums over no tokens."""
-    sums = torch.zeros(len(ADDED) + len(LOG_ADDED) + 1, dtype=torch.float64)
-    sums[len(ADDED) :] = -torch.inf
-    return sums
-
-
-def merged(sums: Tensor) -> Tensor:
-    """The sums `(S,)` of several parts `(N, S)`: micro-batches, ranks or steps."""
-    added, log_added, largest = sums.split((len(ADDED), len(LOG_ADDED), 1), dim=1)
-    return torch.cat([added.sum(0), log_added.logsumexp(0), largest.amax(0)])
+def merge_token_sums(parts: Tensor) -> Tensor:
+    """Sums `(S,)` over several parts `(N, S)`: micro-batches, ranks or optimiser steps."""
+    importance = merge_importance_sums(ImportanceSums(*parts[:, :IMPORTANCE_SUMS].unbind(1)))
+    return torch.cat([torch.stack(importance), parts[:, IMPORTANCE_SUMS:].sum(0)])
 
 
 def token_quantities(sums: Tensor) -> dict[str, float]:
-    """The quantities `collapse/…` that sums `(S,)` tell, without those that no token tells of."""
-    of = dict(zip((*ADDED, *LOG_ADDED, "max_log_ratio"), sums.tolist(), strict=True))
-    found = {}
-    if n := of["ratio_tokens"]:
-        found["ess"] = math.exp(2 * of["log_sum"] - of["log_sum_squares"] - math.log(n))
-        found["max_log_ratio"] = of["max_log_ratio"]
-        found["tail_share"] = of["tail"] / n
-        found["clipped_share"] = of["clipped"] / n
-    if n := of["entropy_tokens"]:
-        found["entropy"] = of["entropy"] / n
-    for kind in ("right", "wrong"):
-        if n := of[f"{kind}_tokens"]:
-            found[f"logp_{kind}"] = of[f"{kind}_logp"] / n
+    """Quantities `collapse/NAME` of the tokens behind sums `(S,)`; those that no token was measured for are absent."""
+    found: dict[str, float] = {}
+    importance = ImportanceSums(*sums[:IMPORTANCE_SUMS])
+    if importance.tokens > 0:
+        statistics = importance_statistics(importance)
+        found["ess"] = statistics.effective_sample_size.item()
+        found["max_log_ratio"] = statistics.max_log_ratio.item()
+        found["tail_share"] = statistics.tail_share.item()
+        found["clipped_share"] = statistics.clipped_share.item()
+    for name, (total, tokens) in zip(MEANS, sums[IMPORTANCE_SUMS:].reshape(-1, 2).tolist(), strict=True):
+        if tokens:
+            found[name] = total / tokens
     return {f"collapse/{name}": value for name, value in found.items()}
 
 
 def format_rows(rows: Sequence[Mapping[str, float]]) -> str:
-    """The table of what was measured: a line for each validation, the one of the highest pass@1 marked.
+    """Table with a line for each validation; the one of the highest pass@1 is marked.
 
-    The values of the tokens are over those that passed by since the line before.
+    Quantities of tokens are over the optimiser steps since the line before.
 
     Args:
         rows: At least one.
     """
     columns = {
         title: next(name for name in names if any(name in row for row in rows))
-        for title, names in COLUMNS.items()
+        for title, names in TABLE_COLUMNS.items()
         if any(name in row for row in rows for name in names)
     }
     highest = max((row for row in rows if "val/pass@1" in row), key=lambda row: row["val/pass@1"], default=None)
@@ -338,12 +328,14 @@ def format_rows(rows: Sequence[Mapping[str, float]]) -> str:
     return aligned(lines)
 
 
-def _check(name: str, limit: Limit) -> None:
+def _check_limit(name: str, limit: Limit) -> None:
     # Not when a limit is made: jsonargparse tries that among other types, and would keep the reason to itself.
-    if name not in (*(f"collapse/{own}" for own in OF_TOKENS), *(f"val/{own}" for own in OF_VALIDATION)):
+    known = [f"collapse/{quantity}" for quantity in TOKEN_QUANTITIES]
+    known += [f"val/{quantity}" for quantity in VALIDATION_QUANTITIES]
+    if name not in known:
         raise ValueError(
-            f"limits: {name!r} is not watched; of collapse/ there are {', '.join(OF_TOKENS)}, "
-            f"of val/ {', '.join(OF_VALIDATION)}"
+            f"limits: {name!r} is not monitored; of collapse/ there are {', '.join(TOKEN_QUANTITIES)}, "
+            f"of val/ {', '.join(VALIDATION_QUANTITIES)}"
         )
     bounds = [bound for bound in (limit.min, limit.max) if bound is not None]
     if not bounds or any(math.isnan(bound) for bound in bounds) or bounds != sorted(bounds):
@@ -354,13 +346,13 @@ def _check(name: str, limit: Limit) -> None:
         raise ValueError(f"limits: the patience of {name} is {limit.patience}: it must be at least 1")
 
 
-def _gathered(pl_module: LightningModule, vector: Tensor) -> Tensor:
-    """A vector `(S,)` of each rank: `(ranks, S)`."""
-    found = pl_module.all_gather(vector.to(pl_module.device))
-    assert isinstance(found, Tensor)
-    return found.reshape(-1, len(vector))
+def _gather(pl_module: LightningModule, vector: Tensor) -> Tensor:
+    """Vectors `(S,)` of all ranks as `(ranks, S)`."""
+    gathered = pl_module.all_gather(vector.to(pl_module.device))
+    assert isinstance(gathered, Tensor)
+    return gathered.reshape(-1, len(vector))
 
 
 @rank_zero_only
-def _say(text: str) -> None:
+def _print(text: str) -> None:
     print(text, flush=True)

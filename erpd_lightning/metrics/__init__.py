@@ -1,37 +1,34 @@
-"""Metrics of policies and their responses: torchmetrics classes, each with a function that shares its maths.
+"""Metrics of policies and their responses: pure functions, and torchmetrics classes that share their maths.
 
-Usable on their own: they need torch and torchmetrics, and nothing that is said of a run. The classes keep float64
-sums and divide in `compute` alone, so the result does not depend on how the data were split over batches and ranks.
-What nobody measured is NaN, never 0.
+They need torch and torchmetrics alone, in any Lightning module or without Lightning. What is kept over batches and
+ranks are float64 sums, divided once at the end, so the result does not depend on how the data were split. What nobody
+measured is NaN, never 0.
 """
 
-from .answers import DistinctShare, MajorityVote, PassAtK, distinct_responses, distinct_share, majority_vote, pass_at_k
-from .importance import EffectiveSampleSize, RatioTail, Tail, effective_sample_size, ratio_tail
+from .answers import PassAtK, distinct_responses, pass_at_k
+from .importance import (
+    ImportanceStatistics,
+    ImportanceSums,
+    check_ratio_bounds,
+    empty_importance_sums,
+    importance_statistics,
+    importance_sums,
+    merge_importance_sums,
+)
 from .sums import ClusteredRatio, Ratio, clustered_ratio
-from .tokens import MeanEntropy, MeanKL, MeanLength, TruncatedShare, mean_entropy, mean_kl, mean_length, truncated_share
 
 __all__ = [
     "ClusteredRatio",
-    "DistinctShare",
-    "EffectiveSampleSize",
-    "MajorityVote",
-    "MeanEntropy",
-    "MeanKL",
-    "MeanLength",
+    "ImportanceStatistics",
+    "ImportanceSums",
     "PassAtK",
     "Ratio",
-    "RatioTail",
-    "Tail",
-    "TruncatedShare",
+    "check_ratio_bounds",
     "clustered_ratio",
     "distinct_responses",
-    "distinct_share",
-    "effective_sample_size",
-    "majority_vote",
-    "mean_entropy",
-    "mean_kl",
-    "mean_length",
+    "empty_importance_sums",
+    "importance_statistics",
+    "importance_sums",
+    "merge_importance_sums",
     "pass_at_k",
-    "ratio_tail",
-    "truncated_share",
 ]

@@ -1,156 +1,184 @@
-"""Importance ratios `p / sampler` of tokens or of responses: how many samples they leave, and how far out they go."""
+"""Importance ratios `r = p / old` of tokens: effective sample size, tail, and share outside an interval.
+
+The statistics are computed from sums. What a micro-batch adds are `importance_sums`; those of micro-batches, ranks and
+optimiser steps are merged by `merge_importance_sums`; `importance_statistics` divides once. Sums of ratios are kept as
+their logs: the sums themselves leave the range of float64 where log-ratios are some hundreds of nats.
+"""
 
 import math
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-from .sums import Float64Metric
 
-
-class Tail(NamedTuple):
-    """The upper tail of log-ratios, float64 scalars.
+class ImportanceSums(NamedTuple):
+    """Sufficient statistics of importance ratios, float64: scalars, or `(N,)` for N parts.
 
     Attributes:
-        share: of all log-ratios, those above the threshold.
-        maximum: the greatest log-ratio, in nats.
+        tokens: Number of tokens.
+        above_tail: Number of tokens with a ratio above the tail threshold.
+        outside_interval: Number of tokens with a ratio outside the interval.
+        log_sum: `log sum r`.
+        log_sum_squares: `log sum r^2`.
+        max_log_ratio: The greatest log-ratio, in nats.
     """
 
-    share: Tensor
-    maximum: Tensor
-
-
-def effective_sample_size(log_ratios: Tensor, mask: Tensor | None = None) -> Tensor:
-    """`(sum w)^2 / (n sum w^2)` of importance ratios w: 1 where all are alike, 1/n where one outweighs the rest.
-
-    Kish's effective sample size as a share of the samples. It stays finite where a ratio itself would not.
-
-    Args:
-        log_ratios: (...) `log w` in nats, of tokens or of responses; minus infinity is a weight of 0.
-        mask: (...) bool, True on what counts; None for all of it.
-
-    Returns:
-        A float64 scalar; NaN if there is nothing, no weight at all, or an infinite one.
-
-    Raises:
-        ValueError: if shapes do not fit.
-    """
-    kept = _counted(log_ratios, mask)
-    return _effective_share(_log_of_sum(kept), _log_of_sum(2 * kept), kept.new_tensor(len(kept)))
-
-
-def _effective_share(log_sum: Tensor, log_sum_squares: Tensor, count: Tensor) -> Tensor:
-    return (2 * log_sum - log_sum_squares).exp() / count
-
-
-def _log_of_sum(logs: Tensor) -> Tensor:
-    """How logs of sums are added, over batches and over ranks: (k,) to a scalar."""
-    return logs.logsumexp(0)
-
-
-class EffectiveSampleSize(Float64Metric):
-    """`effective_sample_size` of all importance ratios seen."""
-
-    higher_is_better = True
+    tokens: Tensor
+    above_tail: Tensor
+    outside_interval: Tensor
     log_sum: Tensor
     log_sum_squares: Tensor
-    count: Tensor
-
-    def __init__(self, **kwargs: Any) -> None:
-        super().__init__(**kwargs)
-        # Logs of sums: the sums themselves leave the range of float64 where log-ratios are some hundreds of nats.
-        for name in ("log_sum", "log_sum_squares"):
-            self.add_state(name, torch.tensor(-torch.inf, dtype=torch.float64), dist_reduce_fx=_log_of_sum)
-        self.add_sums("count")
-
-    def update(self, log_ratios: Tensor, mask: Tensor | None = None) -> None:
-        """Adds log-ratios, as in `effective_sample_size`."""
-        kept = _counted(log_ratios, mask)
-        self.log_sum = _log_of_sum(torch.cat([self.log_sum[None], kept]))
-        self.log_sum_squares = _log_of_sum(torch.cat([self.log_sum_squares[None], 2 * kept]))
-        self.count = self.count + len(kept)
-
-    def compute(self) -> Tensor:
-        return _effective_share(self.log_sum, self.log_sum_squares, self.count)
+    max_log_ratio: Tensor
 
 
-def ratio_tail(log_ratios: Tensor, threshold: float, mask: Tensor | None = None) -> Tail:
-    """Share of log-ratios above a threshold, and the greatest one.
+class ImportanceStatistics(NamedTuple):
+    """Statistics of importance ratios, float64 scalars.
 
-    Unlike a quantile, both are exact however the data are split.
+    Attributes:
+        effective_sample_size: As a share of the tokens: 1 where all ratios are alike, 1/n where one outweighs the rest.
+        max_log_ratio: The greatest log-ratio, in nats.
+        tail_share: Share of the tokens with a ratio above the tail threshold.
+        clipped_share: Share of the tokens with a ratio outside the interval.
+    """
+
+    effective_sample_size: Tensor
+    max_log_ratio: Tensor
+    tail_share: Tensor
+    clipped_share: Tensor
+
+
+def check_ratio_bounds(interval: tuple[float, float], tail: float) -> None:
+    """Refuse bounds on ratios that are out of range.
+
+    Raises:
+        ValueError: Names the argument.
+
+    Example:
+        >>> check_ratio_bounds((1.28, 0.8), tail=10.0)
+        Traceback (most recent call last):
+            ...
+        ValueError: interval is (1.28, 0.8): it must be two ratios, the smaller one first
+    """
+    if not 0 <= interval[0] < interval[1]:
+        raise ValueError(f"interval is {interval}: it must be two ratios, the smaller one first")
+    if not 0 < tail < math.inf:
+        raise ValueError(f"tail is {tail}: it must be a positive, finite ratio")
+
+
+def empty_importance_sums() -> ImportanceSums:
+    """Sums over no tokens.
+
+    Example:
+        >>> empty_importance_sums().tokens.item(), empty_importance_sums().log_sum.item()
+        (0.0, -inf)
+    """
+    zero, log_zero = torch.tensor([0.0, -math.inf], dtype=torch.float64)
+    return ImportanceSums(zero, zero, zero, log_zero, log_zero, log_zero)
+
+
+def importance_sums(log_ratios: Tensor, mask: Tensor, interval: tuple[float, float], tail: float) -> ImportanceSums:
+    """Sums that the tokens of a micro-batch add.
 
     Args:
-        log_ratios: (...) in nats, of tokens or of responses.
-        threshold: in nats; what equals it is not above.
-        mask: (...) bool, True on what counts; None for all of it.
+        log_ratios: (B, T) `log r` of each token in nats; minus infinity is a ratio of 0.
+        mask: (B, T) bool, True on the tokens that count.
+        interval: Least and greatest ratio that is not clipped.
+        tail: Ratio above which a token is in the tail; one that equals it is not.
 
     Returns:
-        Both NaN if there is nothing, or a log-ratio is NaN.
+        Float64 scalars.
 
     Raises:
-        ValueError: if shapes do not fit, or the threshold is NaN.
+        ValueError: If the mask is not bool and of the shape of the log-ratios, these are not a matrix, or a bound is
+            out of range.
+
+    Example:
+        >>> log_ratios = torch.tensor([[1.0, 2.0, 12.0]]).log()
+        >>> sums = importance_sums(log_ratios, torch.tensor([[True, True, False]]), interval=(0.8, 1.28), tail=10.0)
+        >>> sums.tokens.item(), sums.outside_interval.item(), sums.above_tail.item()
+        (2.0, 1.0, 0.0)
     """
-    _check_threshold(threshold)
-    return _tail(*_tail_sums(log_ratios, threshold, mask))
+    check_ratio_bounds(interval, tail)
+    if log_ratios.ndim != 2 or mask.dtype != torch.bool or mask.shape != log_ratios.shape:
+        shapes = f"{tuple(mask.shape)} for log-ratios of {tuple(log_ratios.shape)}"
+        raise ValueError(f"the mask has to be bool and of their shape (B, T), got {mask.dtype} of {shapes}")
+    log_ratios = log_ratios.detach().double()
+    low, high = (math.log(bound) if bound > 0 else -math.inf for bound in interval)
+    # Selecting the tokens instead would make the host wait for the device.
+    counted = torch.where(mask, log_ratios, -math.inf).flatten()
+    least = counted.new_full((1,), -math.inf)
+    return ImportanceSums(
+        tokens=mask.sum().double(),
+        above_tail=(mask & (log_ratios > math.log(tail))).sum().double(),
+        outside_interval=(mask & ((log_ratios < low) | (log_ratios > high))).sum().double(),
+        log_sum=counted.logsumexp(0),
+        log_sum_squares=(2 * counted).logsumexp(0),
+        max_log_ratio=torch.cat([least, counted]).max(),
+    )
 
 
-def _check_threshold(threshold: float) -> None:
-    if math.isnan(threshold):
-        raise ValueError("the threshold is NaN; it has to be a log-ratio in nats")
-
-
-def _tail_sums(log_ratios: Tensor, threshold: float, mask: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
-    """How many are above, how many there are, and the greatest."""
-    kept = _counted(log_ratios, mask)
-    # NaN compares as not above, and would be lost.
-    above = torch.where(kept.isnan(), torch.nan, (kept > threshold).double())
-    least = kept.new_full((1,), -torch.inf)
-    return above.sum(), kept.new_tensor(len(kept)), torch.cat([least, kept]).max()
-
-
-def _tail(above: Tensor, count: Tensor, maximum: Tensor) -> Tail:
-    return Tail(above / count, torch.where(count == 0, torch.nan, maximum))
-
-
-class RatioTail(Float64Metric):
-    """`ratio_tail` of all importance ratios seen.
+def merge_importance_sums(parts: ImportanceSums) -> ImportanceSums:
+    """Sums over several parts: micro-batches, ranks or optimiser steps.
 
     Args:
-        threshold: in nats.
-        **kwargs: those of `torchmetrics.Metric`.
+        parts: `(N,)` fields, the sums of each part; N is at least 1.
+
+    Returns:
+        Float64 scalars.
 
     Raises:
-        ValueError: as `ratio_tail` does.
+        ValueError: If the fields are not vectors of one length.
+
+    Example:
+        >>> part = importance_sums(torch.zeros(1, 3), torch.ones(1, 3).bool(), interval=(0.8, 1.28), tail=10.0)
+        >>> twice = ImportanceSums(*(torch.stack([field, field]) for field in part))
+        >>> merge_importance_sums(twice).tokens.item()
+        6.0
     """
-
-    above: Tensor
-    count: Tensor
-    maximum: Tensor
-
-    def __init__(self, threshold: float, **kwargs: Any) -> None:
-        super().__init__(**kwargs)
-        _check_threshold(threshold)
-        self.threshold = threshold
-        self.add_sums("above", "count")
-        self.add_state("maximum", torch.tensor(-torch.inf, dtype=torch.float64), dist_reduce_fx="max")
-
-    def update(self, log_ratios: Tensor, mask: Tensor | None = None) -> None:
-        """Adds log-ratios, as in `ratio_tail`."""
-        above, count, maximum = _tail_sums(log_ratios, self.threshold, mask)
-        self.above, self.count = self.above + above, self.count + count
-        self.maximum = torch.maximum(self.maximum, maximum)
-
-    def compute(self) -> Tail:
-        return _tail(self.above, self.count, self.maximum)
+    shapes = {tuple(field.shape) for field in parts}
+    if len(shapes) != 1 or parts.tokens.ndim != 1 or not len(parts.tokens):
+        raise ValueError(f"the sums of parts have to be vectors of one length, got shapes {sorted(shapes)}")
+    return ImportanceSums(
+        tokens=parts.tokens.sum(0),
+        above_tail=parts.above_tail.sum(0),
+        outside_interval=parts.outside_interval.sum(0),
+        log_sum=parts.log_sum.logsumexp(0),
+        log_sum_squares=parts.log_sum_squares.logsumexp(0),
+        max_log_ratio=parts.max_log_ratio.amax(0),
+    )
 
 
-def _counted(log_ratios: Tensor, mask: Tensor | None) -> Tensor:
-    """(n,) float64, those that count."""
-    log_ratios = log_ratios.detach().double()
-    if mask is None:
-        return log_ratios.flatten()
-    if mask.dtype != torch.bool or mask.shape != log_ratios.shape:
-        shapes = f"{tuple(mask.shape)} for log-ratios of {tuple(log_ratios.shape)}"
-        raise ValueError(f"the mask has to be bool and of their shape, got {mask.dtype} of {shapes}")
-    return log_ratios[mask]
+def importance_statistics(sums: ImportanceSums) -> ImportanceStatistics:
+    """Statistics of the tokens behind some sums.
+
+    The effective sample size is `(sum r)^2 / (n sum r^2)` (Kong 1992). It stays finite where a ratio itself would not.
+    Unlike a quantile, maximum and shares are exact however the tokens were split.
+
+    Args:
+        sums: Scalar fields.
+
+    Returns:
+        NaN without any token or with a log-ratio that is NaN; the effective sample size is NaN also where all ratios
+        are 0 or one is infinite.
+
+    Raises:
+        ValueError: If the fields are not scalars.
+
+    Example:
+        >>> ratios = torch.tensor([[1.0, 2.0, 3.0, 0.0]], dtype=torch.float64)
+        >>> sums = importance_sums(ratios.log(), torch.ones(1, 4).bool(), interval=(0.8, 1.28), tail=2.5)
+        >>> statistics = importance_statistics(sums)
+        >>> round(statistics.effective_sample_size.item(), 4), statistics.tail_share.item()
+        (0.6429, 0.25)
+    """
+    if any(field.ndim for field in sums):
+        raise ValueError(f"the sums have to be scalars, got shapes {[tuple(field.shape) for field in sums]}")
+    # A log-ratio that is NaN is neither above a bound nor below one: it would not be counted. The maximum keeps it.
+    count = torch.where((sums.tokens == 0) | sums.max_log_ratio.isnan(), math.nan, sums.tokens)
+    return ImportanceStatistics(
+        effective_sample_size=(2 * sums.log_sum - sums.log_sum_squares - count.log()).exp(),
+        max_log_ratio=torch.where(count.isnan(), math.nan, sums.max_log_ratio),
+        tail_share=sums.above_tail / count,
+        clipped_share=sums.outside_interval / count,
+    )

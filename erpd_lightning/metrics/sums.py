@@ -1,4 +1,4 @@
-"""What the metrics keep: float64 sums, and ratios of sums whose standard errors count prompts, not samples."""
+"""Ratios of float64 sums whose standard errors count prompts, not samples."""
 
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
@@ -29,13 +29,26 @@ def clustered_ratio(numerator: Tensor, denominator: Tensor) -> Ratio:
     Returns:
         The ratio and its standard error. Both are NaN if y sums to zero, as without any cluster;
         the standard error of a single cluster is NaN.
+
+    Raises:
+        ValueError: If these are not two vectors of one length.
+
+    Example:
+        >>> kl_nats, tokens = torch.tensor([1.0, 3.0]), torch.tensor([2.0, 2.0])
+        >>> ratio = clustered_ratio(kl_nats, tokens)
+        >>> ratio.value.item(), ratio.stderr.item()
+        (1.0, 0.5)
     """
     check_same_vector(numerator, denominator)
     return _ratio(*_ratio_sums(numerator, denominator))
 
 
 def check_same_vector(first: Tensor, second: Tensor) -> None:
-    """Refuse what is not two vectors of one length."""
+    """Refuse what is not two vectors of one length.
+
+    Raises:
+        ValueError: Names the two shapes.
+    """
     if first.ndim != 1 or first.shape != second.shape:
         shapes = f"{tuple(first.shape)} and {tuple(second.shape)}"
         raise ValueError(f"expected two vectors with one entry per prompt, got shapes {shapes}")
@@ -55,13 +68,18 @@ def _ratio(n: Tensor, x: Tensor, y: Tensor, xx: Tensor, xy: Tensor, yy: Tensor) 
 
 
 class Float64Metric(Metric):
-    """A metric whose states stay float64 scalars, whatever becomes of the module that holds it."""
+    """Metric whose states stay float64 sums, whatever becomes of the module that holds it.
+
+    Args:
+        *names: Names of its states. Each starts at 0 and is reduced over ranks by adding.
+        **kwargs: Those of `torchmetrics.Metric`.
+    """
 
     is_differentiable = False
     full_state_update = False
 
-    def add_sums(self, *names: str) -> None:
-        """Add states that start at 0 and are reduced over ranks by adding."""
+    def __init__(self, *names: str, **kwargs: Any) -> None:
+        super().__init__(**kwargs)
         for name in names:
             self.add_state(name, torch.zeros((), dtype=torch.float64), dist_reduce_fx="sum")
 
@@ -71,27 +89,19 @@ class Float64Metric(Metric):
         return super()._apply(lambda state: state.to(fn(state).device), exclude_state)
 
 
-class PromptMean(Float64Metric):
-    """Mean of one number per prompt; NaN without any prompt."""
+class ClusteredRatio(Float64Metric):
+    """`clustered_ratio` of all clusters seen.
 
-    total: Tensor
-    prompts: Tensor
+    Args:
+        **kwargs: Those of `torchmetrics.Metric`.
 
-    def __init__(self, **kwargs: Any) -> None:
-        super().__init__(**kwargs)
-        self.add_sums("total", "prompts")
-
-    def add(self, values: Tensor) -> None:
-        """Adds prompts: the (P,) number of each."""
-        self.total = self.total + values.sum()
-        self.prompts = self.prompts + len(values)
-
-    def compute(self) -> Tensor:
-        return self.total / self.prompts
-
-
-class ClusterSums(Float64Metric):
-    """`clustered_ratio` of all clusters seen, of what a subclass makes of its data."""
+    Example:
+        >>> metric = ClusteredRatio()
+        >>> metric.update(torch.tensor([1.0]), torch.tensor([2.0]))
+        >>> metric.update(torch.tensor([3.0]), torch.tensor([2.0]))
+        >>> metric.compute().stderr.item()
+        0.5
+    """
 
     n: Tensor
     sum_x: Tensor
@@ -103,22 +113,13 @@ class ClusterSums(Float64Metric):
     _STATES = ("n", "sum_x", "sum_y", "sum_xx", "sum_xy", "sum_yy")
 
     def __init__(self, **kwargs: Any) -> None:
-        super().__init__(**kwargs)
-        self.add_sums(*self._STATES)
+        super().__init__(*self._STATES, **kwargs)
 
-    def add(self, numerator: Tensor, denominator: Tensor) -> None:
-        """Adds clusters: (P,) x and (P,) y of each."""
+    def update(self, numerator: Tensor, denominator: Tensor) -> None:
+        """Add clusters: (P,) x and (P,) y of each. A cluster comes in one call."""
         check_same_vector(numerator, denominator)
         for name, added in zip(self._STATES, _ratio_sums(numerator, denominator), strict=True):
             setattr(self, name, getattr(self, name) + added)
 
     def compute(self) -> Ratio:
         return _ratio(*(getattr(self, name) for name in self._STATES))
-
-
-class ClusteredRatio(ClusterSums):
-    """`clustered_ratio` of all clusters seen."""
-
-    def update(self, numerator: Tensor, denominator: Tensor) -> None:
-        """Adds clusters: (P,) x and (P,) y of each. A cluster comes in one call."""
-        self.add(numerator, denominator)

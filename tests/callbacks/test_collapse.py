@@ -14,7 +14,13 @@ from lightning.pytorch import Callback
 from lightning.pytorch.callbacks import ModelCheckpoint
 
 from erpd_lightning.callbacks import CollapseMonitor, Limit, ResumeCheckpoint
-from erpd_lightning.callbacks.collapse import format_rows, merged, nothing_summed, token_quantities, token_sums
+from erpd_lightning.callbacks.collapse import (
+    empty_token_sums,
+    format_rows,
+    merge_token_sums,
+    token_quantities,
+    token_sums,
+)
 from erpd_lightning.cli.main import main
 from erpd_lightning.modules.policy_module import TrainingDiverged
 from erpd_lightning.pipeline.records import round_summary
@@ -36,7 +42,7 @@ def expected(
             for column in batch["mask"][row].nonzero()[:, 0].tolist():
                 values = [float(batch[name][row, column]) for name in ("log_ratio", "entropy", "logp")]
                 tokens.append((values[0], values[1], values[2], reward == 1))
-    log_ratio, entropy, logp, right = (np.array(column) for column in zip(*tokens, strict=True))
+    log_ratio, entropy, logp, correct = (np.array(column) for column in zip(*tokens, strict=True))
     ratio = np.exp(log_ratio)
     return {
         "collapse/ess": ratio.sum() ** 2 / (ratio**2).sum() / len(ratio),
@@ -44,12 +50,12 @@ def expected(
         "collapse/tail_share": np.mean(ratio > tail),
         "collapse/clipped_share": 1 - np.mean((ratio >= interval[0]) & (ratio <= interval[1])),
         "collapse/entropy": entropy.mean(),
-        "collapse/logp_right": logp[right.astype(bool)].mean(),
-        "collapse/logp_wrong": logp[~right.astype(bool)].mean(),
+        "collapse/logp_correct": logp[correct.astype(bool)].mean(),
+        "collapse/logp_incorrect": logp[~correct.astype(bool)].mean(),
     }
 
 
-def of(batch: Any) -> dict[str, float]:
+def quantities(batch: Any) -> dict[str, float]:
     return token_quantities(token_sums(batch, INTERVAL, TAIL))
 
 
@@ -58,7 +64,7 @@ def ratios(log_ratio: Sequence[float]) -> Batch:
     return {"mask": torch.ones_like(values, dtype=torch.bool), "log_ratio": values}
 
 
-OF_VALIDATION = ("pass@1", "kl_per_token", "entropy_per_token", "mean_length", "truncated", "distinct")
+VALIDATION_QUANTITIES = ("pass@1", "kl_per_token", "entropy_per_token", "mean_length", "truncated", "distinct")
 
 # What is computed of tokens.
 
@@ -71,15 +77,15 @@ def test_values_by_hand() -> None:
         "logp": torch.tensor([[-1.0, -2.0, -3.0], [-7.0, torch.nan, 0.0]]),
         "rewards": torch.tensor([1.0, 0.0]),
     }
-    assert of(batch) == pytest.approx(
+    assert quantities(batch) == pytest.approx(
         {
             "collapse/ess": 15.5**2 / (4 * (1 + 4 + 0.25 + 144)),
             "collapse/max_log_ratio": math.log(12),
             "collapse/tail_share": 1 / 4,
             "collapse/clipped_share": 3 / 4,
             "collapse/entropy": 3.0,
-            "collapse/logp_right": -2.0,
-            "collapse/logp_wrong": -7.0,
+            "collapse/logp_correct": -2.0,
+            "collapse/logp_incorrect": -7.0,
         }
     )
 
@@ -92,12 +98,12 @@ def test_values_of_many_tokens(interval: tuple[float, float], tail: float) -> No
 
 
 @pytest.mark.parametrize("parts", [1, 2, 3, 7])
-def test_parts_of_a_step_say_what_the_step_says(parts: int) -> None:
+def test_merged_parts_of_a_step_equal_the_step(parts: int) -> None:
     batches = [micro_batch(n, [n + 1, 2 * n + 1]) for n in range(parts)]
     sums = torch.stack([token_sums(batch, INTERVAL, TAIL) for batch in batches])
-    assert token_quantities(merged(sums)) == pytest.approx(expected(batches), rel=1e-12)
-    halves = [merged(half) for half in (sums[: parts // 2], sums[parts // 2 :]) if len(half)]
-    torch.testing.assert_close(merged(torch.stack(halves)), merged(sums), rtol=1e-12, atol=0)
+    assert token_quantities(merge_token_sums(sums)) == pytest.approx(expected(batches), rel=1e-12)
+    halves = [merge_token_sums(half) for half in (sums[: parts // 2], sums[parts // 2 :]) if len(half)]
+    torch.testing.assert_close(merge_token_sums(torch.stack(halves)), merge_token_sums(sums), rtol=1e-12, atol=0)
 
 
 @pytest.mark.parametrize(
@@ -112,19 +118,19 @@ def test_parts_of_a_step_say_what_the_step_says(parts: int) -> None:
     ],
 )
 def test_the_effective_sample_size_of_extreme_ratios(log_ratio: list[float], ess: float) -> None:
-    assert of(ratios(log_ratio))["collapse/ess"] == pytest.approx(ess, rel=1e-9)
-    pieces = [token_sums(ratios([value]), INTERVAL, TAIL) for value in log_ratio]
-    assert token_quantities(merged(torch.stack(pieces)))["collapse/ess"] == pytest.approx(ess, rel=1e-9)
+    assert quantities(ratios(log_ratio))["collapse/ess"] == pytest.approx(ess, rel=1e-9)
+    parts = [token_sums(ratios([value]), INTERVAL, TAIL) for value in log_ratio]
+    assert token_quantities(merge_token_sums(torch.stack(parts)))["collapse/ess"] == pytest.approx(ess, rel=1e-9)
 
 
-def test_what_no_token_tells_of_is_not_measured() -> None:
-    assert token_quantities(nothing_summed()) == {}
-    assert of({"mask": torch.zeros(2, 3, dtype=torch.bool), "log_ratio": torch.full((2, 3), torch.nan)}) == {}
+def test_quantities_without_tokens_are_absent() -> None:
+    assert token_quantities(empty_token_sums()) == {}
+    assert quantities({"mask": torch.zeros(2, 3, dtype=torch.bool), "log_ratio": torch.full((2, 3), torch.nan)}) == {}
     for nothing in (None, {}, {"loss": torch.zeros(())}):
-        assert of(nothing) == {}
-    all_right = {**micro_batch(0, [3]), "rewards": torch.ones(1)}
-    assert "collapse/logp_right" in of(all_right)
-    assert "collapse/logp_wrong" not in of(all_right)
+        assert quantities(nothing) == {}
+    all_correct = {**micro_batch(0, [3]), "rewards": torch.ones(1)}
+    assert "collapse/logp_correct" in quantities(all_correct)
+    assert "collapse/logp_incorrect" not in quantities(all_correct)
 
 
 # What is logged.
@@ -148,8 +154,8 @@ def test_every_so_many_steps_those_steps_alone_are_logged() -> None:
     assert logged[0][1] == pytest.approx(expected(batches[4:6]), rel=1e-6)
     assert logged[1][1] == pytest.approx(expected(batches[10:12]), rel=1e-6)
     (row,) = monitor.rows
-    watched = expected([*batches[4:6], *batches[10:12]])
-    assert {name: value for name, value in row.items() if name in watched} == pytest.approx(watched, rel=1e-6)
+    monitored = expected([*batches[4:6], *batches[10:12]])
+    assert {name: value for name, value in row.items() if name in monitored} == pytest.approx(monitored, rel=1e-6)
 
 
 def test_its_cost_is_logged() -> None:
@@ -187,13 +193,13 @@ def test_a_policy_module_hands_out_what_it_logs_and_no_graph(folder: Path) -> No
         assert not any(value.requires_grad for value in handed.values())
         assert float(handed["loss"]) == pytest.approx(loss)
     trained = [logged for _, logged in notes.logged if "train/entropy" in logged]
-    watched = [logged for _, logged in notes.steps()]
-    assert len(trained) == len(watched) == 3
-    for own, module in zip(watched, trained, strict=True):
+    monitored = [logged for _, logged in notes.steps()]
+    assert len(trained) == len(monitored) == 3
+    for own, module in zip(monitored, trained, strict=True):
         assert own["collapse/entropy"] == pytest.approx(module["train/entropy"], rel=1e-5)
     (row,) = monitor.rows
-    (epoch,) = [logged for _, logged in notes.logged if "train/logp_right" in logged]
-    for kind in ("right", "wrong"):
+    (epoch,) = [logged for _, logged in notes.logged if "train/logp_correct" in logged]
+    for kind in ("correct", "incorrect"):
         assert row[f"collapse/logp_{kind}"] == pytest.approx(epoch[f"train/logp_{kind}"], rel=1e-5)
     assert row["val/pass@1"] in (0.0, 0.5, 1.0)
 
@@ -214,12 +220,12 @@ def largest(values: Sequence[float]) -> list[Batch]:
 
 def test_a_crossing_is_warned_of_once() -> None:
     monitor = CollapseMonitor({"collapse/max_log_ratio": Limit(max=2.0)})
-    said = warned(largest([1, 2, 3, 4, 1, 5, 2]), monitor)
+    messages = warned(largest([1, 2, 3, 4, 1, 5, 2]), monitor)
     reasons = [
         "optimiser step 3: collapse/max_log_ratio is 3, above 2",
         "optimiser step 6: collapse/max_log_ratio is 5, above 2",
     ]
-    assert said == monitor.reasons == reasons
+    assert messages == monitor.reasons == reasons
 
 
 def test_patience() -> None:
@@ -235,7 +241,7 @@ def test_a_stop() -> None:
     assert monitor.reasons == ["optimiser step 2: collapse/max_log_ratio is 3, above 2; training stops"]
 
 
-@pytest.mark.parametrize("name", OF_VALIDATION)
+@pytest.mark.parametrize("name", VALIDATION_QUANTITIES)
 def test_limits_of_what_validation_says(name: str) -> None:
     monitor = CollapseMonitor({f"val/{name}": Limit(min=0.25, action="stop")})
     validated = [{f"val/{name}": value} for value in (0.5, 0.25, 0.125, 0.5)]
@@ -255,8 +261,11 @@ def test_what_is_not_a_number_stops_with_the_step(value: float) -> None:
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
-        ({"limits": {"collapse/essence": Limit(max=1.0)}}, "'collapse/essence' is not watched; .* ess, max_log_ratio"),
-        ({"limits": {"train/entropy": Limit(max=1.0)}}, "'train/entropy' is not watched"),
+        (
+            {"limits": {"collapse/essence": Limit(max=1.0)}},
+            "'collapse/essence' is not monitored; .* ess, max_log_ratio",
+        ),
+        ({"limits": {"train/entropy": Limit(max=1.0)}}, "'train/entropy' is not monitored"),
         ({"limits": {"collapse/ess": Limit()}}, "collapse/ess has min None and max None"),
         ({"limits": {"collapse/ess": Limit(min=2.0, max=1.0)}}, "collapse/ess has min 2.0 and max 1.0"),
         ({"limits": {"collapse/ess": Limit(min=math.nan)}}, "collapse/ess has min nan"),
@@ -289,7 +298,7 @@ def test_a_run_that_goes_on_ends_like_one_that_was_not_killed(tmp_path: Path) ->
     assert len(whole.reasons) == 2
     assert second.reasons == whole.reasons
     assert second.rows == whole.rows
-    assert second.state_dict()["outside"] == whole.state_dict()["outside"]
+    assert second.state_dict()["measurements_outside"] == whole.state_dict()["measurements_outside"]
 
 
 def test_a_run_that_goes_on_within_an_epoch_counts_what_it_saw_before(folder: Path, tmp_path: Path) -> None:
@@ -425,7 +434,7 @@ def test_what_was_crossed_goes_to_the_summary(tmp_path: Path, monkeypatch: pytes
     (tmp_path / "watch.yaml").write_text(CALLBACKS)
     with parsers_built_once():
         summary = run_chain(monkeypatch, tmp_path / "run", tmp_path / "watch.yaml")
-        unwatched = run_chain(monkeypatch, tmp_path / "unwatched")
+        unmonitored = run_chain(monkeypatch, tmp_path / "unmonitored")
     folder = tmp_path / "run" / "round-1"
     stages = [warning.partition(":")[0] for warning in summary["warnings"]]
     assert stages == ["extreme_region", "unlearned", "distill"]
@@ -436,8 +445,8 @@ def test_what_was_crossed_goes_to_the_summary(tmp_path: Path, monkeypatch: pytes
     assert round_summary(folder, 1, summary["policies"]) == {
         key: value for key, value in summary.items() if key != "rollouts_total"
     }
-    assert unwatched["warnings"] == []
-    assert unwatched["policies"] == summary["policies"]  # To the last bit: watching changes nothing.
+    assert unmonitored["warnings"] == []
+    assert unmonitored["policies"] == summary["policies"]  # To the last bit: the monitor changes nothing.
     del record["outcome"]["warnings"]
     (folder / "extreme_region" / "stage.json").write_text(json.dumps(record))
     assert len(round_summary(folder, 1, summary["policies"])["warnings"]) == 2  # of a run made before there were any
@@ -456,5 +465,5 @@ def test_a_limit_that_is_refused_is_one_line(
         main()
     (line,) = capsys.readouterr().err.strip().splitlines()
     assert ended.value.code == 2
-    assert line.startswith("error: trainer.callbacks: limits: 'collapse/essence' is not watched")
+    assert line.startswith("error: trainer.callbacks: limits: 'collapse/essence' is not monitored")
     assert len(line) < 330

@@ -5,11 +5,12 @@ Run as a program (`python test_metrics.py RANK RENDEZVOUS`) this is one of the t
 
 import json
 import math
+import os
 import pickle
 import subprocess
 import sys
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -23,29 +24,19 @@ from torchmetrics import Metric
 
 from erpd_lightning.metrics import (
     ClusteredRatio,
-    DistinctShare,
-    EffectiveSampleSize,
-    MajorityVote,
-    MeanEntropy,
-    MeanKL,
-    MeanLength,
+    ImportanceStatistics,
+    ImportanceSums,
     PassAtK,
-    Ratio,
-    RatioTail,
-    TruncatedShare,
     clustered_ratio,
     distinct_responses,
-    distinct_share,
-    effective_sample_size,
-    majority_vote,
-    mean_entropy,
-    mean_kl,
-    mean_length,
+    empty_importance_sums,
+    importance_statistics,
+    importance_sums,
+    merge_importance_sums,
     pass_at_k,
-    ratio_tail,
-    truncated_share,
 )
 from support import reference
+from support.runs import ROOT
 
 Floats = NDArray[np.float64]
 
@@ -173,55 +164,6 @@ def test_ratio_refuses_other_shapes() -> None:
         ClusteredRatio().update(torch.ones(2), torch.ones(3))
 
 
-# the majority's vote
-
-
-@pytest.mark.parametrize(
-    ("answers", "right", "expected"),
-    [
-        ([7, 3, 7, 2], 7, 1.0),
-        ([7, 3, 7, 2], 3, 0.0),
-        ([7, 3, 7, 2], 9, 0.0),
-        ([7, 3, 3, 7], 3, 1 / 2),
-        ([1, 2, 0, 5], 0, 1 / 4),
-        ([-1, -1, -1, 4], 4, 1.0),
-        ([-1, -1, 4, 5], 4, 1 / 2),
-        ([-1, -1, -1, -1], 0, 0.0),
-    ],
-)
-def test_majority_by_hand(answers: list[int], right: int, expected: float) -> None:
-    vote = majority_vote(torch.tensor([answers]), torch.tensor([right]))
-    assert vote.dtype == torch.float64
-    assert vote.tolist() == [expected]
-
-
-def test_majority_matches_the_reference() -> None:
-    rng = np.random.default_rng(0)
-    answers, right = rng.integers(-1, 4, (200, 6)), rng.integers(0, 4, 200)
-    expected = [reference.majority(row, answer) for row, answer in zip(answers, right, strict=True)]
-    assert len(set(expected)) > 3
-    assert majority_vote(torch.from_numpy(answers), torch.from_numpy(right)).tolist() == expected
-
-
-def test_majority_without_responses() -> None:
-    assert majority_vote(torch.zeros(0, 4).long(), torch.zeros(0).long()).tolist() == []
-    assert majority_vote(torch.zeros(2, 0).long(), torch.zeros(2).long()).tolist() == [0.0, 0.0]
-
-
-@pytest.mark.parametrize(
-    ("answers", "right", "message"),
-    [
-        ([[1, 2]], [-1], "the right one is 0 or more"),
-        ([[1, -2]], [1], "number from 0"),
-        ([[1, 2]], [1, 2], r"got \(1, 2\) and \(2,\)"),
-        ([1, 2], [1, 2], r"answers of shape \(P, n\)"),
-    ],
-)
-def test_majority_refuses(answers: Any, right: list[int], message: str) -> None:
-    with pytest.raises(ValueError, match=message):
-        majority_vote(torch.tensor(answers), torch.tensor(right))
-
-
 # distinct responses
 
 
@@ -229,116 +171,44 @@ def test_distinct_responses_by_hand() -> None:
     responses = ["1", "2", "1", "1", "1", "2"]
     prompts = torch.tensor([7, 7, 7, 3, 3, 9])
     assert distinct_responses(responses, prompts).tolist() == [1.0, 2.0, 1.0]  # prompts 3, 7 and 9
-    assert distinct_share(responses, prompts).value.item() == 4 / 6
     as_tokens = [tuple(response) for response in responses]
     assert distinct_responses(as_tokens, prompts).tolist() == [1.0, 2.0, 1.0]
     assert distinct_responses([], torch.zeros(0).long()).tolist() == []
     with pytest.raises(ValueError, match=r"6 responses have 6 prompts, got shape \(5,\)"):
-        distinct_share(responses, prompts[:5])
-
-
-# tokens
-
-
-def test_kl_by_hand() -> None:
-    p, q = torch.tensor([0.5, 0.25, 0.5]).log(), torch.tensor([0.25, 0.5, 0.25]).log()
-    # Two responses to one prompt, of two tokens and of one: log-ratios log 2, -log 2 and log 2.
-    logp, logq = p.view(1, 3).repeat(2, 1), q.view(1, 3).repeat(2, 1)
-    mask = torch.tensor([[True, True, False], [False, False, True]])
-    prompts = torch.tensor([4, 4])
-    log2 = math.log(2)
-    for estimator, total in (("k1", log2), ("k2", 1.5 * log2**2), ("k3", -0.5 + 1 - 0.5 + log2)):
-        for per, count in (("token", 3), ("response", 2)):
-            found = mean_kl(logp, logq, mask, prompts, estimator=estimator, per=per)  # type: ignore[arg-type]
-            assert found.value.item() == pytest.approx(total / count, rel=1e-6), (estimator, per)
-            assert found.stderr.isnan()
-    sampler = (logp.exp() / torch.tensor([0.5, 2.0, 4.0])).log()  # weights 0.5, 2 and 4
-    found = mean_kl(logp, logq, mask, prompts, estimator="k1", log_sampler=sampler)
-    assert found.value.item() == pytest.approx((0.5 - 2 + 4) * log2 / 3, rel=1e-6)
-    found = mean_kl(logp, logq, mask, prompts, estimator="k1", log_sampler=sampler, truncate=3)
-    assert found.value.item() == pytest.approx((0.5 - 2 + 3) * log2 / 3, rel=1e-6)
-
-
-def test_kl_of_whole_responses_is_corrected_as_a_whole() -> None:
-    """Over all responses of two tokens, each as often as the sampler draws it."""
-    generator = torch.Generator().manual_seed(0)
-    p, q, s = (torch.randn(9, dtype=torch.float64, generator=generator).log_softmax(0) for _ in range(3))
-    kl = (p.exp() * (p - q)).sum()
-    counts = (s.exp() * 1e4).round().long()
-    rows = torch.arange(9).repeat_interleave(counts)
-    logp, logq, sampler = (each[rows, None] for each in (p, q, s))
-    found = mean_kl(logp, logq, torch.ones_like(logp).bool(), estimator="k1", log_sampler=sampler)
-    assert found.value.item() == pytest.approx(kl.item(), rel=1e-3)
-    assert found.value.item() != pytest.approx((logp - logq).mean().item(), rel=0.1)
-
-
-def test_kl_of_extreme_log_probs_is_finite() -> None:
-    mask = torch.ones(2, 2).bool()
-    far = torch.tensor([[-1e4, -torch.inf], [0.0, -50.0]])
-    for estimator in ("k1", "k2", "k3"):
-        for p, q in ((far, -torch.ones(2, 2)), (-torch.ones(2, 2), far)):
-            found = mean_kl(p, q, mask, estimator=estimator)
-            assert all(each.isfinite() for each in found)
-
-
-def kl_of_shapes(*shapes: tuple[int, ...], **settings: Any) -> Callable[[], Ratio]:
-    logp, logq, mask = (torch.zeros(shape) for shape in shapes)
-    return lambda: mean_kl(logp, logq, mask.bool(), **settings)
-
-
-@pytest.mark.parametrize(
-    ("call", "message"),
-    [
-        (lambda: MeanKL("k4"), "'k4'; it has to be exact, k1, k2 or k3"),  # type: ignore[arg-type]
-        (lambda: MeanKL("k1", per="prompt"), "per 'prompt'"),  # type: ignore[arg-type]
-        (lambda: MeanKL("k1", truncate=0.0), "truncate is 0.0"),
-        (lambda: MeanKL("exact", truncate=2.0), "exact, which has no weight"),
-        (kl_of_shapes((2, 3, 4), (2, 3, 4), (2, 3), estimator="exact", log_sampler=torch.zeros(2, 3)), "no weight"),
-        (kl_of_shapes((2, 3), (2, 3), (2, 3), estimator="exact"), r"shape \(2, 3\), where the mask asks for \(2, 3, 3"),
-        (kl_of_shapes((2, 3, 4), (2, 3, 4), (2, 3), estimator="k1"), r"\(2, 3, 4\), where the mask asks for \(2, 3\)"),
-        (kl_of_shapes((2, 3), (2, 1), (2, 3), estimator="k1"), "other policy have shape"),
-        (kl_of_shapes((2, 3), (2, 3), (2, 3), estimator="k1", log_sampler=torch.zeros(2, 1)), "of the sampler have"),
-        (kl_of_shapes((2, 3), (2, 3), (2, 3), estimator="k1", prompts=torch.zeros(3)), r"prompts have shape \(3,\)"),
-        (lambda: mean_entropy(torch.zeros(2, 1), torch.ones(2, 3).bool()), r"entropies have shape \(2, 1\)"),
-        (lambda: mean_length(torch.ones(2, 3).long()), "the mask has to be bool"),
-        (lambda: mean_length(torch.ones(3).bool()), r"of shape \(B, T\)"),
-        (lambda: truncated_share(torch.zeros(2, 3), torch.ones(2, 3).bool()), r"truncated have shape \(2, 3\)"),
-    ],
-)
-def test_token_metrics_refuse(call: Callable[[], object], message: str) -> None:
-    with pytest.raises(ValueError, match=message):
-        call()
-
-
-def test_half_precision_is_summed_in_more() -> None:
-    generator = torch.Generator().manual_seed(0)
-    logits = torch.randn(2, 3, 5000, generator=generator).bfloat16()
-    mask = torch.ones(2, 3).bool()
-    expected = float(np.mean(reference.entropy(reference.log_softmax(logits))))
-    assert mean_entropy(logits, mask).value.item() == pytest.approx(expected, rel=1e-6)
-    logp, logq = logits, logits.roll(1, -1)
-    kl = float(np.mean(reference.kl(logp, logq)))
-    assert mean_kl(logp, logq, mask, estimator="exact").value.item() == pytest.approx(kl, rel=1e-5)
-    one = torch.tensor([[-1.0]]).bfloat16()
-    # The log-ratio is a bfloat16, its exponential is none.
-    found = mean_kl(one, one / 128, mask[:1, :1], estimator="k3").value.item()
-    assert found == pytest.approx(math.exp(127 / 128) - 1 - 127 / 128, rel=1e-12)
-
-
-def test_responses_have_prompts_of_their_own_unless_told() -> None:
-    data = make_data()
-    own = torch.arange(len(data.mask))
-    assert flat(mean_length(data.mask)) == flat(mean_length(data.mask, own))
-    assert flat(mean_length(data.mask)) != flat(mean_length(data.mask, data.prompts))
+        distinct_responses(responses, prompts[:5])
 
 
 # importance ratios
 
+INTERVAL, TAIL = (0.5, 2.0), math.e
+
+
+def row(values: Any) -> Tensor:
+    """(1, T) float64."""
+    return torch.as_tensor(values, dtype=torch.float64).reshape(1, -1)
+
+
+def sums_of(log_ratios: Tensor, mask: Tensor | None = None, tail: float = TAIL) -> ImportanceSums:
+    mask = torch.ones_like(log_ratios, dtype=torch.bool) if mask is None else mask
+    return importance_sums(log_ratios, mask, INTERVAL, tail)
+
+
+def statistics_of(log_ratios: Tensor, mask: Tensor | None = None, tail: float = TAIL) -> ImportanceStatistics:
+    return importance_statistics(sums_of(log_ratios, mask, tail))
+
+
+def effective_sample_size(log_ratios: Tensor, mask: Tensor | None = None) -> Tensor:
+    return statistics_of(log_ratios, mask).effective_sample_size
+
+
+def stacked(parts: Sequence[ImportanceSums]) -> ImportanceSums:
+    return ImportanceSums(*(torch.stack(field) for field in zip(*parts, strict=True)))
+
 
 def test_effective_sample_size_by_hand() -> None:
-    weights = torch.tensor([1.0, 2.0, 3.0, 0.0], dtype=torch.float64)
+    weights = row([1.0, 2.0, 3.0, 0.0])
     assert effective_sample_size(weights.log()).item() == pytest.approx(36 / (4 * 14), rel=1e-14)
-    mask = torch.tensor([True, False, True, False])
+    mask = torch.tensor([[True, False, True, False]])
     assert effective_sample_size(weights.log(), mask).item() == pytest.approx(16 / (2 * 10), rel=1e-14)
 
 
@@ -347,34 +217,79 @@ def test_effective_sample_size_has_no_scale(size: float) -> None:
     log_ratios = torch.randn(50, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
     expected = reference.effective_share(log_ratios)
     assert 0.1 < expected < 0.9
-    assert effective_sample_size(log_ratios + size).item() == pytest.approx(expected, rel=1e-10)
-    assert effective_sample_size(torch.full((50,), size)).item() == pytest.approx(1.0)
-    assert effective_sample_size(torch.tensor([size, size - 400, size - 400, size - 50])).item() == pytest.approx(0.25)
+    assert effective_sample_size(row(log_ratios + size)).item() == pytest.approx(expected, rel=1e-10)
+    assert effective_sample_size(torch.full((1, 50), size)).item() == pytest.approx(1.0)
+    assert effective_sample_size(row([size, size - 400, size - 400, size - 50])).item() == pytest.approx(0.25)
 
 
 def test_effective_sample_size_that_is_unknown() -> None:
     inf = torch.inf
     for log_ratios in ([], [-inf, -inf], [inf, 0.0], [torch.nan, 0.0]):
-        assert effective_sample_size(torch.tensor(log_ratios)).isnan(), log_ratios
+        assert effective_sample_size(row(log_ratios)).isnan(), log_ratios
 
 
 def test_ratio_tail_by_hand() -> None:
+    def tail(log_ratios: Tensor, threshold: float, mask: Tensor | None = None) -> list[float]:
+        """Share above a threshold in nats, and the greatest log-ratio."""
+        found = statistics_of(log_ratios, mask, math.exp(threshold))
+        return [found.tail_share.item(), found.max_log_ratio.item()]
+
     log_ratios = torch.tensor([[0.0, 2.0, 1.0], [-200.0, 200.0, 1.5]], dtype=torch.float64)
-    assert flat(ratio_tail(log_ratios, 1.0)) == [3 / 6, 200.0]
+    assert tail(log_ratios, 1.0) == [3 / 6, 200.0]
     mask = torch.tensor([[True, True, True], [True, False, False]])
-    assert flat(ratio_tail(log_ratios, 1.0, mask)) == [1 / 4, 2.0]
-    assert flat(ratio_tail(log_ratios, 200.0)) == [0.0, 200.0]
-    assert flat(ratio_tail(torch.tensor([-5.0, -3.0]), 0.0)) == [0.0, -3.0]
+    assert tail(log_ratios, 1.0, mask) == [1 / 4, 2.0]
+    assert tail(log_ratios, 200.0) == [0.0, 200.0]
+    assert tail(row([-5.0, -3.0]), 0.0) == [0.0, -3.0]
 
 
-def test_ratio_tail_that_is_unknown() -> None:
+def test_clipped_share_by_hand() -> None:
+    log_ratios = row([0.25, 0.5, 1.0, 2.0, 4.0]).log()
+    assert statistics_of(log_ratios).clipped_share.item() == 2 / 5
+    assert statistics_of(log_ratios, torch.tensor([[True, True, True, False, False]])).clipped_share.item() == 1 / 3
+
+
+def test_ratios_without_a_lower_bound_are_not_clipped_below() -> None:
+    sums = importance_sums(row([-torch.inf, -800.0, 1.0]), torch.ones(1, 3).bool(), (0.0, 2.0), TAIL)
+    assert importance_statistics(sums).clipped_share.item() == 1 / 3
+
+
+def test_statistics_that_are_unknown() -> None:
     for log_ratios in ([], [torch.nan, 5.0]):
-        assert all(math.isnan(each) for each in flat(ratio_tail(torch.tensor(log_ratios), 1.0)))
-    with pytest.raises(ValueError, match="the threshold is NaN"):
-        RatioTail(math.nan)
-    for mask in (torch.ones(2).long(), torch.ones(3).bool()):
+        assert all(math.isnan(each) for each in flat(statistics_of(row(log_ratios))))
+    assert all(math.isnan(each) for each in flat(importance_statistics(empty_importance_sums())))
+
+
+@pytest.mark.parametrize("split", [[6], [1] * 6, [2, 0, 4]])
+def test_merged_sums_equal_the_sums_of_the_whole(split: list[int]) -> None:
+    data = make_data()
+    log_ratios, mask = data.log_ratios[:6], data.mask[:6]
+    parts = [sums_of(*part) for part in zip(log_ratios.split(split), mask.split(split), strict=True)]
+    merged = merge_importance_sums(stacked([empty_importance_sums(), *parts]))
+    assert flat(merged) == close(flat(sums_of(log_ratios, mask)))
+    again = merge_importance_sums(stacked([merged, merged]))
+    assert flat(importance_statistics(again)) == close(flat(importance_statistics(merged)))
+    assert again.tokens.item() == 2 * merged.tokens.item()
+
+
+def test_importance_functions_refuse() -> None:
+    for mask in (torch.ones(1, 2).long(), torch.ones(1, 3).bool()):
         with pytest.raises(ValueError, match="the mask has to be bool and of their shape"):
-            ratio_tail(torch.zeros(2), 1.0, mask)
+            sums_of(torch.zeros(1, 2), mask)
+    with pytest.raises(ValueError, match=r"log-ratios of \(2,\)"):
+        sums_of(torch.zeros(2))
+    for interval, tail in (((1.0, 0.5), 2.0), ((-1.0, 0.5), 2.0), ((math.nan, 1.0), 2.0)):
+        with pytest.raises(ValueError, match="interval is"):
+            importance_sums(torch.zeros(1, 2), torch.ones(1, 2).bool(), interval, tail)
+    for tail in (0.0, math.inf, math.nan):
+        with pytest.raises(ValueError, match="tail is"):
+            sums_of(torch.zeros(1, 2), tail=tail)
+    sums = sums_of(torch.zeros(1, 2))
+    with pytest.raises(ValueError, match="vectors of one length"):
+        merge_importance_sums(sums)
+    with pytest.raises(ValueError, match="vectors of one length"):
+        merge_importance_sums(ImportanceSums(*(field[None][:0] for field in sums)))
+    with pytest.raises(ValueError, match="have to be scalars"):
+        importance_statistics(stacked([sums, sums]))
 
 
 # classes
@@ -382,43 +297,21 @@ def test_ratio_tail_that_is_unknown() -> None:
 
 @dataclass(frozen=True)
 class Data:
-    """Twelve prompts of one to four responses each; first what there is of each prompt, then of each response.
-
-    Tensors of responses are padded with NaN, and two rows are filler: no token, prompt -1.
-    """
+    """Twelve prompts, and one to four responses to each; two rows without tokens, of prompt -1, are dummies."""
 
     correct: Tensor
     samples: Tensor
     x: Tensor
     y: Tensor
-    answers: Tensor
-    right: Tensor
     prompts: Tensor
     mask: Tensor
-    logp: Tensor
-    logq: Tensor
-    sampler: Tensor
-    full_p: Tensor
-    full_q: Tensor
-    entropies: Tensor
     log_ratios: Tensor
-    truncated: Tensor
-    texts: NDArray[np.str_]
 
-    def of(self, first: int, last: int, filler: bool = True) -> "Data":
-        """What there is of some of the prompts, with or without filler."""
-        rows = (self.prompts >= first) & (self.prompts < last) | (filler & (self.prompts < 0))
-        return self.choose(slice(first, last), rows)
-
-    def choose(self, prompts: slice, rows: Tensor) -> "Data":
-        """Of some prompts what is of prompts, and of some rows what is of responses."""
-        values = [getattr(self, field.name) for field in fields(self)]
-        return Data(*(value[prompts] for value in values[:6]), *(value[rows] for value in values[6:]))
-
-    @property
-    def real(self) -> Tensor:
-        """(B,) bool, the rows that are no filler."""
-        return self.prompts >= 0
+    def of(self, first: int, last: int) -> "Data":
+        """The data of some of the prompts, with the dummy rows."""
+        rows = (self.prompts >= first) & (self.prompts < last) | (self.prompts < 0)
+        by_prompt = (value[first:last] for value in (self.correct, self.samples, self.x, self.y))
+        return Data(*by_prompt, *(value[rows] for value in (self.prompts, self.mask, self.log_ratios)))
 
 
 PROMPTS = 12
@@ -430,38 +323,23 @@ def make_data() -> Data:
     counts = [1, 4, 2, 3, 4, 1, 3, 2, 4, 2, 3, 4]
     prompts = np.concatenate([np.repeat(np.arange(PROMPTS), counts), [-1, -1]])
     rng.shuffle(prompts)
-    rows, tokens, vocabulary = len(prompts), 5, 4
+    rows, tokens = len(prompts), 5
     lengths = np.where(prompts < 0, 0, rng.integers(1, tokens + 1, rows))
     mask = np.arange(tokens) < lengths[:, None]
-    full_p, full_q, full_sampler = (reference.log_softmax(rng.normal(size=(rows, tokens, vocabulary))) for _ in "pqs")
-    sampled = rng.integers(0, vocabulary, (rows, tokens, 1))
-    logp, logq, sampler = (np.take_along_axis(full, sampled, -1)[..., 0] for full in (full_p, full_q, full_sampler))
     log_ratios = rng.normal(size=(rows, tokens))
     for prompt, extreme in ((0, 200.0), (1, -200.0), (11, 201.0)):
         log_ratios[np.flatnonzero(prompts == prompt)[0], 0] = extreme
-    entropies = rng.uniform(size=(rows, tokens))
-    for padded in (logp, logq, sampler, full_p, full_q, log_ratios, entropies):
-        padded[~mask] = np.nan
+    log_ratios[~mask] = np.nan
     arrays = [
         np.array([0, 4, 1, 2, 3, 8, 1, 2, 0, 5, 4, 1]),
         np.array([4, 4, 5, 6, 8, 8, 4, 5, 6, 7, 8, 9]),
         x,
         y,
-        rng.integers(-1, 3, (PROMPTS, 4)),
-        rng.integers(0, 3, PROMPTS),
         prompts,
         mask,
-        logp,
-        logq,
-        sampler,
-        full_p,
-        full_q,
-        entropies,
         log_ratios,
-        rng.random(rows) < 0.4,
     ]
-    columns: list[Any] = [*map(torch.from_numpy, arrays), rng.choice(["a", "b", "c"], rows)]
-    return Data(*columns)
+    return Data(*map(torch.from_numpy, arrays))
 
 
 def flat(result: Tensor | tuple[Tensor, ...]) -> list[float]:
@@ -475,46 +353,6 @@ class Case(NamedTuple):
     function: Callable[..., Any]
     arguments: Callable[[Data], tuple[Any, ...]]
     expected: Callable[[Data], list[float]]
-
-
-def by_response(data: Data, values: Any, per: str) -> list[float]:
-    """The reference of a ratio from (B, T) values of tokens."""
-    numerators = [reference.masked_sum(row, mask) for row, mask in zip(values, data.mask, strict=True)]
-    lengths = data.mask.sum(-1).tolist()
-    denominators = lengths if per == "token" else [float(length > 0) for length in lengths]
-    return reference.ratio_over_responses(numerators, denominators, data.prompts)
-
-
-def estimated(estimator: str, per: str, corrected: bool, most: float | None) -> Callable[[Data], list[float]]:
-    def expected(data: Data) -> list[float]:
-        values = np.full(data.mask.shape, np.nan)
-        for i, t in data.mask.nonzero().tolist():
-            p, q, sampler = (float(each[i, t]) for each in (data.logp, data.logq, data.sampler))
-            values[i, t] = reference.kl_estimate(p, q, estimator, sampler if corrected else None, most)
-        return by_response(data, values, per)
-
-    return expected
-
-
-def kl_case(estimator: Any, per: Any, corrected: bool = False, most: float | None = None) -> Case:
-    def function(p: Tensor, q: Tensor, mask: Tensor, prompts: Tensor, sampler: Tensor | None = None) -> Ratio:
-        settings: dict[str, Any] = {"estimator": estimator, "per": per, "truncate": most}
-        return mean_kl(p, q, mask, prompts, log_sampler=sampler, **settings)
-
-    def arguments(data: Data) -> tuple[Any, ...]:
-        if estimator == "exact":
-            return data.full_p, data.full_q, data.mask, data.prompts
-        return data.logp, data.logq, data.mask, data.prompts, *([data.sampler] if corrected else [])
-
-    exact = estimator == "exact"
-    return Case(
-        lambda: MeanKL(estimator, per, most),
-        function,
-        arguments,
-        (lambda data: by_response(data, reference.kl(data.full_p, data.full_q), per))
-        if exact
-        else estimated(estimator, per, corrected, most),
-    )
 
 
 def mean(values: Sequence[float]) -> list[float]:
@@ -533,69 +371,11 @@ CASES = {
             ]
         ),
     ),
-    "majority": Case(
-        MajorityVote,
-        lambda answers, right: majority_vote(answers, right).mean(),
-        lambda data: (data.answers, data.right),
-        lambda data: mean([reference.majority(*each) for each in zip(data.answers, data.right.tolist(), strict=True)]),
-    ),
     "ratio": Case(
         ClusteredRatio,
         clustered_ratio,
         lambda data: (data.x, data.y),
         lambda data: reference.ratio_by_prompts(data.x.tolist(), data.y.tolist()),
-    ),
-    "distinct": Case(
-        DistinctShare,
-        distinct_share,
-        lambda data: (data.texts[data.real].tolist(), data.prompts[data.real]),
-        lambda data: reference.ratio_by_prompts(
-            [float(len(set(data.texts[data.prompts == prompt]))) for prompt in range(PROMPTS)],
-            [float((data.prompts == prompt).sum()) for prompt in range(PROMPTS)],
-        ),
-    ),
-    "kl, exact": kl_case("exact", "token"),
-    "kl, exact, per response": kl_case("exact", "response"),
-    "kl, k1": kl_case("k1", "token"),
-    "kl, k2, per response": kl_case("k2", "response"),
-    "kl, k3": kl_case("k3", "token"),
-    "kl, k1, corrected": kl_case("k1", "response", corrected=True),
-    "kl, k3, corrected": kl_case("k3", "token", corrected=True, most=1.5),
-    "entropy": Case(
-        MeanEntropy,
-        mean_entropy,
-        lambda data: (data.entropies, data.mask, data.prompts),
-        lambda data: by_response(data, data.entropies, "token"),
-    ),
-    "entropy of logits": Case(
-        MeanEntropy,
-        mean_entropy,
-        lambda data: (data.full_p + 7.0, data.mask, data.prompts),
-        lambda data: by_response(data, reference.entropy(data.full_p), "token"),
-    ),
-    "length": Case(
-        MeanLength,
-        mean_length,
-        lambda data: (data.mask, data.prompts),
-        lambda data: by_response(data, np.ones(data.mask.shape), "response"),
-    ),
-    "truncated": Case(
-        TruncatedShare,
-        truncated_share,
-        lambda data: (data.truncated, data.mask, data.prompts),
-        lambda data: reference.ratio_over_responses(data.truncated.tolist(), data.real.tolist(), data.prompts),
-    ),
-    "effective sample size": Case(
-        EffectiveSampleSize,
-        effective_sample_size,
-        lambda data: (data.log_ratios, data.mask),
-        lambda data: [reference.effective_share(data.log_ratios[data.mask])],
-    ),
-    "tail": Case(
-        lambda: RatioTail(1.0),
-        lambda log_ratios, mask: ratio_tail(log_ratios, 1.0, mask),
-        lambda data: (data.log_ratios, data.mask),
-        lambda data: [np.mean([x > 1.0 for x in data.log_ratios[data.mask]]), max(data.log_ratios[data.mask]).item()],
     ),
 }
 SPLITS = [[12], [1] * 12, [5, 0, 7], [11, 1]]
@@ -606,7 +386,7 @@ def close(expected: list[float]) -> Any:
     return pytest.approx(expected, rel=1e-11)
 
 
-def pieces(data: Data, split: list[int]) -> list[Data]:
+def parts_of(data: Data, split: list[int]) -> list[Data]:
     ends = np.cumsum(split).tolist()
     return [data.of(end - size, end) for end, size in zip(ends, split, strict=True)]
 
@@ -630,33 +410,37 @@ def test_function_and_class_match_the_reference(name: str) -> None:
 def test_any_split_into_batches_equals_the_whole(name: str, split: list[int]) -> None:
     case, data = CASES[name], make_data()
     metric, calls = case.make(), []
-    for piece in pieces(data, split):
-        calls.append(metric(*case.arguments(piece)))
+    for part in parts_of(data, split):
+        calls.append(metric(*case.arguments(part)))
     assert flat(metric.compute()) == close(case.expected(data))
     # What a call returns is of its own batch.
-    last = case.function(*case.arguments(pieces(data, split)[-1]))
+    last = case.function(*case.arguments(parts_of(data, split)[-1]))
     assert flat(calls[-1]) == pytest.approx(flat(last), rel=1e-11, nan_ok=True)
 
 
-@pytest.mark.parametrize("name", ["kl, exact", "kl, k2, per response", "entropy", "length", "truncated"])
-def test_values_are_the_same_however_responses_are_split(name: str) -> None:
-    case, data = CASES[name], make_data()
-    metric = case.make()
-    for rows in torch.arange(len(data.mask)).split(4):
-        metric.update(*case.arguments(data.choose(slice(0, 0), rows)))
-    assert flat(metric.compute())[:1] == close(case.expected(data)[:1])
-
-
 @each_metric
-def test_filler_and_empty_batches_change_nothing(name: str) -> None:
+def test_empty_batches_change_nothing(name: str) -> None:
     case, data = CASES[name], make_data()
     metric = case.make()
     metric.update(*case.arguments(data.of(0, 0)))
     assert all(math.isnan(each) for each in flat(metric.compute()))
-    metric.update(*case.arguments(data.of(0, 0, filler=False)))
-    assert all(math.isnan(each) for each in flat(metric.compute()))
-    metric.update(*case.arguments(data.of(0, PROMPTS, filler=False)))
+    metric.update(*case.arguments(data.of(0, PROMPTS)))
     assert flat(metric.compute()) == close(case.expected(data))
+
+
+def test_importance_statistics_match_the_reference() -> None:
+    data = make_data()
+    log_ratios = data.log_ratios[data.mask].numpy()
+    ratios = [math.exp(min(log_ratio, 300.0)) for log_ratio in log_ratios]
+    expected = [
+        reference.effective_share(data.log_ratios[data.mask]),
+        log_ratios.max(),
+        np.mean([ratio > TAIL for ratio in ratios]),
+        np.mean([not INTERVAL[0] <= ratio <= INTERVAL[1] for ratio in ratios]),
+    ]
+    found = statistics_of(data.log_ratios, data.mask)
+    assert flat(found) == close(expected)
+    assert {each.dtype for each in found} == {torch.float64}
 
 
 @each_metric
@@ -723,9 +507,10 @@ def main(rank: int, rendezvous: str) -> None:
 
 
 def test_two_processes_equal_one(tmp_path: Path) -> None:
-    arguments = [sys.executable, __file__]
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join([str(ROOT), str(ROOT / "tests")])}
+    settings: dict[str, Any] = {"env": environment, "stdout": subprocess.PIPE, "text": True}
     processes = [
-        subprocess.Popen([*arguments, str(rank), f"file://{tmp_path}/rendezvous"], stdout=subprocess.PIPE, text=True)
+        subprocess.Popen([sys.executable, __file__, str(rank), f"file://{tmp_path}/rendezvous"], **settings)
         for rank in range(2)
     ]
     try:
@@ -740,7 +525,7 @@ def test_two_processes_equal_one(tmp_path: Path) -> None:
         for key, values in output["found"].items():
             assert values == close(CASES[key.rpartition(", ")[0]].expected(data)), key
         # Usable without anything else of the package.
-        assert {name.split(".")[1] for name in output["modules"]} == {"metrics", "objectives"}
+        assert {name.split(".")[1] for name in output["modules"]} == {"metrics"}
 
 
 if __name__ == "__main__":
