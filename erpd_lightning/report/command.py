@@ -1,4 +1,4 @@
-"""`python -m erpd_lightning report`: reads run directories and draws, and so waits neither for torch nor Lightning."""
+"""Command `python -m erpd_lightning report`, which imports neither torch nor Lightning."""
 
 import argparse
 from collections.abc import Sequence
@@ -15,7 +15,7 @@ from .tables import format_report
 
 
 class _Parser(argparse.ArgumentParser):
-    """Tells a mistake in a line."""
+    """Parser that reports a mistake in one line."""
 
     def error(self, message: str) -> NoReturn:
         raise UserError(message)
@@ -25,34 +25,34 @@ def write_report(runs: Sequence[Path], output: Path | None = None) -> Path:
     """Write one HTML page on some runs, and print a short table.
 
     Args:
-        runs: Their directories, finished or not.
-        output: The file; None for `report.html` in the first of them.
+        runs: Run directories, finished or not.
+        output: Path of the page; None for `report.html` in the first of them.
 
     Returns:
-        The file.
+        Path of the page.
 
     Raises:
         UserError: If matplotlib is missing, a folder is no run, a file in it is damaged, or nothing can be written.
     """
     if find_spec("matplotlib") is None:
         raise UserError("the report needs matplotlib, which is not installed: pip install 'erpd-lightning[report]'")
-    found = read_runs(runs)
+    read = read_runs(runs)
     path = runs[0] / "report.html" if output is None else output
     if path.is_dir():
         raise UserError(f"--output {path} is a folder: the name of a file is expected")
-    text = page(found)
+    text = page(read)
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         atomic_write(path, text)
     except OSError as error:
         raise UserError(f"--output {path} cannot be written: {error.strerror}") from error
-    print(format_report(found))
+    print(format_report(read))
     print(f"The report lies in {visible(str(path))}")
     return path
 
 
 def main(args: Sequence[str]) -> None:
-    """Run the command line; a mistake of the user's ends in a line and exit code 2."""
+    """Run the command; a mistake of the user's ends in a line and exit code 2."""
     parser = _Parser(
         prog="python -m erpd_lightning report",
         description="Write an HTML page on runs, finished or not: accuracy against KL, where KL went, and samples.",

@@ -1,4 +1,4 @@
-"""Drawings of what was measured; needs matplotlib, the extra `report`."""
+"""Plot of a preview, and scales that plots share; needs matplotlib, the extra `report`."""
 
 import io
 import math
@@ -7,20 +7,20 @@ from typing import Any
 
 import numpy as np
 
-# Targets and policies are told apart by colour, and policies by shape, so that neither needs red and green.
-TARGET, POLICY = "#0072b2", "#444444"
+# Targets and policies differ by colour, and policies by shape, so that neither needs red and green.
+TARGET_COLOUR, POLICY_COLOUR = "#0072b2", "#444444"
 MARKERS = {"base": "s", "teacher": "^", "unlearned": "v", "student": "D"}
 
 
 def draw_preview(previews: Sequence[Mapping[str, Any]], policies: Mapping[str, Mapping[str, Any]], title: str) -> bytes:
-    """Accuracy against KL to the base policy, with standard errors, as a PNG.
+    """Plot of accuracy against KL to the base policy, with standard errors, as a PNG.
 
     KL is drawn on the scale of its square root, on which small budgets and a policy far away are seen together.
 
     Args:
-        previews: What targets showed, at least one, by the keys of `preview.json`; a line joins them.
-        policies: What policies showed, by the keys of `summary.json`, as points.
-        title: What stands above.
+        previews: Measurements of targets, at least one, by the keys of `preview.json`; a line joins them.
+        policies: Evaluations of policies, by the keys of `summary.json`, as points.
+        title: Title of the plot.
 
     Raises:
         ImportError: If matplotlib is not installed.
@@ -29,9 +29,9 @@ def draw_preview(previews: Sequence[Mapping[str, Any]], policies: Mapping[str, M
 
     figure = Figure(figsize=(6.4, 4.2), dpi=150, layout="constrained")
     axes = figure.add_subplot()
-    _points(axes, previews, label="target", color=TARGET, marker="o", linestyle="-")
+    _points(axes, previews, label="target", color=TARGET_COLOUR, marker="o", linestyle="-")
     for name, row in policies.items():
-        _points(axes, [row], label=name, color=POLICY, marker=MARKERS.get(name, "x"), linestyle="none")
+        _points(axes, [row], label=name, color=POLICY_COLOUR, marker=MARKERS.get(name, "x"), linestyle="none")
     highest = max(_kl(row) + _stderr(row, "kl_per_token") for row in [*previews, *policies.values()]) or 1.0
     root_scale(axes, "x", highest)
     axes.set_xlabel("KL to the base policy (nats per token, square-root scale)")
@@ -69,12 +69,12 @@ def _points(axes: Any, rows: Sequence[Mapping[str, Any]], **style: Any) -> None:
 
 
 def _kl(row: Mapping[str, Any]) -> float:
-    """The KL per token; rounding may leave that of the base policy to itself below zero."""
+    """KL per token; rounding may leave that of the base policy to itself below zero."""
     return max(float(row["kl_per_token"]), 0.0)
 
 
 def _stderr(row: Mapping[str, Any], name: str) -> float:
-    """A standard error; a single prompt has none."""
+    """Standard error, or 0 where it is unknown, as with a single prompt."""
     value = float(row[f"{name}_stderr"])
     return value if math.isfinite(value) else 0.0
 

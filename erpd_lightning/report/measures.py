@@ -1,4 +1,4 @@
-"""What the report says beyond what was recorded: ratios with standard errors, and where KL is spent."""
+"""Measures that the report derives from records: ratios with standard errors, KL by position and by kind of token."""
 
 import math
 import unicodedata
@@ -11,8 +11,8 @@ from numpy.typing import NDArray
 
 from .read import Measured
 
-MOST_BINS = 40
-"""The most positions, or ranges of them, that are told apart."""
+MAX_POSITION_BINS = 40
+"""Greatest number of bins of positions."""
 
 KINDS = ("digits", "letters", "punctuation, symbols", "whitespace", "special", "mixed", "other")
 
@@ -22,7 +22,7 @@ Row = Mapping[str, Any]
 
 @dataclass(frozen=True)
 class Estimate:
-    """A value and its standard error, which is NaN where nothing tells it."""
+    """A value and its standard error, which is NaN where it is unknown."""
 
     value: float
     stderr: float
@@ -30,12 +30,12 @@ class Estimate:
 
 @dataclass(frozen=True)
 class Bin:
-    """KL at some positions.
+    """Mean KL at a range of positions.
 
     Attributes:
-        first: The first of them, from 1.
-        last: The last of them.
-        responses: How many responses reach the first.
+        first: First position of the range, from 1.
+        last: Last position of the range.
+        responses: Number of responses that reach the first position.
         kl: Nats per token.
     """
 
@@ -47,12 +47,12 @@ class Bin:
 
 @dataclass(frozen=True)
 class Kind:
-    """KL at tokens of a kind.
+    """Mean KL at the tokens of a kind.
 
     Attributes:
         name: One of `KINDS`.
-        tokens: How many there are.
-        share: Of the KL of all tokens.
+        tokens: Number of tokens.
+        share: Share of the KL of all tokens.
         kl: Nats per token.
     """
 
@@ -63,10 +63,10 @@ class Kind:
 
 
 def kl_by_position(rows: Sequence[Row]) -> list[Bin]:
-    """The KL at each position of some responses, or at ranges of equally many where they are long."""
+    """Mean KL at each position, or at ranges of equally many positions where responses are long."""
     lengths = [len(row["kls"]) for row in rows]
     longest = max(lengths, default=0)
-    width = -(-longest // MOST_BINS)
+    width = -(-longest // MAX_POSITION_BINS)
     values, prompts = _flat(rows)
     positions = np.concatenate([np.arange(length) for length in lengths]) if rows else np.zeros(0, dtype=int)
     return [
@@ -81,7 +81,7 @@ def kl_by_position(rows: Sequence[Row]) -> list[Bin]:
 
 
 def kl_by_kind(rows: Sequence[Row]) -> list[Kind]:
-    """The KL at the tokens of each kind that occurs."""
+    """Mean KL at the tokens of each kind that occurs."""
     values, prompts = _flat(rows)
     kinds = np.array(
         [
@@ -100,7 +100,7 @@ def kl_by_kind(rows: Sequence[Row]) -> list[Kind]:
 
 
 def kind_of(text: str, special: bool) -> str:
-    """The kind of a token, by the Unicode categories of its text without the space around it.
+    """Kind of a token, by the Unicode categories of its text without the space around it.
 
     `mixed` is of several kinds; `other` has characters of none, such as control characters, or is a fragment of a
     character.
@@ -117,8 +117,8 @@ def kind_of(text: str, special: bool) -> str:
     return found.pop() if len(found) == 1 else "mixed"
 
 
-def saved(student: Measured, teacher: Measured) -> Estimate | None:
-    """The share of the teacher's KL that the student did without; None if the teacher has none.
+def kl_saving(student: Measured, teacher: Measured) -> Estimate | None:
+    """Share of the teacher's KL that the student did without; None if the teacher has none.
 
     Its standard error is the delta method's for two independent means.
     """
@@ -129,8 +129,8 @@ def saved(student: Measured, teacher: Measured) -> Estimate | None:
     return Estimate(1 - s / t, math.hypot(*errors) / t)
 
 
-def gain(before: Measured, after: Measured) -> Estimate:
-    """Points of pass@1 (hundredths) gained.
+def accuracy_gain(before: Measured, after: Measured) -> Estimate:
+    """Gain of pass@1 in points (hundredths).
 
     The standard error takes both means for independent; that they share their prompts makes it too large if anything.
     """
@@ -138,8 +138,8 @@ def gain(before: Measured, after: Measured) -> Estimate:
     return Estimate(points, 100 * math.hypot(before["pass@1_stderr"], after["pass@1_stderr"]))
 
 
-def per_point(rollouts: float, gained: Estimate) -> Estimate | None:
-    """Rollouts for each point gained; None where the gain is not twice its standard error."""
+def rollouts_per_point(rollouts: float, gained: Estimate) -> Estimate | None:
+    """Number of rollouts for each point gained; None where the gain is not twice its standard error."""
     if not gained.value > 2 * gained.stderr:
         return None
     each = rollouts / gained.value
@@ -147,14 +147,14 @@ def per_point(rollouts: float, gained: Estimate) -> Estimate | None:
 
 
 def _flat(rows: Sequence[Row]) -> tuple[NDArray[np.float64], NDArray[np.int64]]:
-    """The KL of all tokens, and the prompt of each."""
+    """KL and prompt of every token."""
     values = np.array([kl for row in rows for kl in row["kls"]], dtype=np.float64)
     prompts = np.repeat([row["group"] for row in rows], [len(row["kls"]) for row in rows]) if rows else np.zeros(0)
     return values, prompts.astype(np.int64)
 
 
 def _mean(values: NDArray[np.float64], prompts: NDArray[np.int64], chosen: NDArray[np.bool_]) -> Estimate:
-    """The mean over the chosen tokens; its standard error counts prompts, by the delta method for a ratio of sums."""
+    """Mean over the chosen tokens; its standard error counts prompts, by the delta method for a ratio of sums."""
     prompts = np.unique(prompts[chosen], return_inverse=True)[1]
     count = np.bincount(prompts)
     if not len(count):

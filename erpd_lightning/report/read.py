@@ -1,4 +1,4 @@
-"""What a run directory holds, finished or not: records, logs and samples, read without torch."""
+"""Readers of run directories, finished or not: records, logs and samples, without torch."""
 
 import csv
 import json
@@ -13,12 +13,12 @@ from ..data.samples import SAMPLES_FILE
 from ..errors import UserError
 
 Measured = Mapping[str, float]
-"""What was measured of a policy, by the names of `test/…` in docs/metrics.md."""
+"""Evaluation of a policy, by the names of `test/…` in docs/metrics.md."""
 
 Log = Mapping[str, Mapping[int, float]]
-"""What a stage logged: the value of each metric at each step."""
+"""Log of a stage: the value of each metric at each step."""
 
-NEEDED = (
+EVALUATION_KEYS = (
     "pass@1",
     "pass@1_stderr",
     "pass@k",
@@ -31,9 +31,9 @@ NEEDED = (
     "prompts",
     "samples_per_prompt",
 )
-"""What an evaluation has to tell for the report."""
+"""Keys of an evaluation that the report needs."""
 
-ORDER = ("base", "teacher", "unlearned")
+POLICY_ORDER = ("base", "teacher", "unlearned")
 """The order of policies; further teachers follow, and the student comes last."""
 
 T = TypeVar("T")
@@ -41,17 +41,17 @@ T = TypeVar("T")
 
 @dataclass(frozen=True)
 class Round:
-    """What is known of a round; None and empty where nothing is yet.
+    """Records of a round; None and empty where there are none yet.
 
     Attributes:
         number: The round, from 1.
-        policies: What was measured of each policy.
+        policies: Evaluation of each policy.
         budget: KL to the round's base policy that was to be spent, in nats per token.
         total_budget: KL to the first policy that was to be spent in all rounds, in nats per token.
         rollouts: Verified samples of the round.
-        seconds: What its finished stages took.
-        logs: What was logged in training each policy.
-        samples: Where the first responses of each policy lie.
+        seconds: Time that its finished stages took.
+        logs: Log of the stage that trained each policy.
+        samples: File of each policy's first responses.
         base: Fingerprint of its base policy.
     """
 
@@ -68,20 +68,20 @@ class Round:
 
 @dataclass(frozen=True)
 class Run:
-    """A run.
+    """Records of a run.
 
     Attributes:
         path: Its directory.
-        name: What tells it apart from the other runs of the report.
-        seed: Its seed; None where no record tells.
-        wanted: How many rounds it is to have; None where no configuration tells.
-        rounds: Its rounds, as far as they were begun.
+        name: Name that no other run of the report has.
+        seed: Its seed; None without a record.
+        planned_rounds: Number of rounds in its configuration; None without one.
+        rounds: Its rounds that have begun.
     """
 
     path: Path
     name: str
     seed: int | None
-    wanted: int | None
+    planned_rounds: int | None
     rounds: list[Round]
 
 
@@ -100,7 +100,7 @@ def read_runs(paths: Iterable[Path]) -> list[Run]:
 
 
 def run_names(paths: list[Path]) -> list[str]:
-    """The shortest ends of some different paths that tell them apart."""
+    """Shortest ends of different paths that differ from one another."""
     length = 1
     while len({path.parts[-length:] for path in paths}) < len(paths):
         length += 1
@@ -128,12 +128,12 @@ def read_run(path: Path, name: str) -> Run:
         seeds += [record["seed"] for record in records.values()]
         first = "student" if options.get("last_stage") == "extreme_region" else "teacher"
         rounds.append(_round(number, folder, first, entries.get(number), records))
-    wanted = options.get("rounds", "")
-    return Run(path, name, next(iter(seeds), None), int(wanted) if wanted.isdecimal() else None, rounds)
+    planned = options.get("rounds", "")
+    return Run(path, name, next(iter(seeds), None), int(planned) if planned.isdecimal() else None, rounds)
 
 
 def read_log(folder: Path) -> Log:
-    """What a stage logged with Lightning's CSV logger, in all of its attempts.
+    """Log of a stage by Lightning's CSV logger, over all of its attempts.
 
     A stage that was killed goes on from a checkpoint and logs some steps again: the later attempt counts.
 
@@ -149,11 +149,11 @@ def read_log(folder: Path) -> Log:
     return {name: dict(sorted(values.items())) for name, values in log.items()}
 
 
-def in_order(policies: Iterable[str]) -> list[str]:
+def ordered_policies(policies: Iterable[str]) -> list[str]:
     """Names of policies in the order in which they are shown."""
     names = set(policies)
-    further = sorted(names - {*ORDER, "student"})
-    return [name for name in (*ORDER, *further, "student") if name in names]
+    further = sorted(names - {*POLICY_ORDER, "student"})
+    return [name for name in (*POLICY_ORDER, *further, "student") if name in names]
 
 
 def _options(path: Path) -> dict[str, str]:
@@ -163,12 +163,14 @@ def _options(path: Path) -> dict[str, str]:
 
 
 def _round(number: int, folder: Path, first: str, entry: Any, records: Mapping[Path, Any]) -> Round:
-    """A round out of what the summary and the records of its stages say; `first` is the policy of its first stage."""
+    """Round of a summary entry, or of the records of its stages; `first` is the policy of its first stage."""
     outcomes = {str(path.relative_to(folder)): record["outcome"] for path, record in records.items()}
     prefix = "evaluation/"
     evaluated = {name.removeprefix(prefix): outcome for name, outcome in outcomes.items() if name.startswith(prefix)}
     if entry is None:
-        sampled = (outcomes.get(stage, {}).get("rollouts") for stage in ("rollouts", "extreme_region", "choice"))
+        sampled = (
+            outcomes.get(stage, {}).get("rollouts") for stage in ("rollouts", "extreme_region", "signal_selection")
+        )
         counts = [count for count in sampled if count is not None]
         spending = outcomes.get("distill", {}).get("spending", {})
         seconds = sum(record["seconds"] for record in records.values())
@@ -178,10 +180,12 @@ def _round(number: int, folder: Path, first: str, entry: Any, records: Mapping[P
     if first == "teacher":
         trained |= {"unlearned": "unlearned", "student": "distill"}
     trained |= {path.name: f"teachers/{path.name}" for path in folder.glob("teachers/*")}
-    logs = {name: read_log(folder / trained[name]) for name in in_order(trained)}
+    logs = {name: read_log(folder / trained[name]) for name in ordered_policies(trained)}
     return Round(
         number=number,
-        policies={name: _checked(entry["policies"][name], folder, name) for name in in_order(entry["policies"])},
+        policies={
+            name: _checked(entry["policies"][name], folder, name) for name in ordered_policies(entry["policies"])
+        },
         budget=entry.get("budget"),
         total_budget=entry.get("total_budget"),
         rollouts=entry["rollouts"],
@@ -198,10 +202,10 @@ def _record_files(folder: Path) -> list[Path]:
 
 
 def _read_json(path: Path, take: Callable[[Any], T]) -> T:
-    """What `take` finds in a file.
+    """Content of a JSON file, converted and checked by `take`.
 
     Raises:
-        UserError: If it is no JSON, or not what it should be.
+        UserError: If it is no JSON, or `take` refuses it.
     """
     try:
         return take(json.loads(path.read_text(encoding="utf-8")))
@@ -238,11 +242,11 @@ def _record(content: Any) -> Any:
 
 
 def _measured(content: Any) -> Measured:
-    return {name: _number(content[name]) for name in NEEDED}
+    return {name: _number(content[name]) for name in EVALUATION_KEYS}
 
 
 def _checked(content: Any, folder: Path, name: str) -> Measured:
-    """What was measured of a policy; a record of a stage of another kind may lie in its place."""
+    """Evaluation of a policy; the record of another kind of stage may lie in its place."""
     try:
         return _measured(content)
     except (KeyError, TypeError) as error:
@@ -272,7 +276,7 @@ def _version(path: Path) -> int:
 
 
 def _csv_rows(path: Path) -> Iterator[tuple[int, dict[str, float]]]:
-    """Step and finite values of each row; nothing of an empty file, whose logger has only begun.
+    """Step and finite values of each row; no rows for the empty file of a logger that has just begun.
 
     Raises:
         UserError: Names the line that is damaged.

@@ -4,10 +4,10 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from ..text import aligned, visible
-from .measures import gain, per_point
+from .measures import accuracy_gain, rollouts_per_point
 from .read import Run
 
-COLUMNS = (
+SUMMARY_COLUMNS = (
     "round",
     "policy",
     "pass@1",
@@ -48,11 +48,11 @@ REPORT_COLUMNS = (
 
 
 def format_summary(summary: dict[str, Any]) -> str:
-    """The table of a `summary.json`: a line for each policy of each round, and the budgets below.
+    """Table of a `summary.json`: a line for each policy of each round, and the budgets below.
 
     KL in nats against the round's base policy, measured on fresh samples; entropy in nats per token.
     """
-    rows: list[tuple[str, ...]] = [COLUMNS]
+    rows: list[tuple[str, ...]] = [SUMMARY_COLUMNS]
     for entry in summary["rounds"]:
         for name, measured in entry["policies"].items():
             last = name == "student"
@@ -70,26 +70,26 @@ def format_summary(summary: dict[str, Any]) -> str:
                     f"{entry['seconds']:.0f}" if last else "",
                 )
             )
-    return "\n".join([aligned(rows), *(_budget(entry) for entry in summary["rounds"])])
+    return "\n".join([aligned(rows), *(_budget_line(entry) for entry in summary["rounds"])])
 
 
 def format_preview(previews: Sequence[Mapping[str, Any]], policies: Mapping[str, Mapping[str, Any]]) -> str:
-    """The table of a `preview.json`: a line for each candidate, and below them the policies that were evaluated.
+    """Table of a `preview.json`: a line for each candidate, and below them the policies that were evaluated.
 
     KL in nats against the round's base policy; entropy in nats per token, length in tokens.
     """
     rows: list[tuple[str, ...]] = [PREVIEW_COLUMNS]
     for row in previews:
-        solved = (_optional(row["budget"]), f"{row['beta']:.4g}", f"{row['kl_on_stored_states']:.4f}")
-        rows.append((row["candidate"], *solved, *_measured(row), str(row["samples"])))
+        solved = (_number(row["budget"]), f"{row['beta']:.4g}", f"{row['kl_on_stored_states']:.4f}")
+        rows.append((row["candidate"], *solved, *_evaluation_cells(row), str(row["samples"])))
     for name, row in policies.items():
         samples = str(row["prompts"] * row["samples_per_prompt"])
-        rows.append((name, "", "", "", *_measured(row), samples))
+        rows.append((name, "", "", "", *_evaluation_cells(row), samples))
     return aligned(rows)
 
 
 def format_report(runs: Sequence[Run]) -> str:
-    """The short table of a report: a line for the first policy of each run and for the student of each round.
+    """Short table of a report: a line for the first policy of each run and for the student of each round.
 
     KL in nats per token; rollouts, all so far, for each point (hundredth) of pass@1 gained so far.
     """
@@ -101,25 +101,25 @@ def format_report(runs: Sequence[Run]) -> str:
             start = (visible(run.name), "" if run.seed is None else str(run.seed), str(entry.number))
             first, student = run.rounds[0].policies.get("base"), entry.policies.get("student")
             if first is not None and entry is run.rounds[0]:
-                rows.append((*start, "base", *_reported(first), "", "", ""))
+                rows.append((*start, "base", *_report_cells(first), "", "", ""))
             if student is not None:
-                price = None if first is None else per_point(total, gain(first, student))
+                price = None if first is None else rollouts_per_point(total, accuracy_gain(first, student))
                 spent = f"{student['kl_per_token'] / entry.budget:.0%}" if entry.budget else ""
                 cost = f"{price.value:.0f}" if price else ""
-                rows.append((*start, "student", *_reported(student), spent, str(total), cost))
+                rows.append((*start, "student", *_report_cells(student), spent, str(total), cost))
     return aligned(rows)
 
 
-def _reported(row: Mapping[str, Any]) -> tuple[str, ...]:
+def _report_cells(row: Mapping[str, Any]) -> tuple[str, ...]:
     to_first = f"{max(row['kl_per_token_to_first'], 0.0):.4f} ± {row['kl_per_token_to_first_stderr']:.4f}"
-    return (*_measured(row)[:2], to_first)
+    return (*_evaluation_cells(row)[:2], to_first)
 
 
-def _optional(number: float | None) -> str:
+def _number(number: float | None) -> str:
     return "" if number is None else f"{number:.4g}"
 
 
-def _measured(row: Mapping[str, Any]) -> tuple[str, ...]:
+def _evaluation_cells(row: Mapping[str, Any]) -> tuple[str, ...]:
     return (
         f"{row['pass@1']:.3f} ± {row['pass@1_stderr']:.3f}",
         f"{row['kl_per_token']:.4f} ± {row['kl_per_token_stderr']:.4f}",
@@ -128,16 +128,16 @@ def _measured(row: Mapping[str, Any]) -> tuple[str, ...]:
     )
 
 
-def _budget(entry: dict[str, Any]) -> str:
+def _budget_line(entry: dict[str, Any]) -> str:
     spent = entry["policies"]["student"]["kl_per_token"]
     if entry["beta"] is None:
         return f"Round {entry['round']}: no budget, {spent:.4f} nats per token spent"
     if entry["budget"] is None:
         return f"Round {entry['round']}: beta {entry['beta']:.4g} given, {spent:.4f} nats per token spent"
-    to_spend = entry.get("to_spend") or entry["budget"]
-    held = f", min_beta left {to_spend:.4f}" if to_spend < entry["budget"] else ""
+    effective = entry.get("effective_budget") or entry["budget"]
+    left = f", min_beta left {effective:.4f}" if effective < entry["budget"] else ""
     line = (
-        f"Round {entry['round']}: budget {entry['budget']:.4g} nats per token{held}, {spent:.4f} spent "
+        f"Round {entry['round']}: budget {entry['budget']:.4g} nats per token{left}, {spent:.4f} spent "
         f"({spent / entry['budget']:.0%}), beta {entry['beta']:.4g}"
     )
     if "signal" in entry:

@@ -1,13 +1,17 @@
-"""A run directory as the chain leaves it, made up by hand in no time."""
+"""Run directory as the chain leaves it, made up without any training."""
 
+import io
 import json
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import pyarrow as pa
+import pytest
+from PIL import Image
 
 from erpd_lightning.data.samples import SAMPLES, write_samples
+from erpd_lightning.report import plots
 
 POLICIES = ("base", "teacher", "unlearned", "student")
 KL = {"base": 0.0, "teacher": 0.4, "unlearned": 0.3, "student": 0.05}
@@ -15,7 +19,7 @@ ACCURACY = {"base": 0.2, "teacher": 0.4, "unlearned": 0.1, "student": 0.6}
 
 
 def measured(pass_at_1: float, kl: float, **more: float) -> dict[str, float]:
-    """What an evaluation says of a policy."""
+    """Evaluation of a policy, as in `summary.json`."""
     return {
         "pass@1": pass_at_1,
         "pass@1_stderr": 0.01,
@@ -35,7 +39,7 @@ def measured(pass_at_1: float, kl: float, **more: float) -> dict[str, float]:
 
 
 def sample(group: int, number: int, tokens: Sequence[str], kls: Sequence[float], **more: Any) -> dict[str, Any]:
-    """A response that an evaluation keeps; `<eos>` alone is special."""
+    """Row of `samples.parquet`; `<eos>` alone is a special token."""
     return {
         "group": group,
         "sample": number,
@@ -72,7 +76,7 @@ LOG = [
 
 
 def write_log(stage: Path, rows: Sequence[Sequence[Any]] = LOG, version: int = 0, header: str = HEADER) -> Path:
-    """The log of an attempt at a stage, as Lightning writes it."""
+    """Log of an attempt at a stage, as Lightning writes it."""
     path = stage / "metrics" / f"version_{version}" / "metrics.csv"
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text("\r\n".join([header, *(",".join(map(str, row)) for row in rows)]) + "\r\n", newline="")
@@ -80,7 +84,7 @@ def write_log(stage: Path, rows: Sequence[Sequence[Any]] = LOG, version: int = 0
 
 
 def write_stage(folder: Path, stage: str, number: int, outcome: dict[str, Any], base: str = "b" * 64) -> Path:
-    """The record of a finished stage."""
+    """Record of a finished stage."""
     record = {
         "stage": stage,
         "round": number,
@@ -104,7 +108,7 @@ def make_run(
     responses: Sequence[dict[str, Any]] = RESPONSES,
     base: str = "b" * 64,
 ) -> Path:
-    """A finished run: with a teacher one of two stages, without one of a single stage."""
+    """Finished run: two stages where the policies have a teacher, a single stage otherwise."""
     two_stages = "teacher" in policies
     entries = []
     for number in range(1, rounds + 1):
@@ -122,9 +126,16 @@ def make_run(
                 kept = [{**row, "kls": [0.0] * len(row["kls"])} if name == "base" else row for row in responses]
                 write_samples(folder / "evaluation" / name / "samples.parquet", [pa.Table.from_pylist(kept, SAMPLES)])
         budget = {"budget": 0.05, "beta": 1.5} if two_stages else {"budget": None, "beta": None}
-        told = {"round": number, **budget, "rollouts": 800, "rollouts_total": 800 * number, "seconds": 20.0}
-        entries.append({**told, "cpu_seconds": 19.0, "policies": outcomes})
+        entry = {"round": number, **budget, "rollouts": 800, "rollouts_total": 800 * number, "seconds": 20.0}
+        entries.append({**entry, "cpu_seconds": 19.0, "policies": outcomes})
     (path / "summary.json").write_text(json.dumps({"rounds": entries}))
     last = "distill" if two_stages else "extreme_region"
     (path / "config.yaml").write_text(f"seed_everything: 7\nrounds: {rounds}\nlast_stage: {last}\ndata:\n  rounds: 9\n")
     return path
+
+
+def skip_painting(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Make figures without painting them, which takes most of the time."""
+    file = io.BytesIO()
+    Image.new("RGB", (1, 1)).save(file, format="png")
+    monkeypatch.setattr(plots, "_small_png", lambda figure: file.getvalue())

@@ -1,4 +1,4 @@
-"""The table of a run, word for word."""
+"""Tables of a run and of a preview, word for word."""
 
 from typing import Any
 
@@ -66,12 +66,12 @@ def test_the_table() -> None:
     assert format_summary(SUMMARY) == TABLE
 
 
-def test_a_least_price_of_kl_says_what_it_left_of_the_budget() -> None:
+def test_the_line_of_a_round_shows_what_min_beta_left_of_the_budget() -> None:
     (entry, _) = SUMMARY["rounds"]
-    held, free = ({**entry, "to_spend": to_spend} for to_spend in (0.0473, 0.05))
+    held, free = ({**entry, "effective_budget": effective} for effective in (0.0473, 0.05))
     lines = format_summary({"rounds": [held, free]}).splitlines()[-2:]
-    said = "Round 1: budget 0.05 nats per token{}, 0.0452 spent (90%), beta 1.623"
-    assert lines == [said.format(", min_beta left 0.0473"), said.format("")]
+    line = "Round 1: budget 0.05 nats per token{}, 0.0452 spent (90%), beta 1.623"
+    assert lines == [line.format(", min_beta left 0.0473"), line.format("")]
 
 
 def test_columns_widen_with_what_they_hold() -> None:
