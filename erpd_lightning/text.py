@@ -1,25 +1,25 @@
-"""Text for a person at a terminal: aligned tables, odd characters made safe, and marks under a text."""
+"""Text for terminals: aligned tables, escapes for characters that cannot be shown, and lines with marks below."""
 
 import unicodedata
 from collections.abc import Iterable, Sequence
 
-ESCAPED = {"Cc", "Cf", "Cs", "Co", "Cn", "Zl", "Zp"}
-"""General categories that a terminal obeys, reorders by, or draws in a width of its own choice."""
+ESCAPED_CATEGORIES = {"Cc", "Cf", "Cs", "Co", "Cn", "Zl", "Zp"}
+"""Unicode categories that a terminal interprets, reorders, or draws in a width of its own choice."""
 
-ZERO_WIDTH = {"Mn", "Me"}
-"""Categories of marks that are drawn over the character before them."""
+ZERO_WIDTH_CATEGORIES = {"Mn", "Me"}
+"""Unicode categories of marks that are drawn over the character before them."""
 
 
 def aligned(rows: Sequence[Sequence[str]]) -> str:
-    """Rows of as many cells each as a table: right-aligned columns, a rule below the first row."""
+    """Table of rows with equally many cells: right-aligned columns, a rule below the first row."""
     widths = [max(width(row[column]) for row in rows) for column in range(len(rows[0]))]
-    lines = ["  ".join(" " * (most - width(c)) + c for c, most in zip(row, widths, strict=True)) for row in rows]
+    lines = ["  ".join(" " * (columns - width(c)) + c for c, columns in zip(row, widths, strict=True)) for row in rows]
     lines = [line.rstrip() for line in lines]
     return "\n".join([lines[0], "-" * len(lines[0]), *lines[1:]])
 
 
 def visible(text: str, encoding: str = "utf-8", *, lines: bool = False) -> str:
-    r"""The text without anything that a terminal would obey or could not show.
+    r"""Text in which everything that a terminal would interpret or could not show is escaped.
 
     Control and format characters (also those that change the direction of writing), line ends, unpaired surrogates,
     unassigned and private characters become escapes such as `\n` or `\u202e`; so do combining marks without a
@@ -27,30 +27,30 @@ def visible(text: str, encoding: str = "utf-8", *, lines: bool = False) -> str:
 
     Args:
         text: Any string.
-        encoding: That of the terminal or file.
+        encoding: Encoding of the terminal or file.
         lines: Whether line ends stay as they are.
     """
     shown: list[str] = []
     for char in text:
         category = unicodedata.category(char)
-        adrift = category in ZERO_WIDTH and (not shown or len(shown[-1]) > 1)
-        safe = category not in ESCAPED and not adrift and _encodable(char, encoding)
+        is_loose = category in ZERO_WIDTH_CATEGORIES and (not shown or len(shown[-1]) > 1)
+        safe = category not in ESCAPED_CATEGORIES and not is_loose and _encodable(char, encoding)
         safe = safe or (lines and char == "\n")
         shown.append(char if safe else char.encode("unicode_escape").decode())
     return "".join(shown)
 
 
 def width(text: str) -> int:
-    """Columns of a terminal that a visible text takes."""
+    """Number of terminal columns that a visible text takes."""
     return sum(_columns(char) for char in text)
 
 
-def wrapped(pieces: Iterable[tuple[str, str]], columns: int) -> list[tuple[list[tuple[str, str]], str]]:
-    """Pieces of visible text with a mark each, cut into lines.
+def wrapped(marked: Iterable[tuple[str, str]], columns: int) -> list[tuple[list[tuple[str, str]], str]]:
+    """Lines of visible texts with a mark each.
 
     Args:
-        pieces: Texts, each with a mark of one column.
-        columns: Most columns of a line; at least 2, what the widest characters take.
+        marked: Texts, each with a mark of one column.
+        columns: Greatest number of columns of a line; at least 2, which the widest characters take.
 
     Returns:
         For each line its texts with their marks, and the line of marks: each stands under all columns of its text.
@@ -58,7 +58,7 @@ def wrapped(pieces: Iterable[tuple[str, str]], columns: int) -> list[tuple[list[
     lines: list[tuple[list[tuple[str, str]], str]] = []
     texts: list[tuple[str, str]] = []
     marks = ""
-    for text, mark in pieces:
+    for text, mark in marked:
         part = ""
         for char in text:
             if len(marks) + _columns(char) > columns:
@@ -71,7 +71,7 @@ def wrapped(pieces: Iterable[tuple[str, str]], columns: int) -> list[tuple[list[
 
 
 def _columns(char: str) -> int:
-    if unicodedata.category(char) in ZERO_WIDTH:
+    if unicodedata.category(char) in ZERO_WIDTH_CATEGORIES:
         return 0
     return 2 if unicodedata.east_asian_width(char) in "WF" else 1
 

@@ -1,4 +1,4 @@
-"""The first responses of an evaluation, token by token: `samples.parquet`, from which the report is drawn."""
+"""Store of the first responses of an evaluation, token by token: `samples.parquet`, which the report reads."""
 
 from collections.abc import Sequence
 from pathlib import Path
@@ -15,10 +15,10 @@ from ..files import atomic_write
 SAMPLES_FILE = "samples.parquet"
 
 KEPT_PROMPTS = 32
-"""Held-out prompts whose responses are kept: enough to see where KL is spent, and more than anybody reads."""
+"""Number of held-out prompts whose responses are kept: enough to see where KL is spent, and more than anybody reads."""
 
 KEPT_TOKENS = 2**18
-"""The most response tokens that are kept, some 4 MB: long responses to a few prompts would fill a disk."""
+"""Greatest number of response tokens that are kept, some 4 MB: long responses to a few prompts would fill a disk."""
 
 SAMPLES = pa.schema(
     [
@@ -39,33 +39,33 @@ SAMPLES = pa.schema(
         }.items()
     ]
 )
-"""One row per response, as in `ROLLOUTS`; the last four columns have one entry per response token: its id, its text,
-whether it is one of the tokenizer's special tokens, and the KL to the round's base policy of the distribution that it
-was drawn from (nats, exact over the vocabulary)."""
+"""Schema with one row per response, as in `ROLLOUTS`. The last four columns have one entry per response token: its id,
+its text, whether it is one of the tokenizer's special tokens, and the KL to the round's base policy of the distribution
+that it was drawn from (nats, exact over the vocabulary)."""
 
 
 def kept_rows(table: pa.Table) -> pa.Table:
-    """The responses to keep among those of a table of the `ROLLOUTS` schema, which is in the order of its prompts."""
+    """Responses to keep, of a table of the `ROLLOUTS` schema that is in the order of its prompts."""
     table = table.filter(pc.less(table["group"], KEPT_PROMPTS))
     tokens = np.cumsum(pc.list_value_length(table["response_ids"]).to_numpy())
     return table.slice(0, int((tokens <= KEPT_TOKENS).sum()))
 
 
 def sample_table(table: pa.Table, kls: Sequence[Sequence[float]], tokenizer: Any) -> pa.Table:
-    """Responses, of the `SAMPLES` schema.
+    """Table of responses, of the `SAMPLES` schema.
 
     Args:
         table: The responses, of the `ROLLOUTS` schema.
-        kls: The KL at each token of each of them, in nats.
-        tokenizer: What decodes them.
+        kls: KL at each token of each response, in nats.
+        tokenizer: Tokenizer of the policy.
     """
     ids: list[list[int]] = table["response_ids"].to_pylist()
     special = set(tokenizer.all_special_ids)
-    known: dict[tuple[int, ...], str] = {}
+    cache: dict[tuple[int, ...], str] = {}
     columns = {
         **{name: table[name] for name in SAMPLES.names if name in table.column_names},
         "token_ids": ids,
-        "token_texts": [token_texts(tokenizer, row, known) for row in ids],
+        "token_texts": [token_texts(tokenizer, row, cache) for row in ids],
         "special": [[token in special for token in row] for row in ids],
         "kls": kls,
     }
@@ -73,13 +73,13 @@ def sample_table(table: pa.Table, kls: Sequence[Sequence[float]], tokenizer: Any
 
 
 def write_samples(path: Path, tables: Sequence[pa.Table]) -> None:
-    """Write what several ranks kept, each response once and within the bounds, in the order of the prompts."""
+    """Write the responses that several ranks kept, each once and within the bounds, in the order of the prompts."""
     table = pa.concat_tables([SAMPLES.empty_table(), *tables])
     table = table.sort_by([("group", "ascending"), ("sample", "ascending")])
     keys = list(zip(table["group"].to_pylist(), table["sample"].to_pylist(), strict=True))
     # Ranks that share a model's tensors have the same responses.
-    new = [i == 0 or key != keys[i - 1] for i, key in enumerate(keys)]
-    table = table.filter(pa.array(new, pa.bool_()))
+    is_new = [i == 0 or key != keys[i - 1] for i, key in enumerate(keys)]
+    table = table.filter(pa.array(is_new, pa.bool_()))
     tokens = np.cumsum(pc.list_value_length(table["token_ids"]).to_numpy())
     table = table.slice(0, int((tokens <= KEPT_TOKENS).sum()))
     sink = pa.BufferOutputStream()
@@ -89,7 +89,7 @@ def write_samples(path: Path, tables: Sequence[pa.Table]) -> None:
 
 
 def read_samples(path: Path) -> list[dict[str, Any]]:
-    """The rows of a `samples.parquet`, by the names of `SAMPLES`.
+    """Rows of a `samples.parquet`, by the names of `SAMPLES`.
 
     Raises:
         UserError: If it is damaged or something else.
@@ -102,20 +102,20 @@ def read_samples(path: Path) -> list[dict[str, Any]]:
     return rows
 
 
-def token_texts(tokenizer: Any, ids: Sequence[int], known: dict[tuple[int, ...], str] | None = None) -> list[str]:
-    """Each token's text behind the token before it: alone, many tokenizers drop the space that begins a word.
+def token_texts(tokenizer: Any, ids: Sequence[int], cache: dict[tuple[int, ...], str] | None = None) -> list[str]:
+    """Text of each token after the token before it: alone, many tokenizers drop the space that begins a word.
 
     Args:
         tokenizer: The policy's tokenizer.
         ids: Token ids of a response.
-        known: What one and two tokens are as text, noted here for other responses.
+        cache: Text of one and of two tokens, filled for other responses.
     """
-    known = {} if known is None else known
+    cache = {} if cache is None else cache
 
     def decoded(*tokens: int) -> str:
-        if tokens not in known:
-            known[tokens] = tokenizer.decode(tokens, skip_special_tokens=False, clean_up_tokenization_spaces=False)
-        return known[tokens]
+        if tokens not in cache:
+            cache[tokens] = tokenizer.decode(tokens, skip_special_tokens=False, clean_up_tokenization_spaces=False)
+        return cache[tokens]
 
     texts = [decoded(token) for token in ids]
     for i in range(1, len(ids)):

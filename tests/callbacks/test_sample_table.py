@@ -1,4 +1,4 @@
-"""Samples against slow references; text that no odd character and no terminal can break; training left alone."""
+"""Samples against slow references; text of odd characters; logged tables; training is not affected."""
 
 import json
 import math
@@ -19,7 +19,7 @@ from lightning.pytorch.callbacks import Callback
 from lightning.pytorch.loggers import CSVLogger, MLFlowLogger, TensorBoardLogger, WandbLogger
 
 from erpd_lightning.callbacks import ResumeCheckpoint, SampleTable
-from erpd_lightning.callbacks.samples import LEAST_COLUMNS, Sample, format_samples, log_samples, respond
+from erpd_lightning.callbacks.samples import MIN_TERMINAL_WIDTH, Sample, format_samples, log_samples, sample_responses
 from erpd_lightning.callbacks.undisturbed import undisturbed
 from erpd_lightning.data.rollouts import RolloutDataModule
 from erpd_lightning.data.samplers import Response, TransformersSampler
@@ -60,7 +60,7 @@ def test_signal_and_kl_of_responses(folder: Path, max_tokens: int) -> None:
     )
     (batch,) = data.prompt_batches(data.held_out_prompts(), 3, "sample table", 0, 1)
     with torch.no_grad():
-        found = respond(load_policy(folder / "student"), load_policy(folder / "base"), batch)
+        found = sample_responses(load_policy(folder / "student"), load_policy(folder / "base"), batch)
     rows = batch.respond(make_model(1)).to_pylist()
     assert len(found) == len(rows) == 15
     assert len({len(row["response_ids"]) for row in rows}) > 2
@@ -73,8 +73,8 @@ def test_signal_and_kl_of_responses(folder: Path, max_tokens: int) -> None:
         assert sample.signal == pytest.approx(signal.tolist(), abs=1e-4)
         assert sample.kl == pytest.approx(float((own.exp() * (own - other)).sum()), rel=1e-4)
         assert sample.prompt == row["prompt"]
-        assert "".join(piece for piece in sample.pieces if len(piece) == 1) == row["response"]
-        assert len(sample.pieces) == len(row["response_ids"])
+        assert "".join(token for token in sample.tokens if len(token) == 1) == row["response"]
+        assert len(sample.tokens) == len(row["response_ids"])
         assert sample.reward == float(len(row["response"]) < 6)
         assert sample.truncated == (row["response_ids"][-1] != 2)
     assert {sample.reward for sample in found} == {0.0, 1.0}
@@ -93,7 +93,7 @@ def test_what_could_not_be_checked_has_no_reward(folder: Path) -> None:
         verifier=Unsure(),
     )
     (batch,) = data.prompt_batches(data.held_out_prompts()[:1], 1, "sample table", 0, 1)
-    (sample,) = respond(load_policy(folder / "base"), None, batch)
+    (sample,) = sample_responses(load_policy(folder / "base"), None, batch)
     assert (sample.reward, sample.kl, sample.signal) == (None, None, None)
     assert "not checked" in format_samples("title", [sample], 80, 100)
 
@@ -226,7 +226,7 @@ class Screen:
         return "".join(self.written)
 
 
-@pytest.mark.parametrize(("columns", "expected"), [("3", LEAST_COLUMNS), ("33", 33), ("0", 80)])
+@pytest.mark.parametrize(("columns", "expected"), [("3", MIN_TERMINAL_WIDTH), ("33", 33), ("0", 80)])
 def test_the_width_is_the_terminal_s(
     folder: Path, monkeypatch: pytest.MonkeyPatch, columns: str, expected: int
 ) -> None:
@@ -278,7 +278,7 @@ def test_going_on_keeps_count(folder: Path, tmp_path: Path, capsys: pytest.Captu
     assert table.validations == 4
 
 
-def test_without_held_out_prompts_there_is_nothing_to_show(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_without_held_out_prompts_nothing_is_shown(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
     watching.fit(folder, SampleTable(), validated=False)
     assert capsys.readouterr().out == ""
 
