@@ -196,7 +196,7 @@ def test_an_unfinished_run(tmp_path: Path, undrawn: None, without: list[str], ex
     assert str(path) in beside.text
 
 
-def test_many_rounds_and_runs_are_left_out_and_it_is_said(
+def test_rounds_and_runs_that_are_left_out_are_named(
     tmp_path: Path, undrawn: None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(run_section, "MAX_SHOWN_ROUNDS", 2)
