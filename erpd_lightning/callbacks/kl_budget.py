@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from ..budget.interpolation import Line, Measured, go_back
 from ..data.samplers import Sampler
-from ..errors import UserError
+from ..errors import InvalidArgument, UserError
 from ..modules.policy_module import PolicyModule
 from ..objectives.divergences import kl_value
 from .fresh_kl import FreshKL, policy_of
@@ -106,22 +106,23 @@ class KLBudget(Callback):
         seed: int = 0,
     ) -> None:
         if not 0 < budget < math.inf:
-            raise UserError(f"KLBudget.budget is {budget}: it must be a positive, finite number of nats")
+            raise InvalidArgument("budget", f"is {budget}: it must be a positive, finite number of nats")
         if action not in get_args(Action):
-            raise UserError(f"KLBudget.action is {action!r}: it must be one of {', '.join(get_args(Action))}")
+            raise InvalidArgument("action", f"is {action!r}: it must be one of {', '.join(get_args(Action))}")
         if per not in ("token", "response"):
-            raise UserError(f"KLBudget.per is {per!r}: it must be token or response")
+            raise InvalidArgument("per", f"is {per!r}: it must be token or response")
         if not 0.5 < confidence < 1:
-            raise UserError(f"KLBudget.confidence is {confidence}: it must lie between 0.5 and 1")
+            raise InvalidArgument("confidence", f"is {confidence}: it must lie between 0.5 and 1")
         if not 0 < tolerance < 1:
-            raise UserError(f"KLBudget.tolerance is {tolerance}: it must lie between 0 and 1")
-        if min(max_prompts, samples) < 1 or patience < 0 or (every_n_steps is not None and every_n_steps < 1):
-            raise UserError(
-                f"KLBudget: max_prompts ({max_prompts}), samples ({samples}) and every_n_steps ({every_n_steps}) must "
-                f"be at least 1, patience ({patience}) at least 0"
-            )
+            raise InvalidArgument("tolerance", f"is {tolerance}: it must lie between 0 and 1")
+        counts = {"max_prompts": max_prompts, "samples": samples, "every_n_steps": every_n_steps}
+        for name, number in counts.items():
+            if number is not None and number < 1:
+                raise InvalidArgument(name, f"is {number}: it must be at least 1")
+        if patience < 0:
+            raise InvalidArgument("patience", f"is {patience}: it must be at least 0")
         if not 0 < gain < 1 / WIDEST:
-            raise UserError(f"KLBudget.gain is {gain}: it must be above 0 and below {1 / WIDEST:g}")
+            raise InvalidArgument("gain", f"is {gain}: it must be above 0 and below {1 / WIDEST:g}")
         self.budget = budget
         self.action = action
         self.fresh_kl = FreshKL(reference, per, prompts, tokenizer, sampler, max_prompts, samples, seed)

@@ -12,7 +12,7 @@ from lightning.pytorch import LightningDataModule
 from lightning.pytorch.trainer.states import TrainerFn
 from torch import Tensor
 
-from ..errors import UserError
+from ..errors import InvalidArgument, UserError
 from ..files import sha256_file
 from ..models.loading import context_length, load_tokenizer
 from ..objectives.advantages import group_advantages
@@ -119,7 +119,7 @@ class RolloutDataModule(LightningDataModule):
         }
         for name, count in counts.items():
             if count is not None and count < 1:
-                raise UserError(f"data.{name} is {count}: it must be at least 1")
+                raise InvalidArgument(name, f"is {count}: it must be at least 1")
         optional = {
             "calibration_prompts": calibration_prompts,
             "preview_prompts": preview_prompts,
@@ -127,13 +127,14 @@ class RolloutDataModule(LightningDataModule):
         }
         for name, count in optional.items():
             if count < 0:
-                raise UserError(f"data.{name} is {count}: it must be at least 0")
+                raise InvalidArgument(name, f"is {count}: it must be at least 0")
         if baseline not in ("group", "batch"):
-            raise UserError(f"data.baseline is {baseline!r}: it must be 'group' or 'batch'")
+            raise InvalidArgument("baseline", f"is {baseline!r}: it must be 'group' or 'batch'")
         if replay and iterations > 1:
-            raise UserError(
-                f"data.replay is {replay}, but data.iterations ({iterations}) is above 1: what is trained on-policy "
-                "takes no earlier rollouts"
+            raise InvalidArgument(
+                "replay",
+                f"is {replay}, but iterations ({iterations}) is above 1: what is trained on-policy takes no earlier "
+                "rollouts",
             )
         self.root = Path(store)
         self.tokenizer_path = tokenizer

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from ..budget.interpolation import Landing, Line, land
 from ..data.batching import RolloutBatch, RolloutTable
-from ..errors import UserError
+from ..errors import InvalidArgument, UserError
 from ..objectives.distillation import DistillObjective, TiltedTarget, TokenObjective
 from ..objectives.divergences import exact_kl
 from ..objectives.signal import AutoSignal, Signal
@@ -23,8 +23,8 @@ from .policy_module import SUPPORT_MASS, SUPPORT_SIZE, PolicyModule
 MAX_CORRECTION = 1.5
 
 UNRESTRAINED = (
-    "distill.objective.kl_term is false, and no KL budget brings the student back: it would collapse. Set it to true, "
-    "or give distill.kl_budget with distill.calibrate and data.calibration_prompts"
+    "is false, and no KL budget brings the student back: it would collapse. Set it to true, or give kl_budget with "
+    "calibrate, and calibration_prompts to the data"
 )
 
 
@@ -90,17 +90,21 @@ class DistillModule(PolicyModule):
         prices = {"kl_budget": kl_budget, "total_budget": total_budget, "beta": beta, "min_beta": min_beta}
         for name, value in prices.items():
             if value is not None and not 0 < value < float("inf"):
-                raise UserError(f"distill.{name} is {value}: it must be a positive, finite number")
+                raise InvalidArgument(name, f"is {value}: it must be a positive, finite number")
         if (kl_budget is None) == (beta is None):
-            raise UserError("give either distill.kl_budget or distill.beta, and leave the other null")
+            raise InvalidArgument(
+                "kl_budget", f"is {kl_budget} and beta is {beta}: give one of them, and leave the other null"
+            )
         if total_budget is not None and kl_budget is None:
-            raise UserError("distill.total_budget goes with distill.kl_budget, not with a given distill.beta")
+            raise InvalidArgument("total_budget", "goes with kl_budget, not with a given beta")
         if min_beta is not None and (kl_budget is None or total_budget is not None):
-            raise UserError("distill.min_beta goes with distill.kl_budget alone, not with beta or total_budget")
+            raise InvalidArgument("min_beta", "goes with kl_budget alone, not with beta or total_budget")
         if objective is not None and getattr(objective, "needs", None) not in ("support", "tokens"):
-            raise UserError(f"distill.objective: {type(objective).__name__} is no SupportObjective or TokenObjective")
+            raise InvalidArgument(
+                "objective", f"is {type(objective).__name__}: it must be a DistillObjective or a TokenObjective"
+            )
         if iterations < 1:
-            raise UserError(f"distill.iterations is {iterations}: it must be at least 1")
+            raise InvalidArgument("iterations", f"is {iterations}: it must be at least 1")
         self.kl_budget = kl_budget
         self.total_budget = total_budget
         self.beta = beta
@@ -108,10 +112,12 @@ class DistillModule(PolicyModule):
         self.to_spend = kl_budget
         self.signal = AutoSignal() if signal == "auto" else signal or Signal()
         if isinstance(self.signal, AutoSignal) and kl_budget is None:
-            raise UserError("distill.signal is chosen for distill.kl_budget, not for a given distill.beta")
+            raise InvalidArgument("signal", "is auto: it is chosen for kl_budget, not for a given beta")
         if isinstance(self.signal, AutoSignal) and min_beta is not None:
-            raise UserError("distill.min_beta is a price for one signal: distill.signal is chosen among several")
-        self.objective: DistillObjective = objective or TiltedTarget()
+            raise InvalidArgument(
+                "min_beta", "is a price for one signal, but signal is auto: it is chosen among several"
+            )
+        self.objective = objective or TiltedTarget()
         self.iterations = iterations
         self.policies = policies or {}
         self.solution: TwoReferenceSolution | None = None
@@ -120,7 +126,7 @@ class DistillModule(PolicyModule):
         self._log_gains: list[float] = []
         self._due = False
         if self.unrestrained and not (calibrate and kl_budget is not None):
-            raise UserError(UNRESTRAINED)
+            raise InvalidArgument("objective.kl_term", UNRESTRAINED)
 
     @property
     def re_anchors(self) -> bool:  # type: ignore[override]
@@ -142,7 +148,7 @@ class DistillModule(PolicyModule):
         if self.iterations > 1:
             self._check_paths()
         if self.unrestrained and not (self.calibrates and data is not None and data.calibration()):
-            raise UserError(UNRESTRAINED)
+            raise InvalidArgument("objective.kl_term", UNRESTRAINED)
         if self.solution is not None or (self.iterations > 1 and self.kl_budget is None):
             return
         rollouts = getattr(data, "rollouts", None)

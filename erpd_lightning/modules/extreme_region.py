@@ -9,7 +9,7 @@ from torch import Tensor
 
 from ..data.batching import RolloutBatch
 from ..data.rollouts import RolloutDataModule
-from ..errors import UserError
+from ..errors import InvalidArgument, UserError
 from ..objectives.divergences import Direction, check_kl_loss, kl_loss, kl_value
 from ..objectives.extreme import SAPO, ExtremeObjective, flip_outcomes
 from .policy_module import PolicyModule
@@ -57,23 +57,23 @@ class ExtremeRegionModule(PolicyModule):
     ) -> None:
         super().__init__(policy, **kwargs)
         if sign not in (1, -1):
-            raise UserError(f"extreme_region.sign is {sign}: it must be 1 or -1")
+            raise InvalidArgument("sign", f"is {sign}: it must be 1 or -1")
         if not 0 <= kl_coef < float("inf"):
-            raise UserError(f"extreme_region.kl_coef is {kl_coef}: it must be at least 0")
+            raise InvalidArgument("kl_coef", f"is {kl_coef}: it must be at least 0")
         if anchor not in ("base", "iteration"):
-            raise UserError(f"extreme_region.anchor is {anchor!r}: it must be base or iteration")
+            raise InvalidArgument("anchor", f"is {anchor!r}: it must be base or iteration")
         try:
             check_kl_loss(kl_direction, kl_estimator)
         except ValueError as error:
-            raise UserError(f"extreme_region.kl_estimator: {error}") from error
+            raise InvalidArgument("kl_estimator", f"is {kl_estimator!r}: {error}") from error
         if kl_coef > 0 and kl_estimator == "exact" and "base" not in self.references:
-            raise UserError("extreme_region.kl_coef needs the reference `base` to measure the KL to")
+            raise InvalidArgument("kl_coef", "needs the reference `base` to measure the KL to")
         if keep not in ("last", "best"):
-            raise UserError(f"extreme_region.keep is {keep!r}: it must be last or best")
+            raise InvalidArgument("keep", f"is {keep!r}: it must be last or best")
         if stop_at_kl is not None and not 0 < stop_at_kl < float("inf"):
-            raise UserError(f"extreme_region.stop_at_kl is {stop_at_kl}: it must be a positive, finite number")
+            raise InvalidArgument("stop_at_kl", f"is {stop_at_kl}: it must be a positive, finite number")
         if stop_at_kl is not None and "base" not in self.references:
-            raise UserError("extreme_region.stop_at_kl needs the reference `base` to measure the KL to")
+            raise InvalidArgument("stop_at_kl", "needs the reference `base` to measure the KL to")
         self.objective = objective or SAPO()
         self.sign = sign
         self.kl_coef = kl_coef

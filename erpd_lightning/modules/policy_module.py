@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from ..data.batching import RolloutBatch
 from ..data.predict_data import Scores, ScoringPart, StorePass
 from ..data.prompts import PromptBatch
-from ..errors import UserError
+from ..errors import InvalidArgument, UserError
 from ..models.head import MAX_LOGITS
 from ..models.loading import load_tokenizer
 from ..models.policy import Policy, export_policy, load_frozen, load_policy, policy_fingerprint
@@ -77,20 +77,22 @@ class PolicyModule(LightningModule):
 
         super().__init__()
         if not 0 < learning_rate < float("inf"):
-            raise UserError(f"learning_rate is {learning_rate}: it must be a positive number")
+            raise InvalidArgument("learning_rate", f"is {learning_rate}: it must be a positive number")
         if warmup_steps < 0:
-            raise UserError(f"warmup_steps is {warmup_steps}: it must be at least 0")
+            raise InvalidArgument("warmup_steps", f"is {warmup_steps}: it must be at least 0")
         if not 0 <= weight_decay < float("inf"):
-            raise UserError(f"weight_decay is {weight_decay}: it must be at least 0")
+            raise InvalidArgument("weight_decay", f"is {weight_decay}: it must be at least 0")
         if not all(0 <= beta < 1 for beta in betas):
-            raise UserError(f"betas is {betas}: both must be at least 0 and below 1")
-        if max_logits < 1 or (pass_at_k is not None and pass_at_k < 1):
-            raise UserError(f"max_logits ({max_logits}) and pass_at_k ({pass_at_k}) must be at least 1")
+            raise InvalidArgument("betas", f"is {betas}: both must be at least 0 and below 1")
+        if max_logits < 1:
+            raise InvalidArgument("max_logits", f"is {max_logits}: it must be at least 1")
+        if pass_at_k is not None and pass_at_k < 1:
+            raise InvalidArgument("pass_at_k", f"is {pass_at_k}: it must be at least 1")
         if lr_scheduler not in [kind.value for kind in SchedulerType]:
-            raise UserError(f"lr_scheduler is {lr_scheduler!r}: it must be one of {', '.join(SchedulerType)}")
+            raise InvalidArgument("lr_scheduler", f"is {lr_scheduler!r}: it must be one of {', '.join(SchedulerType)}")
         kind = getattr(torch, dtype, None)
         if not (isinstance(kind, torch.dtype) and kind.is_floating_point):
-            raise UserError(f"dtype is {dtype!r}: it must be a floating-point type of torch such as bfloat16")
+            raise InvalidArgument("dtype", f"is {dtype!r}: it must be a floating-point type of torch such as bfloat16")
         self.policy_path = policy
         self.references = {"base": str(policy)} if references is None else references
         self.learning_rate = learning_rate

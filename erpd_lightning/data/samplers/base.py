@@ -4,7 +4,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
-from ...errors import UserError
+from ...errors import InvalidArgument
 
 
 class Response(NamedTuple):
@@ -31,12 +31,11 @@ class Sampler(ABC):
     """
 
     def __init__(self, max_new_tokens: int = 256, temperature: float = 1.0, batch_size: int = 256) -> None:
-        if max_new_tokens < 1 or batch_size < 1:
-            raise UserError(
-                f"data.sampler: max_new_tokens ({max_new_tokens}) and batch_size ({batch_size}) must be at least 1"
-            )
+        for name, count in (("max_new_tokens", max_new_tokens), ("batch_size", batch_size)):
+            if count < 1:
+                raise InvalidArgument(name, f"is {count}: it must be at least 1")
         if not 0 < temperature < float("inf"):
-            raise UserError(f"data.sampler.temperature is {temperature}: it must be above 0")
+            raise InvalidArgument("temperature", f"is {temperature}: it must be above 0")
         self.max_new_tokens = max_new_tokens
         self.temperature = temperature
         self.batch_size = batch_size

@@ -3,7 +3,7 @@
 import re
 from collections.abc import Sequence
 
-from ...errors import UserError
+from ...errors import InvalidArgument
 from .base import Verifier
 
 
@@ -19,9 +19,9 @@ class ExactMatch(Verifier):
         try:
             self.pattern = re.compile(pattern)
         except re.error as error:
-            raise UserError(f"verifier pattern {pattern!r} is no regular expression: {error}") from None
+            raise InvalidArgument("pattern", f"is {pattern!r}, which is no regular expression: {error}") from None
         if self.pattern.groups != 1:
-            raise UserError(f"verifier pattern {pattern!r} must have exactly one group, the answer")
+            raise InvalidArgument("pattern", f"is {pattern!r}: it must have exactly one group, the answer")
 
     def __call__(self, responses: Sequence[str], answers: Sequence[str]) -> list[float | None]:
         """See `Verifier`."""

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from multiprocessing.connection import Connection
 from multiprocessing.process import BaseProcess
 
-from ...errors import UserError
+from ...errors import InvalidArgument, UserError
 from .base import Verifier
 
 START_SECONDS = 120
@@ -23,7 +23,7 @@ class MathVerify(Verifier):
 
     def __init__(self, timeout: float = 10.0) -> None:
         if not timeout > 0:
-            raise UserError(f"verifier timeout is {timeout}: it must be above 0 seconds")
+            raise InvalidArgument("timeout", f"is {timeout}: it must be above 0 seconds")
         self.timeout = timeout
         self._process: BaseProcess | None = None
         self._connection: Connection | None = None
