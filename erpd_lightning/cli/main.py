@@ -30,9 +30,6 @@ POLICY_OF = {"base": "base", "extreme_region": "teacher", "unlearned": "unlearne
 UNREADABLE = re.compile("Problems parsing config: |Unexpected config: |(?='utf-8' codec)")
 """How jsonargparse begins a message about a file whose name it does not tell."""
 
-UNKNOWN_METRIC = re.compile("Early stopping conditioned on metric `(.*?)` which is not available")
-"""How Lightning's EarlyStopping begins its complaint about what it is to watch."""
-
 
 class ERPDCLI(LightningCLI):
     """`fit` chains the stages; `validate`, `test` and `predict` run on the policy of one of them.
@@ -213,8 +210,3 @@ def main() -> None:
             ERPDCLI()
     except (UserError, MisconfigurationException) as error:
         refuse(str(error))
-    except RuntimeError as error:
-        unknown = UNKNOWN_METRIC.match(str(error))
-        if unknown is None:
-            raise
-        refuse(f"EarlyStopping: no metric is called {unknown[1]}; docs/metrics.md lists those that are logged")

@@ -8,6 +8,7 @@ happened. A stage whose record names other settings is never overwritten: that i
 
 import json
 import time
+import traceback
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,6 +16,7 @@ from typing import Any, Protocol
 
 import torch
 from lightning.pytorch import Callback, Trainer, seed_everything
+from lightning.pytorch.callbacks import EarlyStopping
 from lightning.pytorch.utilities import rank_zero_only
 
 from ..callbacks import ResumeCheckpoint
@@ -90,10 +92,19 @@ class Stages:
 
         Returns:
             The `reasons` of callbacks that have any: what they warned of or stopped for.
+
+        Raises:
+            UserError: If an `EarlyStopping` monitors what nobody logs.
         """
         saver = ResumeCheckpoint(folder / "checkpoints", self.checkpoint_every)
         trainer = self.builder.trainer(stage, default_root_dir=folder, callbacks=[saver], **bound)
-        trainer.fit(module, datamodule=data, ckpt_path=saver.latest(), weights_only=True)
+        try:
+            trainer.fit(module, datamodule=data, ckpt_path=saver.latest(), weights_only=True)
+        except RuntimeError as error:
+            if (missing := _missing_metric(error, trainer)) is None:
+                raise
+            message = f"EarlyStopping: no metric is called {missing}; docs/metrics.md lists those that are logged"
+            raise UserError(message) from error
         callbacks: list[Callback] = trainer.callbacks  # type: ignore[attr-defined]
         return [reason for callback in callbacks for reason in getattr(callback, "reasons", [])]
 
@@ -160,6 +171,18 @@ class Stages:
             assert self.task is not None
             return {"task": vars(self.task)}
         return self.builder.settings(stage)
+
+
+def _missing_metric(error: RuntimeError, trainer: Trainer) -> str | None:
+    """The metric that an `EarlyStopping` looked for in vain, where that is why the error was raised.
+
+    That it is not logged says nothing alone: it may be about to be, when something else fails.
+    """
+    *_, (frame, _) = traceback.walk_tb(error.__traceback__)
+    callback = frame.f_locals.get("self")
+    if isinstance(callback, EarlyStopping) and callback.strict and callback.monitor not in trainer.callback_metrics:
+        return callback.monitor
+    return None
 
 
 def teacher_stage(name: str) -> str:
