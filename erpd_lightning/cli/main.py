@@ -2,11 +2,10 @@
 
 import json
 import logging
-import re
 import sys
 import warnings
 import zipfile
-from collections.abc import Iterable
+from collections.abc import Sequence
 from dataclasses import fields
 from pathlib import Path
 from typing import Any
@@ -21,14 +20,13 @@ from ..files import atomic_write, disk_full_named
 from ..modules.policy_module import PolicyModule
 from ..pipeline.preview import PreviewTrainer
 from ..pipeline.rounds import Rounds
-from .config import BOUND_BY_CHAIN, ConfigBuilder, add_options, options
-from .errors import readable
+from .config import ConfigBuilder
+from .errors import rejected_value, unknown_option, with_key
+from .given import check_files, unknown_keys
+from .options import CLASSES, add_options, bound_keys, class_options, option_names
 
 POLICY_OF = {"base": "base", "extreme_region": "teacher", "unlearned": "unlearned", "distill": "student"}
 """Which policy a stage makes; `validate`, `test` and `predict` run on it."""
-
-UNREADABLE = re.compile("Problems parsing config: |Unexpected config: |(?='utf-8' codec)")
-"""How jsonargparse begins a message about a file whose name it does not tell."""
 
 
 class ERPDCLI(LightningCLI):
@@ -76,14 +74,16 @@ class ERPDCLI(LightningCLI):
         Raises:
             UserError: Names the key or the file that is wrong.
         """
+        given: Sequence[str] = sys.argv[1:] if args is None else args
+        own_parser = self._parser(next((arg for arg in given if arg in self.subcommands()), "fit"))
+        check_files(given, {*CLASSES, *class_options(own_parser)})
         try:
             super().parse_arguments(parser, args)
-        except (ArgumentError, UnicodeDecodeError) as error:
-            message = readable(error, options(self._parser("fit")), _bound())
-            if UNREADABLE.match(message):
-                file = self._unreadable(sys.argv[1:] if args is None else args)
-                message = UNREADABLE.sub(f"{file} cannot be read as options: ", message)
-            raise UserError(message) from error
+        except ArgumentError as error:
+            options = option_names(own_parser)
+            for key in unknown_keys(given, options):
+                raise UserError(unknown_option(key, options, bound_keys())) from error
+            raise UserError(with_key(*rejected_value(str(error)))) from error
         config = self.config[self.config["subcommand"]]
         seed, checkpoint = config["seed_everything"], config.get("ckpt_path")
         if seed is False or not 0 <= seed < 2**32:
@@ -178,22 +178,6 @@ class ERPDCLI(LightningCLI):
     def _write(self, path: Path, text: str) -> None:
         if self.trainer.is_global_zero:
             atomic_write(path, text)
-
-    def _unreadable(self, args: Iterable[str]) -> str:
-        """The file among the arguments that holds no options."""
-        for arg in args:
-            path = Path(arg.rpartition("=")[2])
-            try:
-                if path.is_file():
-                    self._parser("fit").parse_path(path)
-            except (ArgumentError, UnicodeDecodeError) as error:
-                if UNREADABLE.match(str(error)):
-                    return str(path)
-        return "a configuration file"
-
-
-def _bound() -> set[str]:
-    return {f"{group}.{name}" for group, names in BOUND_BY_CHAIN.items() for name in names}
 
 
 def main() -> None:
