@@ -1,0 +1,1 @@
+"""Tests of the command line, with fixtures that they share."""

@@ -1,0 +1,70 @@
+"""Run directories of another configuration, and damaged ones."""
+
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from support.chain import arguments
+from support.command_line import Run, digests
+
+
+@pytest.mark.parametrize(
+    ("given", "expected"),
+    [
+        ("--distill.kl_budget=0.02", "round-1/distill was made with distill.kl_budget: 0.01, not 0.02"),
+        ("--seed_everything=1", "prepare was made with seed_everything: 0, not 1"),
+        ("--task.layers=2", "prepare was made with task.layers: 1, not 2"),
+        ("--data.group_size=4", "round-1/rollouts was made with data.group_size: 8, not 4"),
+        (
+            "--data.sampler.temperature=0.5",
+            "round-1/rollouts was made with data.sampler.init_args.temperature: 1.0, not 0.5",
+        ),
+        (
+            "--extreme_region_trainer.max_epochs=3",
+            "round-1/extreme_region was made with extreme_region_trainer.max_epochs: 2, not 3",
+        ),
+        ("--data.baseline=batch", "round-1/extreme_region was made with data.baseline: group, not batch"),
+        ("--unlearned.kl_coef=0.1", "round-1/unlearned was made with unlearned.kl_coef: 0.0, not 0.1"),
+        ("--data.calibration_prompts=3", "round-1/distill was made with data.calibration_prompts: 4, not 3"),
+        ("--data.validation_samples=3", "round-1/evaluation/base was made with data.validation_samples: 2, not 3"),
+    ],
+)
+def test_a_run_directory_of_another_configuration(
+    finished: tuple[Path, str], refused: Run, given: str, expected: str
+) -> None:
+    before = digests(finished[0])
+    assert refused(*arguments(finished[0]), given).startswith(f"{finished[0]}/{expected}. Give another run_dir")
+    assert digests(finished[0]) == before
+
+
+def test_settings_that_make_no_difference_are_not_compared(finished: tuple[Path, str], run: Run) -> None:
+    more = ["--trainer.log_every_n_steps=2", "--trainer.enable_progress_bar=true", "--data.max_tokens=9999"]
+    more += ["--extreme_region.objective=erpd_lightning.SAPO"]  # the same class by another name
+    assert run(*arguments(finished[0]), *more).count("done already") == 10
+
+
+@pytest.mark.parametrize(
+    ("store", "damage"),
+    [("rollouts", "altered"), ("rollouts", "truncated"), ("signal/base", "lost"), ("signal/unlearned", "altered")],
+)
+def test_a_damaged_store(refused: Run, copy: Callable[..., Path], store: str, damage: str) -> None:
+    run_dir = copy("distill", "evaluation")
+    part = run_dir / "round-1" / store / "part-00000.parquet"
+    content = part.read_bytes()
+    middle = len(content) // 2
+    if damage == "altered":
+        part.write_bytes(content[:middle] + bytes([content[middle] ^ 1]) + content[middle + 1 :])
+    elif damage == "truncated":
+        part.write_bytes(content[:-50])
+    else:
+        part.unlink()
+    expected = f"{part} is missing" if damage == "lost" else f"{part} was altered or truncated"
+    assert refused(*arguments(run_dir)).startswith(expected)
+    assert not (run_dir / "round-1" / "distill").exists()
+
+
+def test_a_record_that_is_none(refused: Run, copy: Callable[..., Path]) -> None:
+    record = copy() / "round-1" / "signal" / "stage.json"
+    record.write_text(record.read_text()[:40])
+    assert refused(*arguments(record.parents[2])).startswith(f"{record} is no readable record of a stage")
