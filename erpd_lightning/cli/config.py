@@ -154,7 +154,7 @@ class ConfigBuilder:
         endless = all(kwargs[key] in (None, -1) for key in ("max_epochs", "max_steps", "max_time"))
         if endless and (stage in DEFAULT_EPOCHS or is_teacher(stage)):
             bound = {"max_epochs": DEFAULT_EPOCHS.get(stage, DEFAULT_EPOCHS["extreme_region"]), **bound}
-        if stage in ("rollouts", "signal"):  # Other stages build on these: part of a store is none.
+        if stage in ("rollouts", "scoring"):  # Other stages build on these: part of a store is none.
             bound = {"fast_dev_run": False, "limit_predict_batches": None, **bound}
         try:
             return kind(**{**kwargs, "enable_checkpointing": saves, **bound})
@@ -168,7 +168,7 @@ class ConfigBuilder:
         distill = canonical_class_paths(self.config["distill"].as_dict())
         own_trainer = trainer_of(stage)
         of_trainer = trainer_settings(stage, self._settings("trainer", own_trainer).as_dict())
-        if stage == "choice":
+        if stage == "signal_selection":
             own = {"distill": {key: distill[key] for key in SIGNAL_SELECTION_KEYS["distill"]}}
         elif stage in INFERENCE_STAGE_KEYS:
             own = {"trainer": of_trainer}

@@ -50,7 +50,7 @@ ON_POLICY_DATA_KEYS = ("sampler", "group_size", "prompts_per_round")
 
 INFERENCE_STAGE_KEYS: dict[str, tuple[tuple[str, ...], tuple[str, ...]]] = {
     "rollouts": (ROLLOUT_DATA_KEYS, ("precision",)),
-    "signal": ((), ("precision",)),
+    "scoring": ((), ("precision",)),
     "evaluation": (
         ("sampler", "verifier", "validation_samples", "max_validation_prompts"),
         ("precision", "limit_test_batches", "fast_dev_run"),
@@ -77,7 +77,7 @@ def data_keys(stage: str, data: Mapping[str, Any], distill: Mapping[str, Any]) -
         data: Settings of `data`.
         distill: Settings of `distill`.
     """
-    if stage == "choice":
+    if stage == "signal_selection":
         return SIGNAL_SELECTION_KEYS["data"]
     if stage in INFERENCE_STAGE_KEYS:
         return INFERENCE_STAGE_KEYS[stage][0]

@@ -141,7 +141,7 @@ def test_a_mistake_in_a_process_of_its_own(tmp_path: Path) -> None:
         ('--teachers={"mild": {"sign": 3}}', "teachers.mild.sign is 3: it must be 1 or -1"),
         ('--teachers={"base": {}}', "teachers.base: a policy of its own needs a name of its own"),
         ("--distill.signal=auto", "distill.signal holds out 48 prompts for previews, but data.prompts_per_"),
-        ("--last_stage=signal", "last_stage is 'signal': it must be distill or extreme_region"),
+        ("--last_stage=scoring", "last_stage is 'scoring': it must be distill or extreme_region"),
         ("--data.iterations=2", "data.iterations is above 1, but a student is distilled from fixed rollouts"),
         ("--data.group_size=0", "data.group_size is 0: it must be at least 1"),
         ("--data.calibration_prompts=-1", "data.calibration_prompts is -1: it must be at least 0"),

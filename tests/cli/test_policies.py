@@ -57,5 +57,5 @@ def test_a_policy_that_is_not_there_yet(refused: Run, tmp_path: Path) -> None:
     assert message == (
         f"{tmp_path / 'round-1' / 'distill' / 'student'} is missing: fit makes it, in the stage distill of round 1"
     )
-    message = refused(*arguments(tmp_path, "predict"), "--stage=signal")
-    assert message == "stage is 'signal': predict takes one of base, extreme_region, unlearned, distill"
+    message = refused(*arguments(tmp_path, "predict"), "--stage=scoring")
+    assert message == "stage is 'scoring': predict takes one of base, extreme_region, unlearned, distill"

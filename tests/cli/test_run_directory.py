@@ -46,7 +46,7 @@ def test_settings_that_make_no_difference_are_not_compared(finished: tuple[Path,
 
 @pytest.mark.parametrize(
     ("store", "damage"),
-    [("rollouts", "altered"), ("rollouts", "truncated"), ("signal/base", "lost"), ("signal/unlearned", "altered")],
+    [("rollouts", "altered"), ("rollouts", "truncated"), ("scoring/base", "lost"), ("scoring/unlearned", "altered")],
 )
 def test_a_damaged_store(refused: Run, copy: Callable[..., Path], store: str, damage: str) -> None:
     run_dir = copy("distill", "evaluation")
@@ -65,6 +65,6 @@ def test_a_damaged_store(refused: Run, copy: Callable[..., Path], store: str, da
 
 
 def test_a_record_that_is_none(refused: Run, copy: Callable[..., Path]) -> None:
-    record = copy() / "round-1" / "signal" / "stage.json"
+    record = copy() / "round-1" / "scoring" / "stage.json"
     record.write_text(record.read_text()[:40])
     assert refused(*arguments(record.parents[2])).startswith(f"{record} is no readable record of a stage")

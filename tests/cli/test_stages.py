@@ -24,7 +24,7 @@ distill_trainer:
 """
     args = with_yaml(tmp_path, watched)
     folder = tmp_path / "run" / "round-1"
-    assert "needs the stage base in" in refused(*args, "--stage=signal")
+    assert "needs the stage base in" in refused(*args, "--stage=scoring")
     run(*args, "--stage=base")
     assert "[base] base: done already" in run(*args, "--stage=base")
     assert "needs the stage rollouts in" in refused(*args, "--stage=extreme_region")

@@ -11,7 +11,7 @@ from support.chain import arguments
 
 ROOT = Path(__file__).parents[2]
 
-STAGES = [stage for stage in ALL_STAGES if stage != "choice"]
+STAGES = [stage for stage in ALL_STAGES if stage != "signal_selection"]
 """Those of a run whose signal is given."""
 
 
