@@ -109,7 +109,7 @@ def measure(out: Path, folder: Path) -> None:
 
     from erpd_lightning import RolloutDataModule
     from erpd_lightning.data.samplers import TransformersSampler
-    from erpd_lightning.modules.policy_module import PolicyModule
+    from erpd_lightning.modules.evaluation import EvaluationModule
 
     base = out / "base" / "base"
     data = RolloutDataModule(
@@ -120,7 +120,7 @@ def measure(out: Path, folder: Path) -> None:
         sampler=TransformersSampler(max_new_tokens=24, batch_size=2048),
         seed=2**20,
     )
-    module = PolicyModule(folder / "round-1" / "distill" / "student", references={"base": str(base)})
+    module = EvaluationModule(folder / "round-1" / "distill" / "student", references={"base": str(base)})
     quiet: dict[str, Any] = {"logger": False, "enable_progress_bar": False, "enable_model_summary": False}
     (found,) = Trainer(accelerator="cpu", devices=1, **quiet).validate(module, datamodule=data, verbose=False)
     (folder / MEASURED).write_text(json.dumps(found) + "\n")

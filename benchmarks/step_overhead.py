@@ -95,7 +95,7 @@ def logps(model: Any, batch: RolloutBatch) -> torch.Tensor:
 def sapo(model: Any, batch: RolloutBatch) -> torch.Tensor:
     """SAPO (arXiv 2511.20347), the mean over the step's tokens."""
     logp = logps(model, batch).gather(-1, batch.response_ids[..., None])[..., 0]
-    ratio = (logp - batch.anchor_logps).exp()
+    ratio = (logp - batch.sampler_logps).exp()
     advantage = batch.advantages[:, None]
     tau = torch.where(advantage > 0, 1.0, 1.05)
     terms = -(4 / tau) * torch.sigmoid(tau * (ratio - 1)) * advantage

@@ -11,7 +11,9 @@ if TYPE_CHECKING:
     from .data.rollouts import RolloutDataModule
     from .errors import UserError
     from .modules.distill import DistillModule
+    from .modules.evaluation import EvaluationModule
     from .modules.extreme_region import ExtremeRegionModule
+    from .modules.policy_module import PolicyModule
     from .objectives.clipped import CISPO, GSPO, PPOClip
     from .objectives.distillation import ClippedPolicyGradient, TiltedTarget
     from .objectives.extreme import SAPO, CrossEntropy
@@ -28,8 +30,10 @@ __all__ = [
     "ClippedPolicyGradient",
     "CrossEntropy",
     "DistillModule",
+    "EvaluationModule",
     "ExtremeRegionModule",
     "PPOClip",
+    "PolicyModule",
     "RolloutDataModule",
     "Signal",
     "SquaredError",
@@ -48,7 +52,9 @@ _HOMES = {
     "ClippedPolicyGradient": ".objectives.distillation",
     "CrossEntropy": ".objectives.extreme",
     "DistillModule": ".modules.distill",
+    "EvaluationModule": ".modules.evaluation",
     "ExtremeRegionModule": ".modules.extreme_region",
+    "PolicyModule": ".modules.policy_module",
     "RolloutDataModule": ".data.rollouts",
     "Signal": ".objectives.signal",
     "SquaredError": ".objectives.regression",

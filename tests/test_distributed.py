@@ -22,7 +22,7 @@ from erpd_lightning.modules.policy_module import PolicyModule
 from support import ranks
 from support.chain import arguments
 from support.policies import TASK, make_rows, save_policy, write_rollouts
-from support.runs import CHECKPOINT, MODULE, ROOT, Kill, Runs, contents, written
+from support.runs import CHECKPOINT, EVALUATION, ROOT, Kill, Runs, contents, written
 
 UNCUT = next(iter(ranks.CUTS))
 ENVIRONMENT = {**os.environ, "PYTHONPATH": os.pathsep.join([str(ROOT), str(ROOT / "tests")])}
@@ -74,7 +74,7 @@ def test_a_step_is_the_same_however_it_is_cut(
         assert len(seen["gradients"]) == len(sizes)
         for gradient, expected in zip(seen["gradients"], whole["gradients"], strict=True):
             assert expected.norm() > 0.1
-            assert (gradient - expected).norm() <= 1e-6 * expected.norm()
+            assert (gradient - expected).norm() <= 3e-6 * expected.norm()  # float32, summed in another order
         for logged, expected in zip(seen["logged"], whole["logged"], strict=True):
             assert logged == pytest.approx(expected, rel=1e-6, abs=1e-6)
         assert seen["epoch"] == pytest.approx(whole["epoch"], rel=1e-6, abs=1e-6)
@@ -197,7 +197,7 @@ def test_two_processes_sample_and_score_what_one_does(alone: Path, together: Pat
     stores = [json.loads((run / "round-1/rollouts/manifest.json").read_text()) for run in (alone, together)]
     assert len(stores[0]["parts"]) > 2
     assert stores[0]["fingerprint"] == stores[1]["fingerprint"]
-    scores = [json.loads((run / "round-1/signal/base/manifest.json").read_text()) for run in (alone, together)]
+    scores = [json.loads((run / "round-1/scoring/base/manifest.json").read_text()) for run in (alone, together)]
     assert scores[0]["fingerprint"] == scores[1]["fingerprint"]
 
 
@@ -217,7 +217,7 @@ def test_two_processes_that_are_killed_end_the_same(runs: Runs, alone: Path, tog
     for kill in (
         written(r"rollouts/part-00002\.parquet"),
         written(f"extreme_region/checkpoints/{CHECKPOINT}", count=2),
-        Kill(f"{MODULE}.evaluate", count=2),
+        Kill(f"{EVALUATION}.evaluate", count=2),
     ):
         runs.run(command(run_dir, alone), kill, processes=2)
     runs.run(command(run_dir, alone), processes=2)

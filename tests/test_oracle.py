@@ -257,7 +257,7 @@ def test_the_summary_holds_up(name: str, summary: dict[str, Any], policy_samples
 
 def test_what_was_spent_of_the_budget(summary: dict[str, Any]) -> None:
     assert summary["budget"] == BUDGET
-    assert summary["to_spend"] == BUDGET
+    assert summary["effective_budget"] == BUDGET
     assert summary["kl_on_stored_states"] == pytest.approx(BUDGET, rel=1e-3)
     assert summary["rollouts"] == summary["rollouts_total"] == 192 * 8
     policies = summary["policies"]

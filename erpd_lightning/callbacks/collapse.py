@@ -20,7 +20,7 @@ from ..metrics import (
     importance_sums,
     merge_importance_sums,
 )
-from ..modules.policy_module import TrainingDiverged
+from ..modules.training import TrainingDiverged
 from ..objectives.reduction import masked_sum
 from ..text import aligned
 

@@ -11,20 +11,25 @@ import torch
 from lightning.pytorch import LightningModule, Trainer
 from torch import nn
 
-from ..budget.interpolation import Measured
-from ..data.predict_data import ranks
-from ..data.prompts import Prompt
+from ..budget.search import Measurement
+from ..data.prompt_batches import PromptBatcher
+from ..data.prompts import PromptSet, read_prompts, tokenize
+from ..data.ranks import ranks
 from ..data.rollouts import RolloutDataModule
-from ..data.samplers import Sampler
+from ..data.samplers import Sampler, TransformersSampler
 from ..data.verifiers import Unverified
-from ..errors import UserError
+from ..errors import InvalidArgument, UserError
 from ..metrics import clustered_ratio
-from ..models.policy import Policy, load_frozen
+from ..models.loading import context_length, load_tokenizer
+from ..models.policy import Policy, load_reference
+from ..modules.eval_mode import eval_mode
 from ..modules.evaluation import prompt_sums
 from ..modules.policy_module import PolicyModule
-from .undisturbed import undisturbed
 
-CHUNKS = 16
+MAX_TOKENS = 16384
+"""Padded tokens that are run through a policy at a time, where no data module says."""
+
+MAX_CHUNKS = 16
 """The most times that `max_prompts` prompts are taken for one measurement."""
 
 
@@ -61,13 +66,13 @@ class FreshKL:
         self.max_prompts = max_prompts
         self.samples = samples
         self.seed = seed
-        self._source: tuple[RolloutDataModule, list[Prompt]] | None = None
+        self._source: tuple[PromptBatcher, PromptSet] | None = None
 
     def check(self, trainer: Trainer, module: LightningModule) -> None:
         """Whether there is a reference to measure the KL to, and prompts to measure it on.
 
         Raises:
-            UserError: If one of them is missing.
+            InvalidArgument: If one of them is missing.
         """
         self.check_reference(getattr(module, "references", {}))
         self._find_prompts(trainer)
@@ -76,25 +81,26 @@ class FreshKL:
         """Whether the KL can be measured to the reference, among the named ones of a module.
 
         Raises:
-            UserError: If it is none of them, and no policy of its own.
+            InvalidArgument: If it is none of them, and no policy of its own.
         """
         if self.reference not in names and not _is_policy(self.reference):
-            raise UserError(
-                f"KLBudget.reference is {self.reference!r}: it is neither a folder, nor a hub name, nor among the "
-                f"module's references ({', '.join(names) or 'none'})"
+            raise InvalidArgument(
+                "reference",
+                f"is {self.reference!r}: it is neither a folder, nor a hub name, nor among the module's references "
+                f"({', '.join(names) or 'none'})",
             )
 
-    def logged(self, trainer: Trainer, module: LightningModule) -> Measured | None:
+    def logged(self, trainer: Trainer, module: LightningModule) -> Measurement | None:
         """What the validation of a `PolicyModule` logged of this very KL; None where it did not."""
         if isinstance(module, PolicyModule) and self.reference in module.references:
             name = f"val/kl_per_{self.per}" + ("" if self.reference == "base" else f"_to_{self.reference}")
             found = trainer.callback_metrics
             if name in found:
-                return Measured(float(found[name]), float(found[f"{name}_stderr"]))
+                return Measurement(float(found[name]), float(found[f"{name}_stderr"]))
         return None
 
     @torch.no_grad()
-    def measure(self, trainer: Trainer, module: LightningModule, purpose: str, stderr: float = math.inf) -> Measured:
+    def measure(self, trainer: Trainer, module: LightningModule, purpose: str, stderr: float = math.inf) -> Measurement:
         """The KL, with a standard error of at most `stderr` if 16 times `max_prompts` prompts can give it.
 
         Prompts that come again after the last one add samples, not prompts, which are what the standard error counts.
@@ -109,58 +115,55 @@ class FreshKL:
             UserError: If there is nothing to sample from, or no policy that could.
         """
         policy = policy_of(module)
-        data, prompts = self._find_prompts(trainer)
+        batcher, prompts = self._find_prompts(trainer)
         sums = torch.zeros(2, len(prompts), dtype=torch.float64)  # KL, and what it is divided by, of each prompt
-        with self._policy(module) as reference, undisturbed(trainer, module):
-            for chunk in range(CHUNKS):
+        with self._policy(module) as reference, eval_mode(trainer, module):
+            for chunk in range(MAX_CHUNKS):
                 first, count = chunk * self.max_prompts, min(self.max_prompts, len(prompts))
                 chosen = torch.arange(first, first + count) % len(prompts)
                 name = f"kl budget, {purpose}, {chunk}"
-                asked = [prompts[i] for i in chosen.tolist()]
-                for batch in data.prompt_batches(asked, self.samples, name, *ranks(trainer)):
+                asked = prompts.take(chosen.tolist())
+                for batch in batcher.batches(asked, self.samples, name, *ranks(trainer)):
                     if batch.prompts:
-                        table = replace(batch, verifier=Unverified()).respond(policy.model)
-                        said = prompt_sums(policy, {"kl": reference}.__getitem__, ["kl"], table, batch)
-                        number = torch.full_like(said["tokens"], self.samples)
+                        table = batch.respond(policy.model)
+                        found_sums = prompt_sums(policy, {"kl": reference}.__getitem__, ["kl"], table, batch)
+                        number = torch.full_like(found_sums["tokens"], self.samples)
                         places = chosen[torch.tensor(batch.groups)]
-                        sums[0].index_add_(0, places, said["kl"])
-                        sums[1].index_add_(0, places, said["tokens"] if self.per == "token" else number)
+                        sums[0].index_add_(0, places, found_sums["kl"])
+                        sums[1].index_add_(0, places, found_sums["tokens"] if self.per == "token" else number)
                 total = trainer.strategy.reduce(sums.clone().to(module.device), reduce_op="sum")
                 ratio = clustered_ratio(*total[:, total[1] > 0])
-                found = Measured(float(ratio.value), float(ratio.stderr))
+                found = Measurement(float(ratio.value), float(ratio.stderr))
                 if stderr == math.inf or found.stderr <= stderr or math.isnan(found.kl):
                     break
         return found
 
-    def forget(self) -> None:
+    def clear_cache(self) -> None:
         """Find the prompts again when they are next needed: another trainer may have others."""
         self._source = None
 
-    def _find_prompts(self, trainer: Trainer) -> tuple[RolloutDataModule, list[Prompt]]:
+    def _find_prompts(self, trainer: Trainer) -> tuple[PromptBatcher, PromptSet]:
         """The prompts to measure on, and what makes batches of them.
 
         Raises:
-            UserError: If there are none.
+            InvalidArgument: If there are none.
         """
         if self._source is None:
             data: Any = getattr(trainer, "datamodule", None)
             if self.prompts is not None:
-                data = RolloutDataModule(
-                    store="",
-                    tokenizer=self.tokenizer or self._path(trainer.lightning_module),
-                    validation_prompts=self.prompts,
-                    sampler=self.sampler,
-                    seed=self.seed,
-                )
-                prompts = data.held_out_prompts()
+                self._source = self._own_prompts(self.prompts, self.tokenizer or self._path(trainer.lightning_module))
             elif isinstance(data, RolloutDataModule):
-                prompts = data.unused_prompts() or data.held_out_prompts()
-            else:
-                prompts = []
-            if not prompts:
-                raise UserError("KLBudget.prompts is missing: the KL is measured on fresh responses to some prompts")
-            self._source = data, prompts
+                prompts = data.prompt_plan.unused or data.prompt_plan.held_out
+                self._source = replace(data.batcher, verifier=Unverified()), prompts
+            if self._source is None or not self._source[1]:
+                raise InvalidArgument("prompts", "is missing: the KL is measured on fresh responses to some prompts")
         return self._source
+
+    def _own_prompts(self, source: str | Path, path: str | Path) -> tuple[PromptBatcher, PromptSet]:
+        """Prompts of a file or data set, with the tokenizer beside a policy."""
+        tokenizer, sampler = load_tokenizer(path), self.sampler or TransformersSampler()
+        prompts = PromptSet(read_prompts(source), lambda prompt: tokenize(tokenizer, prompt))
+        return PromptBatcher(tokenizer, sampler, Unverified(), MAX_TOKENS, context_length(path), self.seed), prompts
 
     def _path(self, module: LightningModule) -> str:
         references: Mapping[str, str] = getattr(module, "references", {})
@@ -169,8 +172,8 @@ class FreshKL:
     def _policy(self, module: LightningModule) -> AbstractContextManager[Policy]:
         """The reference policy while it is measured: the module's own where it may have it in memory."""
         if isinstance(module, PolicyModule) and self.reference in module.references:
-            return module.borrowed(self.reference)
-        return nullcontext(load_frozen(self._path(module), policy_of(module), "KLBudget.reference"))
+            return module.reference_context(self.reference)
+        return nullcontext(load_reference(self._path(module), policy_of(module), "reference"))
 
 
 def policy_of(module: LightningModule) -> Policy:

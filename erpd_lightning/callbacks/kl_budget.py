@@ -14,25 +14,18 @@ from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.trainer.states import TrainerFn
 from torch import Tensor, nn
 
-from ..budget.interpolation import Line, Measured, go_back
+from ..budget.controller import MAX_RELATIVE_ERROR, BudgetController
+from ..budget.interpolation import WeightInterpolation
+from ..budget.search import Measurement
 from ..data.samplers import Sampler
 from ..errors import InvalidArgument, UserError
-from ..modules.policy_module import PolicyModule
-from ..objectives.divergences import kl_value
+from ..modules.training import TrainingModule
 from .fresh_kl import FreshKL, policy_of
+from .kl_estimate import KLEstimate
 
 Action = Literal["warn", "stop", "rollback", "search", "adapt"]
 
-PAUSE = 10
-"""Optimiser steps between a measurement and one that the cheap estimate asks for."""
-
-DOUBT = 1.25
-"""How far the estimate has to rise above one that was a false alarm, to ask again."""
-
 DIVERGED = "optimiser step {step}: {what}; training has diverged. The last checkpoint is untouched"
-
-WIDEST = 0.2
-"""The largest relative error that a coefficient is adapted by."""
 
 
 class BudgetExceeded(UserError):
@@ -83,7 +76,7 @@ class KLBudget(Callback):
         reasons: What was found and done, one line each, with the optimiser step.
 
     Raises:
-        UserError: For a value out of range.
+        InvalidArgument: For a value out of range.
     """
 
     def __init__(
@@ -116,40 +109,38 @@ class KLBudget(Callback):
         if not 0 < tolerance < 1:
             raise InvalidArgument("tolerance", f"is {tolerance}: it must lie between 0 and 1")
         counts = {"max_prompts": max_prompts, "samples": samples, "every_n_steps": every_n_steps}
-        for name, number in counts.items():
-            if number is not None and number < 1:
-                raise InvalidArgument(name, f"is {number}: it must be at least 1")
+        for name, value in counts.items():
+            if value is not None and value < 1:
+                raise InvalidArgument(name, f"is {value}: it must be at least 1")
         if patience < 0:
             raise InvalidArgument("patience", f"is {patience}: it must be at least 0")
-        if not 0 < gain < 1 / WIDEST:
-            raise InvalidArgument("gain", f"is {gain}: it must be above 0 and below {1 / WIDEST:g}")
+        if not 0 < gain < 1 / MAX_RELATIVE_ERROR:
+            raise InvalidArgument("gain", f"is {gain}: it must be above 0 and below {1 / MAX_RELATIVE_ERROR:g}")
+        self.controller = BudgetController(budget, margin=NormalDist().inv_cdf(confidence), tolerance=tolerance)
         self.budget = budget
         self.action = action
         self.fresh_kl = FreshKL(reference, per, prompts, tokenizer, sampler, max_prompts, samples, seed)
         self.every_n_steps = every_n_steps
-        self.margin = NormalDist().inv_cdf(confidence)
         self.patience = patience
-        self.tolerance = tolerance
         self.coefficient = coefficient
         self.gain = gain
         self.reasons: list[str] = []
-        self.last: Measured | None = None
+        self.last: Measurement | None = None
         self.seconds = 0.0
         self._last_step = 0
         self._versions: list[int] = []
-        self._strikes = 0
-        self._alarm = budget
+        self._violations = 0
+        self._estimate = KLEstimate(budget, per)
         self._outside = self._acted = self._ended = False
-        self._inside: dict[str, Tensor] = {}
-        self._inside_found: Measured | None = None
+        self._inside_weights: dict[str, Tensor] = {}
+        self._inside: Measurement | None = None
         self._value: float | None = None
-        self._sums = torch.zeros(2, dtype=torch.float64)
         self._step = 0
 
     @property
     def upper(self) -> float:
         """Upper confidence bound of the KL that was measured last, in nats; NaN before the first measurement."""
-        return math.nan if self.last is None else self._bound(self.last)
+        return math.nan if self.last is None else self.controller.upper(self.last)
 
     # When to look.
 
@@ -158,10 +149,14 @@ class KLBudget(Callback):
         if stage != "fit":
             return
         self._ended = False
-        self.fresh_kl.check(trainer, pl_module)
+        try:
+            self.fresh_kl.check(trainer, pl_module)
+        except InvalidArgument as error:
+            raise error.under("KLBudget") from error
         if self.action == "adapt" and not _positive(getattr(pl_module, self.coefficient, None)):
-            raise UserError(
-                f"KLBudget.coefficient: {type(pl_module).__name__} has no positive {self.coefficient} to adapt"
+            raise InvalidArgument(
+                "KLBudget.coefficient",
+                f"is {self.coefficient!r}: {type(pl_module).__name__} has no positive {self.coefficient} to adapt",
             )
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
@@ -171,30 +166,26 @@ class KLBudget(Callback):
             setattr(pl_module, self.coefficient, self._value)
         if self._acted:
             trainer.should_stop = True
-        elif not self._inside and self.action in ("rollback", "search"):
-            self._inside = _weights(pl_module)
+        elif not self._inside_weights and self.action in ("rollback", "search"):
+            self._inside_weights = _weights(pl_module)
 
     def on_train_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
         """Estimate from the batch, and measure where that is due or the estimate asks for it."""
         if isinstance(outputs, Mapping):
-            self._sums = self._sums.to(pl_module.device) + self._estimated(trainer, pl_module, outputs)
+            self._estimate.add(trainer, pl_module, outputs)
         if trainer.global_step == self._step or trainer.fast_dev_run or self._acted:  # type: ignore[attr-defined]
             return
         self._step = trainer.global_step
         began = perf_counter()
-        total = trainer.strategy.reduce(self._sums.to(pl_module.device), reduce_op="sum")
-        self._sums = torch.zeros_like(self._sums)
-        estimate = math.nan
-        if total[1] > 0:
-            estimate = float(total[0] / total[1])
-            pl_module.log("kl_budget/estimate", estimate)
+        estimate = self._estimate.finish_step(trainer, pl_module)
         self.seconds += perf_counter() - began  # A measurement counts its own.
-        alarmed = estimate > self._alarm and self._step - self._last_step >= PAUSE
+        alarmed = self._estimate.alarms(estimate, self._step - self._last_step)
         if alarmed or (self.every_n_steps is not None and self._step % self.every_n_steps == 0):
             self._judge(trainer, pl_module, self._measure(trainer, pl_module, f"step {self._step}"))
-            self._alarm = max(self.budget, estimate * DOUBT) if alarmed else self._alarm
+            if alarmed:
+                self._estimate.raise_alarm(estimate)
 
     def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Take what validation measured."""
@@ -206,60 +197,54 @@ class KLBudget(Callback):
 
     # What to do.
 
-    def _judge(self, trainer: Trainer, module: LightningModule, found: Measured) -> None:
+    def _judge(self, trainer: Trainer, module: LightningModule, found: Measurement) -> None:
         """Note a measurement, the same on all ranks, and act on it."""
         outside = self._take(trainer, module, found)
         if self.action == "adapt":
             self._adapt(module, found)
         if not outside:
-            self._strikes = 0
+            self._violations = 0
             self._keep(module, found)
             return
-        self._strikes += 1
-        if self._strikes <= self.patience:
+        self._violations += 1
+        if self._violations <= self.patience:
             return
-        if self.action == "warn" and self._strikes > self.patience + 1:
+        if self.action == "warn" and self._violations > self.patience + 1:
             return  # Once for each crossing.
-        self._tell(trainer, f"{self._described(found)} is outside: {self._deed}")
+        self._report(trainer, f"{self._described(found)} is outside: {self._action_text}")
         if self.action in ("stop", "rollback", "search"):
             self._bring_back(trainer, module, found)
             self._acted = trainer.should_stop = True
 
-    def _bring_back(self, trainer: Trainer, module: LightningModule, outside: Measured) -> None:
+    def _bring_back(self, trainer: Trainer, module: LightningModule, outside: Measurement) -> None:
         """Where the action says so, weights inside the budget instead of those outside."""
         if self.action == "rollback":
-            _restore(module, self._inside)
-            if self._inside_found is not None:
-                self._take(trainer, module, self._inside_found)
+            _restore(module, self._inside_weights)
+            if self._inside is not None:
+                self._take(trainer, module, self._inside)
         elif self.action == "search":
             self._search(trainer, module, outside)
 
-    def _search(self, trainer: Trainer, module: LightningModule, outside: Measured) -> None:
-        inside = [weight.to(module.device) for weight in self._inside.values()]  # in the order of the parameters
-        line, attempts = Line(inside, _parameters(module)), count()
+    def _search(self, trainer: Trainer, module: LightningModule, outside: Measurement) -> None:
+        inside = [weight.to(module.device) for weight in self._inside_weights.values()]  # in the parameters' order
+        weights, attempts = WeightInterpolation(inside, _parameters(module)), count()
 
-        def measure(share: float) -> Measured:
-            line.move_to(share)
+        def measure(alpha: float) -> Measurement:
+            weights.move_to(alpha)
             purpose = f"search {trainer.global_step} {next(attempts)}"
-            return self._measure(trainer, module, purpose, stderr=self.tolerance * self.budget / 2 / self.margin)
+            return self._measure(trainer, module, purpose, stderr=self.controller.search_stderr)
 
-        if self._inside_found is None:  # The weights that training began with.
-            self._inside_found = measure(0.0)
-        share, found = go_back(
-            measure,
-            self.budget,
-            inside=self._inside_found.kl,
-            outside=outside.kl,
-            margin=self.margin,
-            tolerance=self.tolerance,
-        )
-        line.move_to(share)
-        if found is None:
-            self._take(trainer, module, self._inside_found)
-            self._tell(trainer, "no place on the line was inside: the last weights inside are back")
+        if self._inside is None:  # The weights that training began with.
+            self._inside = measure(0.0)
+        fit = self.controller.fit_alpha(measure, inside=self._inside.kl, outside=outside.kl)
+        weights.move_to(fit.alpha)
+        if fit.measured is None:
+            self._take(trainer, module, self._inside)
+            self._report(trainer, "nothing between them was inside: the last weights inside are back")
             return
-        self._take(trainer, module, found)
-        self._tell(trainer, f"{self._described(found)} after going back to {share:.2f} of the way: inside")
+        self._take(trainer, module, fit.measured)
+        text = f"{self._described(fit.measured)} after going back to alpha {fit.alpha:.2f}: inside"
+        self._report(trainer, text)
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """The last word, with the policy still on its device."""
@@ -270,7 +255,7 @@ class KLBudget(Callback):
         if not self._ended:
             pl_module.to(trainer.strategy.root_device)
             self._end(trainer, pl_module)
-        self.fresh_kl.forget()
+        self.fresh_kl.clear_cache()
 
     def _end(self, trainer: Trainer, module: LightningModule) -> None:
         """The weights that are left are inside, or are brought inside, or the training fails.
@@ -283,13 +268,13 @@ class KLBudget(Callback):
             return
         if not self._versions and self._last_step == trainer.global_step:
             self._versions = _versions(module)  # A checkpoint's weights are those that its measurement is of.
-        if isinstance(module, PolicyModule):
-            module.finish()
+        if isinstance(module, TrainingModule):
+            module.ensure_finalized()
         if self.last is None or self._versions != _versions(module):
             outside = self._take(trainer, module, self._measure(trainer, module, "end"))
             assert self.last is not None
             if outside and self.action in ("rollback", "search"):
-                self._tell(trainer, f"{self._described(self.last)} is outside at the end: {self._deed}")
+                self._report(trainer, f"{self._described(self.last)} is outside at the end: {self._action_text}")
                 self._bring_back(trainer, module, self.last)
                 if self._versions != _versions(module):
                     self._take(trainer, module, self._measure(trainer, module, "brought back"))
@@ -301,16 +286,15 @@ class KLBudget(Callback):
             )
         trainer.print(f"KLBudget: {self._described(self.last)} at the end, inside")
 
-    def _adapt(self, module: LightningModule, found: Measured) -> None:
-        error = min(max(found.kl / self.budget - 1, -WIDEST), WIDEST)
-        self._value = getattr(module, self.coefficient) * (1 + self.gain * error)
+    def _adapt(self, module: LightningModule, found: Measurement) -> None:
+        self._value = self.controller.adapted(getattr(module, self.coefficient), found, self.gain)
         setattr(module, self.coefficient, self._value)
 
-    def _keep(self, module: LightningModule, found: Measured) -> None:
+    def _keep(self, module: LightningModule, found: Measurement) -> None:
         if self.action in ("rollback", "search"):
-            self._inside, self._inside_found = _weights(module), found
+            self._inside_weights, self._inside = _weights(module), found
 
-    def _take(self, trainer: Trainer, module: LightningModule, found: Measured) -> bool:
+    def _take(self, trainer: Trainer, module: LightningModule, found: Measurement) -> bool:
         """Note and log a measurement; whether it is outside the budget, which all ranks agree on.
 
         Raises:
@@ -323,27 +307,29 @@ class KLBudget(Callback):
         logged = {
             "kl_budget/kl": found.kl,
             "kl_budget/stderr": found.stderr,
-            "kl_budget/upper": self._bound(found),
+            "kl_budget/upper": self.controller.upper(found),
             "kl_budget/seconds": self.seconds,
         }
         if self._value is not None:
             logged["kl_budget/coefficient"] = self._value
         for logger in trainer.loggers:
             logger.log_metrics(logged, step=max(trainer.global_step - 1, 0))  # Where Lightning counts the rest.
-        outside = not self._bound(found) <= self.budget
+        outside = not self.controller.is_inside(found)
         self._outside = trainer.strategy.reduce_boolean_decision(outside, all=False)
         return self._outside
 
     # How to measure.
 
-    def _validated(self, trainer: Trainer, module: LightningModule) -> Measured | None:
+    def _validated(self, trainer: Trainer, module: LightningModule) -> Measurement | None:
         """What validation logged of this very KL; a measurement of its own where steps do not say when."""
         found = self.fresh_kl.logged(trainer, module)
         if found is None and self.every_n_steps is None:
             return self._measure(trainer, module, f"validation {trainer.global_step}")
         return found
 
-    def _measure(self, trainer: Trainer, module: LightningModule, purpose: str, stderr: float = math.inf) -> Measured:
+    def _measure(
+        self, trainer: Trainer, module: LightningModule, purpose: str, stderr: float = math.inf
+    ) -> Measurement:
         """The KL on fresh samples, and the time that it took; see `FreshKL.measure`.
 
         Raises:
@@ -356,34 +342,16 @@ class KLBudget(Callback):
         self.seconds += perf_counter() - began
         return found
 
-    def _estimated(self, trainer: Trainer, module: LightningModule, outputs: Mapping[str, Any]) -> Tensor:
-        """Sum of the estimates of a micro-batch, and what it is to be divided by: `(2,)` float64."""
-        mask, kl, log_ratio = (outputs.get(name) for name in ("mask", "kl", "log_ratio"))
-        # Where the anchor of the ratio is taken again and again, or rollouts are those of earlier rounds too, it is
-        # not the reference.
-        data = getattr(trainer, "datamodule", None)
-        other = getattr(module, "re_anchors", False) or len(getattr(data, "trained_on", ())) > 1
-        if kl is None and log_ratio is not None and not other:
-            origin = torch.zeros_like(log_ratio)
-            kl = kl_value(log_ratio, origin, "k3", sampler_logps=origin)
-        if mask is None or kl is None:
-            return torch.zeros_like(self._sums)
-        number = mask.sum() if self.fresh_kl.per == "token" else mask.any(-1).sum()
-        return torch.stack([torch.where(mask, kl, 0.0).double().sum(), number.double()])
-
     # What to say.
 
-    def _bound(self, found: Measured) -> float:
-        return found.kl + self.margin * (found.stderr if math.isfinite(found.stderr) else math.inf)
-
-    def _described(self, found: Measured) -> str:
+    def _described(self, found: Measurement) -> str:
         return (
             f"KL {found.kl:.4g} ± {found.stderr:.2g} nats per {self.fresh_kl.per} to {self.fresh_kl.reference} "
-            f"(at most {self._bound(found):.4g}, budget {self.budget:.4g})"
+            f"(at most {self.controller.upper(found):.4g}, budget {self.budget:.4g})"
         )
 
     @property
-    def _deed(self) -> str:
+    def _action_text(self) -> str:
         return {
             "warn": "training goes on",
             "stop": "training stops",
@@ -392,7 +360,7 @@ class KLBudget(Callback):
             "adapt": f"{self.coefficient} is now {self._value}",
         }[self.action]
 
-    def _tell(self, trainer: Trainer, text: str) -> None:
+    def _report(self, trainer: Trainer, text: str) -> None:
         self.reasons.append(f"step {trainer.global_step}: {text}")
         trainer.print(f"KLBudget, step {trainer.global_step}: {text}")
 
@@ -400,26 +368,30 @@ class KLBudget(Callback):
 
     def state_dict(self) -> dict[str, Any]:
         return {
+            "controller": self.controller.state_dict(),
+            "estimate": self._estimate.state_dict(),
             "reasons": list(self.reasons),
             "last": None if self.last is None else astuple(self.last),
             "last_step": self._last_step,
-            "strikes": self._strikes,
-            "alarm": self._alarm,
+            "violations": self._violations,
             "outside": self._outside,
             "acted": self._acted,
-            "inside": self._inside,
-            "inside_found": None if self._inside_found is None else astuple(self._inside_found),
+            "inside_weights": self._inside_weights,
+            "inside": None if self._inside is None else astuple(self._inside),
             "value": self._value,
             "seconds": self.seconds,
         }
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        self.controller.load_state_dict(state_dict["controller"])
+        self._estimate.load_state_dict(state_dict["estimate"])
         self.reasons = list(state_dict["reasons"])
-        self.last = None if state_dict["last"] is None else Measured(*state_dict["last"])
-        self._last_step, self._strikes = state_dict["last_step"], state_dict["strikes"]
-        self._alarm, self._outside, self._acted = (state_dict[name] for name in ("alarm", "outside", "acted"))
-        found = state_dict["inside_found"]
-        self._inside, self._inside_found = state_dict["inside"], None if found is None else Measured(*found)
+        last, inside = state_dict["last"], state_dict["inside"]
+        self.last = None if last is None else Measurement(*last)
+        self._inside = None if inside is None else Measurement(*inside)
+        self._last_step, self._violations = state_dict["last_step"], state_dict["violations"]
+        self._outside, self._acted = state_dict["outside"], state_dict["acted"]
+        self._inside_weights = state_dict["inside_weights"]
         self._value, self.seconds = state_dict["value"], state_dict["seconds"]
         self._versions = []
 

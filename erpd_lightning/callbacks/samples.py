@@ -16,14 +16,14 @@ from lightning.pytorch.trainer.states import TrainerFn
 
 from ..data.batching import RolloutTable
 from ..data.loader import micro_batches
-from ..data.prompts import PromptBatch
+from ..data.prompt_batches import PromptBatch
 from ..data.rollouts import RolloutDataModule
 from ..data.samples import token_texts
-from ..errors import UserError
+from ..errors import InvalidArgument, UserError
 from ..models.policy import Policy
+from ..modules.eval_mode import eval_mode
 from ..modules.policy_module import PolicyModule
 from ..text import visible, wrapped
-from .undisturbed import undisturbed
 
 SIGNAL_MARKS = ((-1.0, "="), (-0.1, "-"), (0.1, "."), (1.0, "+"), (math.inf, "*"))
 """Marks of the signal, each with the greatest signal in nats that has it."""
@@ -101,7 +101,7 @@ class SampleTable(Callback):
         }
         for name, count in counts.items():
             if count < 1:
-                raise UserError(f"{name} is {count}: it must be at least 1")
+                raise InvalidArgument(name, f"is {count}: it must be at least 1")
         self.prompts = prompts
         self.samples = samples
         self.every_n_validations = every_n_validations
@@ -123,8 +123,8 @@ class SampleTable(Callback):
         if not isinstance(getattr(pl_module, "policy", None), Policy):
             kind = type(pl_module).__name__
             raise UserError(f"SampleTable samples from a module's `policy`, an erpd_lightning Policy: {kind} has none")
-        prompts = data.held_out_prompts()[: self.prompts]
-        self._batches = list(data.prompt_batches(prompts, self.samples, "sample table", 0, 1)) if prompts else []
+        prompts = data.prompt_plan.held_out[: self.prompts]
+        self._batches = list(data.batcher.batches(prompts, self.samples, "sample table")) if prompts else []
 
     def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Show samples after every `every_n_validations` validations."""
@@ -139,7 +139,8 @@ class SampleTable(Callback):
         if self._last_shown_step != trainer.global_step:
             self._show(trainer, pl_module)
         if isinstance(pl_module, PolicyModule):
-            pl_module.release_frozen()  # Lightning takes the policy from its device next, and would leave them there.
+            # Lightning takes the policy from its device next, and would leave them there.
+            pl_module.release_references()
 
     def state_dict(self) -> dict[str, Any]:
         return {"validations": self.validations, "seconds": self.seconds}
@@ -154,8 +155,8 @@ class SampleTable(Callback):
         self._last_shown_step = step = trainer.global_step
         logged_at = max(step - 1, 0)  # Where Lightning counts the step's other values.
         has_base = isinstance(pl_module, PolicyModule) and "base" in pl_module.references
-        with undisturbed(trainer, pl_module), torch.no_grad():
-            base = pl_module.frozen("base") if has_base else None
+        with eval_mode(trainer, pl_module), torch.no_grad():
+            base = pl_module.reference("base") if has_base else None
             samples = [sample for batch in self._batches for sample in sample_responses(pl_module.policy, base, batch)]
         if trainer.is_global_zero:
             title = f"Samples after optimiser step {step}"

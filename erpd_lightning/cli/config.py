@@ -17,7 +17,7 @@ from ..data.rollouts import RolloutDataModule
 from ..errors import InvalidArgument, UserError
 from ..modules.distill import UNRESTRAINED, DistillModule
 from ..modules.extreme_region import ExtremeRegionModule
-from ..modules.policy_module import PolicyModule
+from ..modules.training import TrainingModule
 from ..objectives.signal import AutoSignal
 from ..pipeline.stages import is_teacher, teacher_stage
 from .dependencies import (
@@ -78,15 +78,22 @@ class ConfigBuilder:
             self._check_lengths(stage, module, trainer, data)
             for callback in trainer.callbacks:  # type: ignore[attr-defined]
                 if isinstance(callback, KLBudget):
-                    callback.fresh_kl.check_reference(kl_references(module))
+                    self._check_kl_budget(callback, module)
             if isinstance(module, ExtremeRegionModule):
-                with self._keys_named(stage):
+                with self.keys_named(stage):
                     module.check_rollouts(data)
-            data.check_groups(module, f"{stage}.objective")
+            with self.keys_named("data"):
+                data.check_groups(module.needs_groups, f"{stage}.objective")
             if isinstance(module, DistillModule):
                 self._check_distillation(module, data)
 
-    def _check_lengths(self, stage: str, module: PolicyModule, trainer: Trainer, data: RolloutDataModule) -> None:
+    def _check_kl_budget(self, callback: KLBudget, module: TrainingModule) -> None:
+        try:
+            callback.fresh_kl.check_reference(kl_references(module))
+        except InvalidArgument as error:
+            raise error.under("KLBudget") from error
+
+    def _check_lengths(self, stage: str, module: TrainingModule, trainer: Trainer, data: RolloutDataModule) -> None:
         epochs = trainer.max_epochs or -1
         shared_out = epochs > 0 and epochs % module.iterations == 0
         tried = self._settings("trainer", trainer_of(stage))["fast_dev_run"]
@@ -120,16 +127,16 @@ class ConfigBuilder:
     def data(self, **bound: Any) -> RolloutDataModule:
         """See `stages.Builder`."""
         arguments = self._arguments("data", "data")
-        with self._keys_named("data"):
+        with self.keys_named("data"):
             return RolloutDataModule(**{**arguments, **bound})
 
-    def module(self, stage: str, **bound: Any) -> PolicyModule:
+    def module(self, stage: str, **bound: Any) -> TrainingModule:
         """See `stages.Builder`."""
         kind = DistillModule if stage == "distill" else ExtremeRegionModule
         if kind is ExtremeRegionModule:
             bound = {"sign": self._sign(stage), **bound}
         arguments = self._arguments(_group(stage), stage)
-        with self._keys_named(stage):
+        with self.keys_named(stage):
             return kind(**{**arguments, **bound})
 
     def trainer(self, stage: str, kind: type[Trainer] = Trainer, **bound: Any) -> Trainer:
@@ -218,12 +225,21 @@ class ConfigBuilder:
         return made[key]
 
     @contextmanager
-    def _keys_named(self, own: str) -> Iterator[None]:
+    def keys_named(self, own: str) -> Iterator[None]:
         """Put the key that it was given under in front of an argument that is wrong."""
         try:
             yield
         except InvalidArgument as error:
             raise error.under(self._key(own, error.argument)) from error
+
+    def named(self, stage: str, error: InvalidArgument) -> UserError:
+        """See `stages.Builder`."""
+        bare, group = error.argument.partition(".")[0], _group(stage)
+        if group in CLASSES and bare in {*vars(self.config[group]), *BOUND_BY_CHAIN[group]}:
+            return error.under(self._key(stage, bare))
+        if bare in {*vars(self.config["data"]), *BOUND_BY_CHAIN["data"]}:
+            return error.under("data")
+        return error  # It says itself what it is an argument of.
 
     def _key(self, own: str, argument: str) -> str:
         """What an argument was given under: a stage's own key, or that of the group whose settings it shares."""
@@ -285,9 +301,9 @@ def trainer_of(stage: str) -> str:
     return f"{stage}.trainer" if is_teacher(stage) else f"{stage}_trainer"
 
 
-def kl_references(module: PolicyModule) -> list[str]:
+def kl_references(module: TrainingModule) -> list[str]:
     """The policies that the chain gives a module to measure the KL to."""
-    two = isinstance(module, DistillModule) and module.total_budget is not None
+    two = isinstance(module, DistillModule) and module.budget.total_budget is not None
     return [*module.references, "first"] if two else list(module.references)
 
 

@@ -17,7 +17,7 @@ from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
 
 from ..errors import UserError, refuse
 from ..files import atomic_write, disk_full_named
-from ..modules.policy_module import PolicyModule
+from ..modules.evaluation import EvaluationModule
 from ..pipeline.preview import PreviewTrainer
 from ..pipeline.rounds import Rounds
 from .config import ConfigBuilder
@@ -119,9 +119,10 @@ class ERPDCLI(LightningCLI):
     def fit(self, **_: Any) -> None:
         """Run the chain; the configuration lies in the run directory first."""
         if self.rounds.task is None:
-            data = self.rounds.data(1)
-            data.round_prompts()
-            if not data.held_out_prompts():
+            plan = self.rounds.data(1).prompt_plan
+            with self.builder.keys_named("data"):
+                plan.sampled()
+            if not plan.held_out:
                 raise UserError(
                     "data.validation_prompts is missing: what a student gained is measured on held-out prompts"
                 )
@@ -170,7 +171,7 @@ class ERPDCLI(LightningCLI):
         self._predictions = rounds.round_dir(number) / f"predictions-{name}"
         references = {"base": str(made["base"]), "first": str(rounds.student(0))}
         if stage == "base":
-            self.model = PolicyModule(policy, references=references)
+            self.model = EvaluationModule(policy, references=references)
         else:
             self.model = self.builder.module(stage, policy=policy, references=references)
         self.datamodule = rounds.data(number)

@@ -1,11 +1,4 @@
-"""Token-budget batches of stored rollouts: the same on every rank, and resumable at any
-micro-batch.
-
-An optimiser step is a set of responses. It is cut into `pieces_per_rank * world_size` micro-batches
-of similar padded size, as many on every rank and in every step, so that all ranks run forward and
-backward equally often. Losses are sums over tokens divided by `step_tokens`, hence independent of
-the cut.
-"""
+"""Stored rollouts and scores as flat tensors in memory, and the padded batches made of them."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field, fields, replace
@@ -32,15 +25,14 @@ class RolloutBatch:
         positions: (B, T) long, where in L the hidden state that predicts response token t is; pads
             0.
         response_ids: (B, T) long, pads 0.
-        mask: (B, T) bool, True on response tokens; all False in a filler that only keeps the ranks
-            in step.
-        anchor_logps: (B, T) float32, the sampler's log-probs in nats; pads 0.
+        mask: (B, T) bool, True on response tokens; all False in a dummy micro-batch that only
+            keeps the ranks in step.
+        sampler_logps: (B, T) float32, the sampler's log-probs in nats; pads 0.
         rewards: (B,) float32.
         advantages: (B,) float32.
-        rows: (B,) long, rows of the rollout store; -1 for a filler.
+        rows: (B,) long, rows of the rollout store; -1 in a dummy micro-batch.
         step_tokens: Response tokens of the whole optimiser step, all ranks and micro-batches.
         step_responses: Responses of the whole optimiser step.
-        micro_batches: Micro-batches per rank in the step.
         last: Whether this is the step's last micro-batch.
         scores: Per policy (B, T, K+1) float32 log-probs of the support and, last, of the tail, in
             nats; unused support slots hold `LOG_ZERO`. Positions that are padding put all mass on
@@ -55,13 +47,12 @@ class RolloutBatch:
     positions: Tensor
     response_ids: Tensor
     mask: Tensor
-    anchor_logps: Tensor
+    sampler_logps: Tensor
     rewards: Tensor
     advantages: Tensor
     rows: Tensor
     step_tokens: int
     step_responses: int
-    micro_batches: int
     last: bool
     scores: dict[str, Tensor] | None = None
     support_ids: Tensor | None = None
@@ -255,7 +246,6 @@ class RolloutTable:
         *,
         step_tokens: int,
         step_responses: int,
-        micro_batches: int,
         last: bool,
     ) -> RolloutBatch:
         """The batch of some rows.
@@ -263,7 +253,7 @@ class RolloutTable:
         Args:
             rows: (B,) long.
             advantages: (N,) of all rows of the table.
-            step_tokens, step_responses, micro_batches, last: As in `RolloutBatch`.
+            step_tokens, step_responses, last: As in `RolloutBatch`.
         """
         prompt = self.prompt_lengths[rows][:, None]
         response = self.response_lengths[rows][:, None]
@@ -284,13 +274,12 @@ class RolloutTable:
             positions=(prompt + token - 1).where(mask, 0),
             response_ids=_take(self.response_ids, token_index).where(mask, 0).long(),
             mask=mask,
-            anchor_logps=_take(self.logps, token_index).where(mask, 0.0),
+            sampler_logps=_take(self.logps, token_index).where(mask, 0.0),
             rewards=self.rewards[rows],
             advantages=advantages[rows],
             rows=rows,
             step_tokens=step_tokens,
             step_responses=step_responses,
-            micro_batches=micro_batches,
             last=last,
             **self._batch_scores(rows, token, mask),
         )

@@ -1,4 +1,4 @@
-"""Demonstrations as a rollout store, so that supervised fine-tuning is cross-entropy on right responses."""
+"""Demonstrations as a rollout store, so that supervised fine-tuning is cross-entropy on correct responses."""
 
 from pathlib import Path
 

@@ -1,4 +1,9 @@
-"""Micro-batches of optimiser steps: the same on every rank, and resumable at any of them."""
+"""Micro-batches of optimiser steps: the same on every rank, and resumable at any of them.
+
+An optimiser step is a set of responses. It is cut into `micro_batches * world_size` micro-batches of similar padded
+size, as many on every rank and in every step, so that all ranks run forward and backward equally often. Losses are sums
+over tokens divided by `step_tokens`, hence independent of the cut.
+"""
 
 from collections.abc import Iterator, Mapping
 from dataclasses import replace
@@ -21,7 +26,6 @@ class Collate(Protocol):
         *,
         step_tokens: int,
         step_responses: int,
-        micro_batches: int,
         last: bool,
     ) -> RolloutBatch: ...
 
@@ -41,7 +45,7 @@ class StepLoader:
         rows: (n,) long, the rows of the store to go through.
         batch_size: Responses per optimiser step, over all ranks; the last step of an epoch may have
             fewer.
-        pieces_per_rank: Micro-batches per rank in each step; see `pieces_needed`.
+        micro_batches: Micro-batches per rank in each step; see `micro_batches_needed`.
         rank: This process, from 0.
         world_size: How many processes there are.
         seed: Seed of the order.
@@ -56,7 +60,7 @@ class StepLoader:
         rows: Tensor,
         *,
         batch_size: int,
-        pieces_per_rank: int,
+        micro_batches: int,
         rank: int,
         world_size: int,
         seed: int,
@@ -67,7 +71,7 @@ class StepLoader:
         self.response_lengths = response_lengths
         self.rows = rows
         self.batch_size = batch_size
-        self.pieces_per_rank = pieces_per_rank
+        self.micro_batches = micro_batches
         self.rank = rank
         self.world_size = world_size
         self.seed = seed
@@ -77,13 +81,13 @@ class StepLoader:
 
     def __len__(self) -> int:
         """Micro-batches of one epoch on this rank."""
-        return -(-len(self.rows) // self.batch_size) * self.pieces_per_rank
+        return -(-len(self.rows) // self.batch_size) * self.micro_batches
 
     def __iter__(self) -> Iterator[RolloutBatch]:
         # Lightning asks for iterators that it does not use: nothing may change before the first
         # batch is taken.
         steps = plan_steps(len(self.rows), self.batch_size, seed=self.seed, epoch=self._epoch, shuffle=self.shuffle)
-        first, done = divmod(self._batches, self.pieces_per_rank)
+        first, done = divmod(self._batches, self.micro_batches)
         for number, chosen in enumerate(steps[first:]):
             for batch in self._micro_batches(self.rows[chosen], done if number == 0 else 0):
                 # Before the yield: a checkpoint is saved while the iterator waits there.
@@ -91,7 +95,7 @@ class StepLoader:
                 yield batch
         self._epoch, self._batches = self._epoch + 1, 0
 
-    def sweep(self) -> Iterator[RolloutBatch]:
+    def iterate_once(self) -> Iterator[RolloutBatch]:
         """This rank's share of all rows once, in as many micro-batches on every rank; the state stays as it is."""
         for rows in torch.split(self.rows, self.batch_size):
             yield from self._micro_batches(rows, 0)
@@ -126,19 +130,18 @@ class StepLoader:
 
     def _micro_batches(self, rows: Tensor, start: int) -> Iterator[RolloutBatch]:
         """This rank's micro-batches of the step over `rows`, from number `start` on."""
-        pieces = cut_step(self.lengths[rows], self.pieces_per_rank * self.world_size)
+        parts = partition_step(self.lengths[rows], self.micro_batches * self.world_size)
         step_tokens = int(self.response_lengths[rows].sum())
-        for number in range(start, self.pieces_per_rank):
-            piece = pieces[number * self.world_size + self.rank]
-            filler = len(piece) == 0
+        for number in range(start, self.micro_batches):
+            part = parts[number * self.world_size + self.rank]
+            is_dummy = len(part) == 0
             batch = self.collate(
-                rows[self.lengths[rows].argmin()][None] if filler else rows[piece],
+                rows[self.lengths[rows].argmin()][None] if is_dummy else rows[part],
                 step_tokens=step_tokens,
                 step_responses=len(rows),
-                micro_batches=self.pieces_per_rank,
-                last=number == self.pieces_per_rank - 1,
+                last=number == self.micro_batches - 1,
             )
-            if filler:
+            if is_dummy:
                 batch = replace(batch, mask=torch.zeros_like(batch.mask), rows=torch.full_like(batch.rows, -1))
             yield batch
 
@@ -150,39 +153,38 @@ def micro_batches(rollouts: RolloutTable, max_tokens: int, rows: Tensor | None =
     """
     rows = torch.arange(len(rollouts.lengths)) if rows is None else rows
     lengths = rollouts.lengths[rows]
-    for piece in cut_step(lengths, pieces_needed(lengths, len(rows), max_tokens)):
+    for part in partition_step(lengths, micro_batches_needed(lengths, len(rows), max_tokens)):
         yield rollouts.batch(
-            rows[piece],
+            rows[part],
             torch.zeros(len(rollouts.lengths)),
-            step_tokens=int(rollouts.response_lengths[rows[piece]].sum()),
-            step_responses=len(piece),
-            micro_batches=1,
+            step_tokens=int(rollouts.response_lengths[rows[part]].sum()),
+            step_responses=len(part),
             last=True,
         )
 
 
-def plan_steps(count: int, batch_size: int, *, seed: int, epoch: int, shuffle: bool) -> list[Tensor]:
-    """Indices below `count` of each optimiser step of an epoch; the last step may be smaller.
+def plan_steps(size: int, batch_size: int, *, seed: int, epoch: int, shuffle: bool) -> list[Tensor]:
+    """Indices below `size` of each optimiser step of an epoch; the last step may be smaller.
 
     The order depends on `seed` and `epoch` only: neither on the rank nor on the global random
     state.
     """
-    order = torch.arange(count)
+    order = torch.arange(size)
     if shuffle:
         generator = torch.Generator().manual_seed(derive_seed(seed, "epoch", epoch))
-        order = torch.randperm(count, generator=generator)
-    return list(torch.split(order, batch_size)) if count else []
+        order = torch.randperm(size, generator=generator)
+    return list(torch.split(order, batch_size)) if size else []
 
 
-def cut_step(lengths: Tensor, pieces: int) -> list[Tensor]:
+def partition_step(lengths: Tensor, parts: int) -> list[Tensor]:
     """Cut a step into micro-batches such that the largest padded size is as small as it can be.
 
     Args:
         lengths: (n,) long, tokens of prompt and response, each at least 1.
-        pieces: How many micro-batches to make.
+        parts: How many micro-batches to make.
 
     Returns:
-        Exactly `pieces` groups of indices, together a permutation; each is a run of the indices
+        Exactly `parts` groups of indices, together a permutation; each is a run of the indices
         sorted by decreasing length. The padded size of a group is its count times its longest
         length. No cut of any kind has a smaller largest one (runs are no restriction: sorting while
         keeping the groups' counts increases no group's longest length). Groups are empty only where
@@ -193,18 +195,18 @@ def cut_step(lengths: Tensor, pieces: int) -> list[Tensor]:
     low, high = max(descending, default=0), len(descending) * max(descending, default=0)
     while low < high:
         bound = (low + high) // 2
-        if len(_greedy_cut(descending, bound)) <= pieces:
+        if len(_greedy_cut(descending, bound)) <= parts:
             high = bound
         else:
             low = bound + 1
     counts = _greedy_cut(descending, low)
-    while len(counts) < min(pieces, len(descending)):
+    while len(counts) < min(parts, len(descending)):
         index = counts.index(max(counts))
         counts[index : index + 1] = [counts[index] - counts[index] // 2, counts[index] // 2]
-    return list(torch.split(order, counts + [0] * (pieces - len(counts))))
+    return list(torch.split(order, counts + [0] * (parts - len(counts))))
 
 
-def pieces_needed(lengths: Tensor, batch_size: int, max_tokens: int) -> int:
+def micro_batches_needed(lengths: Tensor, batch_size: int, max_tokens: int) -> int:
     """Micro-batches, over all ranks, that keep every padded size within `max_tokens` in every step.
 
     The `batch_size` longest responses are the worst step there can be.

@@ -1,13 +1,15 @@
-"""Passes of a policy over prompts or stored rollouts, as data modules for `Trainer.predict`.
+"""Data modules for `Trainer.predict` that store what a policy makes of prompts or of stored rollouts.
 
-What each part of a pass gives is written at once, by the rank that made it. A pass that was killed goes on with
-the parts that are missing, on any number of processes, and ends with the same store.
+What each part gives is written at once, by the rank that made it. A prediction that was killed goes on with the parts
+that are missing, on any number of processes, and ends with the same store.
 """
 
 from abc import abstractmethod
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, NamedTuple
+from functools import cached_property
+from pathlib import Path
+from typing import Any, NamedTuple, Protocol
 
 import pyarrow as pa
 import torch
@@ -17,15 +19,12 @@ from torch import Tensor
 from ..errors import UserError
 from ..models.loading import has_tokenizer, load_tokenizer
 from .batching import RolloutBatch, RolloutTable, ScoreTable
-from .loader import cut_step, micro_batches, pieces_needed
-from .prompts import PromptBatch
+from .loader import micro_batches, micro_batches_needed, partition_step
+from .prompt_batches import PromptBatch
+from .ranks import ranks
 from .store import ROLLOUTS, SCORES, Store, StoreWriter
 
-if TYPE_CHECKING:
-    from .rollouts import RolloutDataModule
-
-
-# Padded tokens of a part of the scores: a pass that goes on with less memory still has to find its parts.
+# Padded tokens of a part of the scores: what goes on with less memory still has to find its parts.
 PART_TOKENS = 16384
 
 
@@ -43,7 +42,7 @@ class Scores(NamedTuple):
     support_logps: Tensor
 
 
-class Parts:
+class BatchList:
     """Ready batches as a data loader; Lightning would take a list for several loaders."""
 
     def __init__(self, batches: Iterable[Any]) -> None:
@@ -56,44 +55,81 @@ class Parts:
         return iter(self._batches)
 
 
-class StorePass(LightningDataModule):
-    """A pass whose parts end up in a store."""
+class PolicySource(Protocol):
+    """What a prediction needs to know of the policy that it runs; the module hands itself over in `setup`."""
 
-    def __init__(self, data: "RolloutDataModule", schema: pa.Schema, path: Any) -> None:
+    @property
+    def policy_path(self) -> str | Path:
+        """Folder or hub name of the policy."""
+
+    @property
+    def fingerprint(self) -> str:
+        """What tells the policy apart from others."""
+
+
+class PredictToStore(LightningDataModule):
+    """A data module for `Trainer.predict` whose predictions end up in a store.
+
+    Args:
+        path: Directory of the store.
+        schema: `ROLLOUTS` or `SCORES`.
+        settings: All that the rows depend on, apart from the policy.
+        on_finish: Called when the store is finished.
+    """
+
+    def __init__(
+        self,
+        path: Path,
+        schema: pa.Schema,
+        settings: Mapping[str, Any],
+        on_finish: Callable[[], None] = lambda: None,
+    ) -> None:
         super().__init__()
-        self.data = data
-        self.schema = schema
         self.path = path
+        self.schema = schema
+        self.settings = settings
+        self.on_finish = on_finish
+        self._policy: PolicySource | None = None
         self._writer: StoreWriter | None = None
-        self._parts = 0
 
     @abstractmethod
-    def batches(self, rank: int, world_size: int) -> Iterator[tuple[int, Any]]:
-        """All parts as `(number, batch)`, with None as batch for those of other ranks."""
+    def part_count(self) -> int:
+        """Parts of the store."""
 
     @abstractmethod
-    def columns(self, batch: Any, output: Any) -> Any:
+    def part(self, index: int) -> Any:
+        """What a policy is run on for a part; its `index` says which."""
+
+    @abstractmethod
+    def columns(self, batch: Any, output: Any) -> pa.Table:
         """The rows of a part, from its batch and from what the policy made of it."""
 
-    @abstractmethod
-    def settings(self) -> dict[str, Any]:
-        """All that the rows depend on, apart from the policy."""
+    def connect(self, policy: PolicySource) -> None:
+        """Take the policy that is run; a module calls this in its `setup`."""
+        self._policy = policy
 
-    def predict_dataloader(self) -> Parts:
+    def predict_dataloader(self) -> BatchList:
         """This rank's parts that are not written yet; None where there is none.
 
-        Lightning refuses loaders that are empty on some ranks, and leaves out the end of a pass, which finishes
+        Lightning refuses loaders that are empty on some ranks, and leaves out the end of a prediction, which finishes
         the store, if they are on all.
+
+        Raises:
+            UserError: If no module handed its policy over.
         """
         assert self.trainer is not None
-        policy: Any = self.trainer.lightning_module
-        metadata = {"policy": policy.fingerprint, **self.settings()}
-        self._writer = StoreWriter(self.path, self.schema, metadata)
-        parts = list(self.batches(*ranks(self.trainer)))
-        self._parts = len(parts)
-        done = Store.exists(self.path)
-        missing = [b for n, b in parts if not (b is None or done or self._writer.has_part(n))]
-        return Parts(missing or [None])
+        if self._policy is None:
+            raise UserError(
+                f"{type(self).__name__} does not know which policy it runs: the module has to call its connect(policy) "
+                "in setup, as a PolicyModule does"
+            )
+        self._writer = StoreWriter(self.path, self.schema, {"policy": self._policy.fingerprint, **self.settings})
+        rank, world_size = ranks(self.trainer)
+        missing = []
+        if not Store.exists(self.path):
+            mine = range(rank, self.part_count(), world_size)
+            missing = [self.part(index) for index in mine if not self._writer.has_part(index)]
+        return BatchList(missing or [None])
 
     def write(self, batch: Any, output: Any) -> None:
         """Store what the policy made of a part."""
@@ -106,41 +142,63 @@ class StorePass(LightningDataModule):
         assert self._writer is not None
         self.trainer.strategy.barrier()
         if self.trainer.is_global_zero:
-            self._writer.finish(self._parts)
+            self._writer.finish(self.part_count())
         self.trainer.strategy.barrier()
-        self.data.forget()
+        self.on_finish()
 
 
-def run_pass(store_pass: StorePass, trainer: Any) -> None:
-    """Run a pass with the module that the trainer is about to train, where it is and as it is."""
-    store_pass.trainer = trainer
-    module = trainer.lightning_module
-    for batch in store_pass.predict_dataloader():
+def predict_to_store(data: PredictToStore, policy: PolicySource, predict: Callable[[Any], Any], trainer: Any) -> None:
+    """Make a store in the middle of a training, with the policy that is trained as it is.
+
+    Args:
+        data: Says what is predicted, and keeps it.
+        policy: The policy.
+        predict: What the policy makes of a part.
+        trainer: The trainer of the training; only its ranks and barriers are used.
+    """
+    data.trainer = trainer
+    data.connect(policy)
+    for batch in data.predict_dataloader():
         if batch is not None:
-            store_pass.write(batch, module.predict_step(batch.to(module.device), 0))
-    store_pass.finish()
+            data.write(batch, predict(batch))
+    data.finish()
 
 
-class SamplingPass(StorePass):
-    """Samples and verifies the rollouts of a round."""
+class SamplingData(PredictToStore):
+    """A data module for `Trainer.predict` that samples and verifies responses to prompts.
 
-    def __init__(self, data: "RolloutDataModule") -> None:
-        super().__init__(data, ROLLOUTS, data.store)
+    Args:
+        make_batches: Makes the batches of prompts of all ranks, once they are needed.
+        path: Directory of the store.
+        settings: All that the responses depend on, apart from the policy.
+        on_finish: Called when the store is finished.
+    """
 
-    def settings(self) -> dict[str, Any]:
-        """See `StorePass`."""
-        return self.data.sampling_settings()
+    def __init__(
+        self,
+        make_batches: Callable[[], Sequence[PromptBatch]],
+        path: Path,
+        settings: Mapping[str, Any],
+        on_finish: Callable[[], None] = lambda: None,
+    ) -> None:
+        super().__init__(path, ROLLOUTS, settings, on_finish)
+        self._make_batches = make_batches
 
-    def batches(self, rank: int, world_size: int) -> Iterator[tuple[int, PromptBatch | None]]:
-        """See `StorePass`."""
-        data = self.data
-        purpose = "rollouts" if data.iterations == 1 else f"rollouts {data.iteration}"
-        for batch in data.prompt_batches(data.round_prompts(), data.group_size, purpose, 0, 1):
-            yield batch.index, batch if batch.index % world_size == rank else None
+    def part_count(self) -> int:
+        """See `PredictToStore`."""
+        return len(self._batches)
+
+    def part(self, index: int) -> PromptBatch:
+        """See `PredictToStore`."""
+        return self._batches[index]
 
     def columns(self, batch: PromptBatch, output: pa.Table) -> pa.Table:
-        """See `StorePass`."""
+        """See `PredictToStore`."""
         return output
+
+    @cached_property
+    def _batches(self) -> Sequence[PromptBatch]:
+        return self._make_batches()
 
 
 @dataclass(frozen=True)
@@ -155,67 +213,90 @@ class ScoringPart:
         return ScoringPart(self.index, [batch.to(device) for batch in self.batches])
 
 
-class ScoringPass(StorePass):
-    """Stores the log-probs of a policy on the rollouts: of the sampled tokens and over the base's support."""
+class ScoringData(PredictToStore):
+    """A data module for `Trainer.predict` that stores the log-probs of a policy on stored rollouts.
 
-    def __init__(self, data: "RolloutDataModule", name: str) -> None:
-        if data.scores is None:
-            raise UserError("scoring needs a directory for the scores: RolloutDataModule(scores=…)")
-        super().__init__(data, SCORES, data.scores / name)
-        self.name = name
-        base = data.scores / "base"
+    They are those of the sampled tokens, and those over the support of the policy `base`, which is everyone's.
+
+    Args:
+        name: What the policy is called; `base` comes first.
+        rollouts: Directory of the rollout store.
+        scores: Directory of the stores of scores, which are called by the policies' names.
+        tokenizer: Folder or hub name of the tokenizer that the rollouts were made with.
+        max_tokens: Padded tokens of a batch.
+        on_finish: Called when the store is finished.
+
+    Raises:
+        UserError: If the scores of `base` are missing.
+    """
+
+    def __init__(
+        self,
+        name: str,
+        rollouts: Path,
+        scores: Path,
+        tokenizer: str | Path,
+        max_tokens: int,
+        on_finish: Callable[[], None] = lambda: None,
+    ) -> None:
+        base = scores / "base"
         if name != "base" and not Store.exists(base):
             raise UserError(f"{base} is missing: score the policy 'base' first, its support is everyone's")
+        settings = {"name": name, "rollouts": Store.open(rollouts).fingerprint}
+        if name != "base":
+            settings["support"] = Store.open(base).fingerprint
+        super().__init__(scores / name, SCORES, settings, on_finish)
+        self.name = name
+        self.tokenizer = tokenizer
+        self.max_tokens = max_tokens
+        self._rollouts_path = rollouts
+        self._base_path = None if name == "base" else base
 
-    def predict_dataloader(self) -> Parts:
-        """See `StorePass`.
+    def predict_dataloader(self) -> BatchList:
+        """See `PredictToStore`.
 
         Raises:
             UserError: If the policy speaks another vocabulary than the rollouts are written in.
         """
-        assert self.trainer is not None
-        policy: Any = self.trainer.lightning_module
-        path = policy.policy_path
-        if has_tokenizer(path) and load_tokenizer(path).get_vocab() != self.data.tokenizer.get_vocab():
+        path = None if self._policy is None else self._policy.policy_path
+        vocabulary = load_tokenizer(self.tokenizer).get_vocab()
+        if path is not None and has_tokenizer(path) and load_tokenizer(path).get_vocab() != vocabulary:
             raise UserError(
-                f"{path} has another vocabulary than {self.data.tokenizer_path}: the policy {self.name!r} cannot be "
-                "asked about tokens that it does not know"
+                f"{path} has another vocabulary than {self.tokenizer}: the policy {self.name!r} cannot be asked about "
+                "tokens that it does not know"
             )
         return super().predict_dataloader()
 
-    def settings(self) -> dict[str, Any]:
-        """See `StorePass`."""
-        settings = {"name": self.name, "rollouts": Store.open(self.data.store).fingerprint}
-        if self.name != "base":
-            assert self.data.scores is not None
-            settings["support"] = Store.open(self.data.scores / "base").fingerprint
-        return settings
+    def part_count(self) -> int:
+        """See `PredictToStore`."""
+        return len(self._parts)
 
-    def batches(self, rank: int, world_size: int) -> Iterator[tuple[int, ScoringPart | None]]:
-        """See `StorePass`. Responses of similar length make a part, whatever `max_tokens` is."""
-        rollouts = self._rollouts()
-        lengths = rollouts.lengths
-        tokens = max(PART_TOKENS, int(lengths.max()))
-        parts = cut_step(lengths, pieces_needed(lengths, len(lengths), tokens))
-        for index, rows in enumerate(parts):
-            mine = index % world_size == rank
-            yield index, ScoringPart(index, list(micro_batches(rollouts, self.data.max_tokens, rows))) if mine else None
+    def part(self, index: int) -> ScoringPart:
+        """See `PredictToStore`."""
+        return ScoringPart(index, list(micro_batches(self._rollouts, self.max_tokens, self._parts[index])))
 
     def columns(self, batch: ScoringPart, output: list[Scores]) -> pa.Table:
-        """See `StorePass`: the rows of the `SCORES` schema."""
+        """See `PredictToStore`: the rows of the `SCORES` schema."""
         rows = [
             pa.Table.from_pydict(_score_columns(rollouts, scores), schema=SCORES)
             for rollouts, scores in zip(batch.batches, output, strict=True)
         ]
         return pa.concat_tables(rows)
 
+    @cached_property
+    def _parts(self) -> list[Tensor]:
+        """Rows of the rollouts in each part: of similar length, whatever `max_tokens` is."""
+        lengths = self._rollouts.lengths
+        tokens = max(PART_TOKENS, int(lengths.max()))
+        return partition_step(lengths, micro_batches_needed(lengths, len(lengths), tokens))
+
+    @cached_property
     def _rollouts(self) -> RolloutTable:
         """The rollouts, with the base's support for everyone but the base."""
-        table = Store.open(self.data.store, verify=False).table()
-        if self.name == "base":
+        table = Store.open(self._rollouts_path, verify=False).table()
+        if self._base_path is None:
             return RolloutTable.from_arrow(table)
-        assert self.data.scores is not None
-        base = Store.open(self.data.scores / "base", verify=False).table()
+        base = Store.open(self._base_path, verify=False).table()
         return RolloutTable.from_arrow(table, {"base": ScoreTable.from_arrow(base)})
 
 
@@ -233,12 +314,6 @@ def _score_columns(rollouts: RolloutBatch, scores: Scores) -> dict[str, Any]:
         "support_logps": _lists(scores.support_logps[..., :-1].cpu()[used], entries),
         "tail_logps": _lists(scores.support_logps[..., -1].cpu()[mask], tokens),
     }
-
-
-def ranks(trainer: Any) -> tuple[int, int]:
-    """This process among those that see different data: `(rank, world size)`."""
-    kwargs = trainer.distributed_sampler_kwargs or {"rank": 0, "num_replicas": 1}
-    return kwargs["rank"], kwargs["num_replicas"]
 
 
 def _lists(values: Tensor, lengths: Tensor) -> pa.Array:

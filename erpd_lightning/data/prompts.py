@@ -1,105 +1,160 @@
-"""Prompts: read from files or data sets, tokenised, and answered by a policy."""
+"""Prompts: read from files or data sets, tokenised once, and shared out over rounds."""
 
 import json
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from copy import copy
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import Any, overload
 
-import pyarrow as pa
-import torch
-
-from ..errors import UserError, first_line
-from .samplers import Response, Sampler
-from .store import ROLLOUTS
-from .verifiers import Verifier
+from ..errors import InvalidArgument, UserError, first_line
 
 Message = dict[str, str]
 
 
 @dataclass(frozen=True)
 class Prompt:
-    """A prompt, as text or as chat messages, and the answer that is right for it."""
+    """A prompt, as text or as chat messages, and the answer that is correct for it."""
 
     prompt: str | list[Message]
     answer: str
 
 
-@dataclass(frozen=True)
-class PromptBatch:
-    """Prompts with all that it takes to sample and verify responses to them.
+class PromptSet(Sequence[Prompt]):
+    """Prompts with their token ids, which are made once, when they are first asked for.
 
-    Attributes:
-        index: Number of the batch among those of the whole pass, on whatever rank.
+    Args:
         prompts: The prompts.
-        prompt_ids: Their token ids.
-        groups: What numbers each prompt in the pass.
-        samples: Responses to each prompt.
-        seed: Seed of the draws.
-        max_tokens: Padded tokens that may be run through a policy at a time.
-        tokenizer: The policy's tokenizer.
-        sampler: Draws the responses.
-        verifier: Checks them.
+        encode: Makes token ids of what a prompt says.
     """
 
-    index: int
-    prompts: Sequence[Prompt]
-    prompt_ids: Sequence[list[int]]
-    groups: Sequence[int]
-    samples: int
-    seed: int
-    max_tokens: int
-    tokenizer: Any
-    sampler: Sampler
-    verifier: Verifier
+    def __init__(self, prompts: Sequence[Prompt], encode: Callable[[str | list[Message]], list[int]]) -> None:
+        self._prompts = prompts
+        self._encode = encode
+        self._indices: Sequence[int] = range(len(prompts))
+        self._token_ids: dict[int, list[int]] = {}
 
-    def to(self, device: torch.device) -> "PromptBatch":
-        """Itself: the prompts move to the policy's device when they are padded."""
-        return self
+    def __len__(self) -> int:
+        return len(self._indices)
 
-    def respond(self, model: Any, seed: int | None = None) -> pa.Table:
-        """Sample and verify `samples` responses to each prompt: a table of the `ROLLOUTS` schema.
+    @overload
+    def __getitem__(self, index: int) -> Prompt: ...
 
-        Args:
-            model: The language model to sample from.
-            seed: Another seed than the batch's own.
+    @overload
+    def __getitem__(self, index: slice) -> "PromptSet": ...
+
+    def __getitem__(self, index: int | slice) -> "Prompt | PromptSet":
+        if isinstance(index, slice):
+            return self.take(range(len(self))[index])
+        return self._prompts[self._indices[index]]
+
+    def take(self, indices: Iterable[int]) -> "PromptSet":
+        """Some of them, in that order; what was tokenised of one is tokenised of the other."""
+        taken = copy(self)
+        taken._indices = [self._indices[index] for index in indices]
+        return taken
+
+    def token_ids(self, index: int) -> list[int]:
+        """Token ids of a prompt.
+
+        Raises:
+            UserError: If it has none.
         """
-        if not self.prompts:
-            return ROLLOUTS.empty_table()
-        repeated = [i for i in range(len(self.prompts)) for _ in range(self.samples)]
-        responses = self.sampler.sample(
-            model,
-            self.tokenizer,
-            [self.prompt_ids[i] for i in repeated],
-            self.seed if seed is None else seed,
-        )
-        texts = self.tokenizer.batch_decode([r.ids for r in responses], skip_special_tokens=True)
-        rewards = self.verifier(texts, [self.prompts[i].answer for i in repeated])
-        return rollout_table(self, repeated, responses, texts, rewards)
+        number = self._indices[index]
+        if number not in self._token_ids:
+            self._token_ids[number] = self._encode(self._prompts[number].prompt)
+        return self._token_ids[number]
 
 
-def rollout_table(
-    batch: PromptBatch,
-    repeated: Sequence[int],
-    responses: Sequence[Response],
-    texts: Sequence[str],
-    rewards: Sequence[float | None],
-) -> pa.Table:
-    """The rows of a batch's responses; an answer that could not be checked is never rewarded."""
-    columns = {
-        "group": [batch.groups[i] for i in repeated],
-        "sample": [n % batch.samples for n in range(len(repeated))],
-        "prompt_ids": [batch.prompt_ids[i] for i in repeated],
-        "response_ids": [r.ids for r in responses],
-        "logps": [r.logps for r in responses],
-        "reward": [reward or 0.0 for reward in rewards],
-        "finish_reason": [r.finish_reason for r in responses],
-        "checked": [reward is not None for reward in rewards],
-        "prompt": [as_text(batch.prompts[i].prompt) for i in repeated],
-        "response": list(texts),
-        "answer": [batch.prompts[i].answer for i in repeated],
-    }
-    return pa.Table.from_pydict(columns, schema=ROLLOUTS)
+@dataclass(frozen=True)
+class PromptPlan:
+    """Which prompts a round samples from, and which it leaves for other uses; each source is read once.
+
+    Attributes:
+        train: JSONL file or data set of the training prompts; None where nothing is sampled from them.
+        validation: The same of held-out prompts; None for none.
+        encode: Makes token ids of what a prompt says.
+        per_round: Prompts of a round; each round takes the next ones, from the start again after the last. None for
+            all of them.
+        round: The round, from 1.
+        previews: The last of the round's prompts, on which signals are previewed.
+        max_validation: Held-out prompts that are used, the first ones; None for all of them.
+        max_calibration: The most prompts outside the round on which a student's KL is measured.
+    """
+
+    train: str | Path | None
+    validation: str | Path | None
+    encode: Callable[[str | list[Message]], list[int]]
+    per_round: int | None
+    round: int
+    previews: int
+    max_validation: int | None
+    max_calibration: int
+
+    @cached_property
+    def held_out(self) -> PromptSet:
+        """The held-out prompts that are used; none where there is no file of them."""
+        prompts = [] if self.validation is None else read_prompts(self.validation)
+        return PromptSet(prompts[: self.max_validation], self.encode)
+
+    def sampled(self, iteration: int = 1, iterations: int = 1) -> PromptSet:
+        """The prompts of the round that rollouts are sampled from, or an iteration's part of them.
+
+        Raises:
+            InvalidArgument: If there is no file of prompts, or previews take all that are in it.
+        """
+        indices = self._round[: len(self._round) - self.previews]
+        first, last = ((iteration - k) * len(indices) // iterations for k in (1, 0))
+        return self._train.take(indices[first:last])
+
+    @property
+    def previewed(self) -> PromptSet:
+        """The prompts of the round that signals are previewed on."""
+        return self._train.take(self._round[len(self._round) - self.previews :])
+
+    @property
+    def unused(self) -> PromptSet:
+        """The training prompts that are not the round's, the next ones first."""
+        if self.train is None:
+            return PromptSet([], self.encode)
+        available, following = len(self._train), self._round[-1] + 1
+        return self._train.take(i % available for i in range(following, following + available - len(self._round)))
+
+    @property
+    def calibration(self) -> PromptSet:
+        """The training prompts outside the round on which a student's KL is measured; none where all are in it."""
+        return self.unused[: self.max_calibration]
+
+    @property
+    def source(self) -> str | Path:
+        """Where the training prompts are.
+
+        Raises:
+            InvalidArgument: If nobody says.
+        """
+        if self.train is None:
+            raise InvalidArgument("prompts", "is null: it has to name a file or data set to sample from")
+        return self.train
+
+    @cached_property
+    def _train(self) -> PromptSet:
+        return PromptSet(read_prompts(self.source), self.encode)
+
+    @cached_property
+    def _round(self) -> list[int]:
+        """Indices of the round's prompts."""
+        available = len(self._train)
+        count = self.per_round or available
+        if count > available:
+            raise InvalidArgument("prompts_per_round", f"is {count}, but {self.train} holds {available} prompts")
+        if self.previews >= count:
+            raise InvalidArgument(
+                "preview_prompts",
+                f"is {self.previews}: that many are held out for previews, but a round has only {count} prompts",
+            )
+        first = (self.round - 1) * count
+        return [i % available for i in range(first, first + count)]
 
 
 def as_text(prompt: str | list[Message]) -> str:

@@ -133,7 +133,7 @@ def load_policy(path: str | Path, dtype: str = "float32", max_logits: int = MAX_
     return Policy(model, max_logits).train()
 
 
-def load_frozen(path: str | Path, policy: Policy, name: str, dtype: str = "float32") -> Policy:
+def load_reference(path: str | Path, policy: Policy, name: str, dtype: str = "float32") -> Policy:
     """Load a policy that others are compared with: on the device of `policy`, and without gradient.
 
     Args:
@@ -145,14 +145,14 @@ def load_frozen(path: str | Path, policy: Policy, name: str, dtype: str = "float
     Raises:
         UserError: If it cannot be loaded, or there is no KL to it.
     """
-    frozen = load_policy(path, dtype, policy.max_logits)
-    sizes = len(frozen.head.weight), len(policy.head.weight)
+    reference = load_policy(path, dtype, policy.max_logits)
+    sizes = len(reference.head.weight), len(policy.head.weight)
     if sizes[0] != sizes[1]:
         raise UserError(
             f"{name} ({path}) has a vocabulary of {sizes[0]} tokens, the policy one of {sizes[1]}: there is no KL "
             "between them"
         )
-    return frozen.to(policy.head.weight.device).eval().requires_grad_(False)
+    return reference.to(policy.head.weight.device).eval().requires_grad_(False)
 
 
 def _no_dropout(config: Any) -> None:

@@ -1,7 +1,7 @@
 """Stage 2: distil the teacher's opinion back into the base policy under a KL budget."""
 
-import math
-from dataclasses import astuple, replace
+from collections.abc import Mapping
+from dataclasses import replace
 from itertools import count
 from pathlib import Path
 from typing import Any, Literal
@@ -9,18 +9,21 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-from ..budget.interpolation import Landing, Line, land
+from ..budget.controller import BudgetController
+from ..budget.interpolation import WeightInterpolation
+from ..budget.search import Measurement
 from ..data.batching import RolloutBatch, RolloutTable
 from ..errors import InvalidArgument, UserError
 from ..objectives.distillation import DistillObjective, TiltedTarget, TokenObjective
 from ..objectives.divergences import exact_kl
 from ..objectives.signal import AutoSignal, Signal
-from ..objectives.tilted_policy import UnreachableBudget, mean_tilted_kl, solve_beta
-from ..objectives.two_references import TwoReferenceSolution, geometric_mixture, solve_two_references
-from .policy_module import SUPPORT_MASS, SUPPORT_SIZE, PolicyModule
+from ..objectives.two_references import geometric_mixture
+from .eval_mode import eval_mode
+from .scoring import SUPPORT_MASS, SUPPORT_SIZE
+from .training import TrainingModule
 
-# A student that is just starting has spent next to nothing: that says little about where it will end.
-MAX_CORRECTION = 1.5
+KLS = ("kl_per_token/base", "kl_per_token/first")
+"""The metrics of what is spent of the two budgets."""
 
 UNRESTRAINED = (
     "is false, and no KL budget brings the student back: it would collapse. Set it to true, or give kl_budget with "
@@ -28,13 +31,13 @@ UNRESTRAINED = (
 )
 
 
-class DistillModule(PolicyModule):
+class DistillModule(TrainingModule):
     """Distils a signal into the base policy; beta is solved for the budget and reported.
 
     The stored states are not those that a student meets: on prompts that it was not trained on it spends a little
     more or less than its target does on the stored ones. With `calibrate`, the student's KL on fresh samples of
     unused training prompts, exact over the vocabulary, corrects beta after every epoch. After the last one it moves
-    the student along the line to the base policy until the budget is what it spends (see `line`). Ours.
+    the student between the base policy and itself to where the budget is what it spends (see `budget`). Ours.
 
     With several `iterations` the student learns from its own answers: the round's prompts are cut into as many parts,
     each answered by the student as it is when its turn comes. The policies of the signal are then asked about them as
@@ -56,18 +59,18 @@ class DistillModule(PolicyModule):
             epoch on stored rollouts, the part of the prompts on its own.
         iterations: Parts of the round's prompts that the student answers itself; 1 for the stored rollouts alone.
             The trainer's `max_epochs` are shared out evenly, so that `max_epochs / iterations` epochs are trained on
-            each. It takes a `RolloutDataModule` with a directory `fresh`.
+            each. It takes a `RolloutDataModule` with an `on_policy_store`.
         policies: Folders or hub names of the policies of the signal, by name, for several `iterations`.
         calibrate: Correct beta after each epoch and the weights after the last, so that the budget is spent on fresh
             samples and not only on the stored states; needs a solved beta, a student that starts from the policy
             that its KL is measured to, and a `RolloutDataModule` with `calibration_prompts`.
         learning_rate: AdamW's learning rate after warm-up.
         lr_scheduler: What follows warm-up, by its name in `transformers.get_scheduler`.
-        **kwargs: Further arguments of `PolicyModule`.
+        **kwargs: Further arguments of `TrainingModule`.
 
     Raises:
-        UserError: For a budget or beta that is not a positive number, both or none of them, or an objective without
-            a KL term and nothing else that keeps the student near the base policy.
+        InvalidArgument: For a budget or beta that is not a positive number, both or none of them, or an objective
+            without a KL term and nothing else that keeps the student near the base policy.
     """
 
     def __init__(
@@ -87,29 +90,7 @@ class DistillModule(PolicyModule):
         **kwargs: Any,
     ) -> None:
         super().__init__(policy, learning_rate=learning_rate, lr_scheduler=lr_scheduler, **kwargs)
-        prices = {"kl_budget": kl_budget, "total_budget": total_budget, "beta": beta, "min_beta": min_beta}
-        for name, value in prices.items():
-            if value is not None and not 0 < value < float("inf"):
-                raise InvalidArgument(name, f"is {value}: it must be a positive, finite number")
-        if (kl_budget is None) == (beta is None):
-            raise InvalidArgument(
-                "kl_budget", f"is {kl_budget} and beta is {beta}: give one of them, and leave the other null"
-            )
-        if total_budget is not None and kl_budget is None:
-            raise InvalidArgument("total_budget", "goes with kl_budget, not with a given beta")
-        if min_beta is not None and (kl_budget is None or total_budget is not None):
-            raise InvalidArgument("min_beta", "goes with kl_budget alone, not with beta or total_budget")
-        if objective is not None and getattr(objective, "needs", None) not in ("support", "tokens"):
-            raise InvalidArgument(
-                "objective", f"is {type(objective).__name__}: it must be a DistillObjective or a TokenObjective"
-            )
-        if iterations < 1:
-            raise InvalidArgument("iterations", f"is {iterations}: it must be at least 1")
-        self.kl_budget = kl_budget
-        self.total_budget = total_budget
-        self.beta = beta
-        self.min_beta = min_beta
-        self.to_spend = kl_budget
+        self.budget = BudgetController(kl_budget, total_budget, beta, min_beta)
         self.signal = AutoSignal() if signal == "auto" else signal or Signal()
         if isinstance(self.signal, AutoSignal) and kl_budget is None:
             raise InvalidArgument("signal", "is auto: it is chosen for kl_budget, not for a given beta")
@@ -117,20 +98,36 @@ class DistillModule(PolicyModule):
             raise InvalidArgument(
                 "min_beta", "is a price for one signal, but signal is auto: it is chosen among several"
             )
-        self.objective = objective or TiltedTarget()
+        self.objective: DistillObjective = objective or TiltedTarget()
+        if getattr(self.objective, "needs", None) not in ("support", "tokens"):
+            raise InvalidArgument(
+                "objective", f"is {type(self.objective).__name__}: it must be a SupportObjective or a TokenObjective"
+            )
+        if iterations < 1:
+            raise InvalidArgument("iterations", f"is {iterations}: it must be at least 1")
         self.iterations = iterations
         self.policies = policies or {}
-        self.solution: TwoReferenceSolution | None = None
-        self.landing: Landing | None = None
         self.calibrates = calibrate and beta is None and self.references.get("base") == str(policy)
-        self._log_gains: list[float] = []
-        self._due = False
         if self.unrestrained and not (calibrate and kl_budget is not None):
             raise InvalidArgument("objective.kl_term", UNRESTRAINED)
 
     @property
-    def re_anchors(self) -> bool:  # type: ignore[override]
-        """Whether its objective has an importance ratio, whose anchor is taken again in every iteration."""
+    def beta(self) -> float | None:
+        """Price of a nat of KL to the base policy: the given one, or the one that was solved last."""
+        return self.budget.beta
+
+    @beta.setter
+    def beta(self, value: float) -> None:
+        self.budget.beta = value
+
+    @property
+    def kl_budget(self) -> float | None:
+        """KL of the target to the base policy to spend, in nats per token."""
+        return self.budget.kl_budget
+
+    @property
+    def refreshes_old_logps(self) -> bool:  # type: ignore[override]
+        """Whether its objective has an importance ratio, whose old log-probs are taken again in every iteration."""
         return self.objective.needs == "tokens"
 
     @property
@@ -138,28 +135,65 @@ class DistillModule(PolicyModule):
         """Whether nothing in the loss keeps the student near the base policy."""
         return self.objective.needs == "tokens" and not self.objective.kl_term
 
+    @property
+    def reference_paths(self) -> dict[str, str]:
+        """See `PolicyModule`: the policies of the signal too."""
+        return {"base": str(self.policy_path), **self.policies, **self.references}
+
+    # Set-up: beta is solved for the budget on the stored states.
+
     def setup(self, stage: str) -> None:
         """Solve beta for the budget on the stored states."""
+        super().setup(stage)
         if stage != "fit":
             return
         if isinstance(self.signal, AutoSignal):
-            raise UserError("distill.signal is chosen by the chain of stages: give a Signal in a Trainer of your own")
-        data: Any = getattr(self.trainer, "datamodule", None)
+            raise InvalidArgument(
+                "signal", "is auto: it is chosen by the chain of stages; give a Signal in your own Trainer"
+            )
+        data = self._rollout_data
         if self.iterations > 1:
             self._check_paths()
-        if self.unrestrained and not (self.calibrates and data is not None and data.calibration()):
+        if self.unrestrained and not (self.calibrates and data is not None and data.prompt_plan.calibration):
             raise InvalidArgument("objective.kl_term", UNRESTRAINED)
-        if self.solution is not None or (self.iterations > 1 and self.kl_budget is None):
+        if self.budget.solution is not None or (self.iterations > 1 and self.budget.kl_budget is None):
             return
-        rollouts = getattr(data, "rollouts", None)
-        if rollouts is None or not rollouts.scores:
+        if data is None or not data.rollouts.scores:
             raise UserError(
                 "distillation needs rollouts with scores: RolloutDataModule(scores=…), "
                 "filled by Trainer.predict with its scoring(name)"
             )
-        self._check_policies(rollouts)
-        if self.kl_budget is not None:
-            self._solve(rollouts, gain=1.0)
+        self._check_policies(data.rollouts)
+        if self.budget.kl_budget is not None:
+            self.budget.solve(*self._stored_states(data.rollouts))
+
+    def _stored_states(self, rollouts: RolloutTable) -> tuple[Mapping[str, Tensor], Tensor]:
+        """Log-probs by policy, and the signal, of the scored states of some rollouts."""
+        logps = {name: rollouts.flat_scores(name) for name in self._scored}
+        return logps, self.signal(logps)
+
+    @property
+    def _scored(self) -> set[str]:
+        """The policies whose scores it takes."""
+        return {"base", *self.signal.policies, *(["first"] if self.budget.total_budget is not None else [])}
+
+    def _check_paths(self) -> None:
+        if missing := self._scored - self.reference_paths.keys():
+            raise InvalidArgument(
+                "iterations",
+                f"is {self.iterations}: what the student answers is scored as it is trained, but policies names no "
+                f"{', '.join(sorted(missing))}",
+            )
+
+    def _check_policies(self, rollouts: RolloutTable) -> None:
+        missing = self._scored - rollouts.scores.keys()
+        if missing:
+            raise UserError(
+                f"distillation uses the policies {', '.join(sorted(missing))}, which were not scored; "
+                f"there are {', '.join(sorted(rollouts.scores))}"
+            )
+
+    # The budget: corrected by what validation measures, and met by a last step between the weights.
 
     def on_validation_epoch_end(self) -> None:
         """Note what the student spends on fresh samples of the calibration prompts."""
@@ -169,205 +203,126 @@ class DistillModule(PolicyModule):
             return
         spent = float(metrics["kl_per_token/base"].compute().value)
         self._log_metrics("calibration")
-        if spent > 0 and not self.trainer.sanity_checking:
-            assert self.solution is not None
-            self._log_gains.append(math.log(spent / self.solution.kl_base))
-            self._due = True
+        if not self.trainer.sanity_checking:
+            self.budget.observe(spent)
 
     def on_train_epoch_start(self) -> None:
         """Correct beta, once there is an epoch to train with it: what is reported is what was trained with."""
         super().on_train_epoch_start()
-        if self._due:
-            self._due = False
-            self._correct()
+        if self.budget.correction_due:
+            assert self._rollout_data is not None
+            self.budget.correct(*self._stored_states(self._rollout_data.rollouts))
 
     def on_validation_end(self) -> None:
-        """Keep the frozen policies where they are asked about what the student answers."""
+        """Keep the references where they are asked about what the student answers."""
         if self.iterations == 1:
-            self.release_frozen()
+            self.release_references()
 
-    def settle(self) -> None:
-        """Move along the line to the base policy until fresh samples say that the budget is spent."""
-        trainer: Any = self.trainer
-        if self.calibrates and trainer.datamodule.calibration() and not trainer.fast_dev_run:
-            assert self.to_spend is not None  # What is measured is in units of it, whichever budget is tighter.
-            line, attempts = Line(self.frozen("base").parameters(), self.policy.parameters()), count()
-            with self._evaluating():
-                self.landing = land(lambda share: self._spent(line, share, next(attempts)), self.to_spend)
-            line.move_to(self.landing.share)
+    def finalize_weights(self) -> None:
+        """Move between the base policy and the student to where fresh samples say that the budget is spent."""
+        data, trainer = self._rollout_data, self.trainer
+        if not self.calibrates or data is None or not data.prompt_plan.calibration:
+            return
+        if trainer.fast_dev_run:  # type: ignore[attr-defined]
+            return
+        weights = WeightInterpolation(self.reference("base").parameters(), self.policy.parameters())
+        attempts = count()
 
-    def _spent(self, line: Line, share: float, attempt: int) -> float:
-        """The KL of a place on the line on fresh samples of the calibration prompts, in nats per token.
+        def measure(alpha: float) -> Measurement:
+            weights.move_to(alpha)
+            return Measurement(self._measure_spent(f"landing {next(attempts)}"))
 
-        Where the total budget is the tighter one, the same share of what is to be spent as is spent of that.
-        """
-        data: Any = self.trainer.datamodule  # type: ignore[attr-defined]
-        line.move_to(share)
+        with eval_mode(trainer, self):
+            fit = self.budget.fit_alpha(measure)
+        weights.move_to(fit.alpha)
+
+    def _measure_spent(self, purpose: str) -> float:
+        """What is spent of the tighter budget on fresh samples of the calibration prompts, in nats per token."""
+        assert self._rollout_data is not None
         metrics: Any = self.metrics["calibration"]
-        for batch in data.calibration_batches(f"landing {attempt}"):
+        for batch in self._rollout_data.calibration_batches(purpose):
             self.evaluate(batch, metrics)
-        spent = float(metrics["kl_per_token/base"].compute().value)
-        if self.total_budget is not None:
-            assert self.to_spend is not None
-            total = float(metrics["kl_per_token/first"].compute().value)
-            spent = max(spent, total / self.total_budget * self.to_spend)
+        spent = {name: float(metric.compute().value) for name, metric in metrics.items() if name in KLS}
         for metric in metrics.values():
             metric.reset()
-        return spent
+        return self.budget.tighter(spent[KLS[0]], spent[KLS[1]] if self.budget.total_budget is not None else None)
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Keep beta and what calibration found so far."""
+        """Keep what the budget controller found so far."""
         super().on_save_checkpoint(checkpoint)
-        solution = None if self.solution is None else astuple(self.solution)
-        checkpoint["calibration"] = {
-            "solution": solution,
-            "log_gains": list(self._log_gains),
-            "due": self._due,
-        }
+        checkpoint["budget"] = self.budget.state_dict()
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Go on with them."""
+        """Go on with it."""
         super().on_load_checkpoint(checkpoint)
-        if "calibration" not in checkpoint:
-            raise UserError("the checkpoint is not one of a distillation: it holds no beta")
-        calibration = checkpoint["calibration"]
-        self._log_gains, self._due = calibration["log_gains"], calibration["due"]
-        if calibration["solution"] is not None:
-            self._take(TwoReferenceSolution(*calibration["solution"]))
+        if "budget" not in checkpoint:
+            raise UserError("the checkpoint is not one of a distillation: it holds no KL budget")
+        self.budget.load_state_dict(checkpoint["budget"])
 
-    def _correct(self) -> None:
-        """Solve beta again for the share of the budget that, at the gain seen lately, spends all of it.
-
-        The gain is the student's KL on fresh samples over its target's on the stored states. The geometric mean of
-        the last two damps the noise of a sample.
-        """
-        data: Any = self.trainer.datamodule  # type: ignore[attr-defined]
-        recent = self._log_gains[-2:]
-        gain = min(max(math.exp(sum(recent) / len(recent)), 1 / MAX_CORRECTION), MAX_CORRECTION)
-        try:
-            self._solve(data.rollouts, gain)
-        except UserError:
-            return  # A student this thrifty cannot be made to spend more: beta stays where it is.
-
-    def _solve(self, rollouts: RolloutTable, gain: float) -> None:
-        """The prices that spend the budgets, each over the gain, on the states of some scored rollouts.
-
-        Raises:
-            UserError: If none do.
-        """
-        assert self.kl_budget is not None
-        logps = {name: rollouts.flat_scores(name) for name in self._scored}
-        base, signal = logps["base"], self.signal(logps)
-        self.to_spend = self.kl_budget
-        if self.min_beta is not None and (most := mean_tilted_kl(base, signal, self.min_beta)) > 0:
-            self.to_spend = min(self.kl_budget, most)
-        try:
-            if self.total_budget is None:
-                found = solve_beta(base, signal, self.to_spend / gain)
-                self._take(TwoReferenceSolution(found.beta, 0.0, found.kl, math.nan))
-            else:
-                budgets = (self.to_spend / gain, self.total_budget / gain)
-                self._take(solve_two_references(base, logps["first"], signal, *budgets))
-        except UnreachableBudget as error:
-            raise UserError(f"distill.kl_budget: {error}") from error
-
-    def _take(self, solution: TwoReferenceSolution) -> None:
-        self.solution = solution
-        self.beta = solution.beta_base + solution.beta_first
-
-    @property
-    def _scored(self) -> set[str]:
-        """The policies whose scores it takes."""
-        return {"base", *self.signal.policies, *(["first"] if self.total_budget is not None else [])}
+    # The loss.
 
     def select(self, rewards: Tensor, advantages: Tensor) -> Tensor:
-        """See `PolicyModule.select`: every stored response holds states to learn in."""
+        """See `TrainingModule.select`: every stored response holds states to learn in."""
         return torch.ones_like(rewards, dtype=torch.bool)
 
-    def terms(self, batch: RolloutBatch) -> tuple[Tensor, dict[str, Tensor]]:
-        """See `PolicyModule.terms`: the objective between student and tilted base policy, or of the sampled tokens."""
-        assert self.beta is not None
+    def batch_loss(self, batch: RolloutBatch) -> tuple[Tensor, dict[str, Tensor]]:
+        """See `TrainingModule.batch_loss`: between student and tilted policy, or of the sampled tokens."""
+        assert self.budget.beta is not None
         if self.iterations > 1:
-            batch = self._ask(batch)
+            batch = self._scored_batch(batch)
         hidden = self.policy.hidden(batch)
         if self.objective.needs == "tokens":
-            return self._token_terms(self.objective, batch, hidden)
+            return self._token_loss(self.objective, batch, hidden)
         assert batch.scores is not None
-        student, anchor = self._student(batch, hidden), self._anchor(batch.scores)
+        student, prior = self._student_logps(batch, hidden), self._prior(batch.scores)
         kl = exact_kl(student.detach(), batch.scores["base"])
-        return self.objective(student, anchor, self.signal(batch.scores), self.beta), {"kl": kl}
+        return self.objective(student, prior, self.signal(batch.scores), self.budget.beta), {"kl": kl}
 
-    def _token_terms(
+    def _token_loss(
         self, objective: TokenObjective, batch: RolloutBatch, hidden: Tensor
     ) -> tuple[Tensor, dict[str, Tensor]]:
         """The objective of the sampled tokens."""
         assert batch.token_scores is not None
-        assert self.beta is not None
-        logps, old = self.policy.token_logps(batch, hidden).logps, self._old.logps(batch)
+        assert self.budget.beta is not None
+        logps, old_logps = self.policy.token_logps(batch, hidden).logps, self._old_logps.logps(batch)
         signal = self.signal(batch.token_scores)
         kl = self._kl(batch, hidden) if objective.kl_term else torch.zeros_like(logps)
-        terms = objective(logps, old, batch.anchor_logps, signal, kl, self.beta)
-        values = {"signal": signal, "log_ratio": logps - old}
-        return terms, {**values, "kl": kl} if objective.kl_term else values
+        losses = objective(logps, old_logps, batch.sampler_logps, signal, kl, self.budget.beta)
+        values = {"signal": signal, "log_ratio": logps - old_logps}
+        return losses, {**values, "kl": kl} if objective.kl_term else values
 
     def _kl(self, batch: RolloutBatch, hidden: Tensor) -> Tensor:
-        """KL of the student to the base policy, `(B, T)` in nats; with two anchors the mean by their prices.
+        """KL of the student to the base policy, `(B, T)` in nats; with a total budget the mean by the two prices.
 
         Over support and tail where they are stored, over the vocabulary where the base policy is at hand.
         """
         if batch.scores is not None:
-            return exact_kl(self._student(batch, hidden), self._anchor(batch.scores))
-        kl = self.policy.divergence(self.frozen("base"), batch, hidden).kl
-        if self._base_share == 1:
+            return exact_kl(self._student_logps(batch, hidden), self._prior(batch.scores))
+        kl = self.policy.divergence(self.reference("base"), batch, hidden).kl
+        if self.budget.base_weight == 1:
             return kl
-        return torch.lerp(self.policy.divergence(self.frozen("first"), batch, hidden).kl, kl, self._base_share)
+        first = self.policy.divergence(self.reference("first"), batch, hidden).kl
+        return torch.lerp(first, kl, self.budget.base_weight)
 
-    def _student(self, batch: RolloutBatch, hidden: Tensor) -> Tensor:
+    def _student_logps(self, batch: RolloutBatch, hidden: Tensor) -> Tensor:
+        """Over support and tail, `(B, T, K+1)` in nats."""
         assert batch.support_ids is not None
         return self.policy.support_logps(batch, batch.support_ids, hidden)
 
     @torch.no_grad()
-    def _ask(self, batch: RolloutBatch) -> RolloutBatch:
-        """What the frozen policies say of a batch that the student answered: what its objective takes."""
-        names = self.signal.policies if self.re_anchors else sorted(self._scored)
-        hidden = {name: self.frozen(name).hidden(batch) for name in names}
-        if self.re_anchors:
-            logps = {name: self.frozen(name).token_logps(batch, hidden[name]).logps for name in names}
+    def _scored_batch(self, batch: RolloutBatch) -> RolloutBatch:
+        """A batch that the student answered, with what its objective takes of the frozen policies' log-probs."""
+        names = self.signal.policies if self.refreshes_old_logps else sorted(self._scored)
+        hidden = {name: self.reference(name).hidden(batch) for name in names}
+        if self.refreshes_old_logps:
+            logps = {name: self.reference(name).token_logps(batch, hidden[name]).logps for name in names}
             return replace(batch, token_scores=logps)
-        ids = self.frozen("base").select_support(batch, SUPPORT_MASS, SUPPORT_SIZE, hidden["base"])
-        scores = {name: self.frozen(name).support_logps(batch, ids, hidden[name]) for name in names}
+        ids = self.reference("base").select_support(batch, SUPPORT_MASS, SUPPORT_SIZE, hidden["base"])
+        scores = {name: self.reference(name).support_logps(batch, ids, hidden[name]) for name in names}
         return replace(batch, scores=scores, support_ids=ids)
 
-    def _anchor(self, scores: dict[str, Tensor]) -> Tensor:
+    def _prior(self, scores: dict[str, Tensor]) -> Tensor:
         """What the signal tilts: the base policy, or what lies between it and the first one."""
-        if self._base_share == 1:
+        if self.budget.base_weight == 1:
             return scores["base"]
-        return geometric_mixture(scores["base"], scores["first"], self._base_share)
-
-    @property
-    def _base_share(self) -> float:
-        """The base policy's share of beta; the rest is the price of KL to the first policy."""
-        if self.solution is None or self.solution.beta_first == 0:
-            return 1.0
-        assert self.beta is not None
-        return self.solution.beta_base / self.beta
-
-    @property
-    def _paths(self) -> dict[str, str]:
-        """See `PolicyModule`: the policies of the signal too."""
-        return {"base": str(self.policy_path), **self.policies, **self.references}
-
-    def _check_paths(self) -> None:
-        if missing := self._scored - self._paths.keys():
-            raise UserError(
-                f"distill.iterations is {self.iterations}: what the student answers is scored as it is trained, but "
-                f"distill.policies names no {', '.join(sorted(missing))}"
-            )
-
-    def _check_policies(self, rollouts: RolloutTable) -> None:
-        missing = self._scored - rollouts.scores.keys()
-        if missing:
-            raise UserError(
-                f"distill uses the policies {', '.join(sorted(missing))}, which were not scored; "
-                f"there are {', '.join(sorted(rollouts.scores))}"
-            )
+        return geometric_mixture(scores["base"], scores["first"], self.budget.base_weight)

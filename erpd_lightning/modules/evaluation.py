@@ -1,22 +1,158 @@
-"""What is measured of a policy on its own fresh responses: sums over prompts, and the metrics that take them."""
+"""Evaluation on fresh samples: a module that validates and tests so, the sums over prompts, and the metrics of them."""
 
 from collections import defaultdict
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
+from pathlib import Path
 from typing import Any
 
 import pyarrow as pa
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from ..data.batching import RolloutBatch, RolloutTable
 from ..data.loader import micro_batches
-from ..data.prompts import PromptBatch
+from ..data.prompt_batches import PromptBatch
+from ..data.samples import kept_rows, sample_table, write_samples
+from ..errors import InvalidArgument, UserError
 from ..metrics import ClusteredRatio, PassAtK, distinct_responses
 from ..models.policy import Policy
+from ..seeds import derive_seed
+from .policy_module import PolicyModule
+
+EVALUATIONS = ("val", "calibration", "test")
+"""What is sampled afresh: held-out prompts, unused training prompts, and held-out prompts again."""
 
 Collector = Callable[[str, RolloutBatch, Tensor], None]
 """Takes the name of a reference, some of the responses, whose `rows` are those of their table, and the KL to it at
 each of their tokens, `(B, T)` in nats; what is outside the mask does not count."""
+
+
+class EvaluationModule(PolicyModule):
+    """A policy that is validated and tested on its own fresh responses to held-out prompts.
+
+    A module of your own that subclasses it and adds a `training_step` has evaluation, references and export without
+    our training.
+
+    Args:
+        policy: Folder or hub name of the causal language model.
+        pass_at_k: The k of pass@k, or None for as many as there are samples of a prompt.
+        **kwargs: Further arguments of `PolicyModule`.
+
+    Raises:
+        InvalidArgument: For a value out of range.
+    """
+
+    def __init__(self, policy: str | Path, pass_at_k: int | None = None, **kwargs: Any) -> None:
+        super().__init__(policy, **kwargs)
+        if pass_at_k is not None and pass_at_k < 1:
+            raise InvalidArgument("pass_at_k", f"is {pass_at_k}: it must be at least 1")
+        self.pass_at_k = pass_at_k
+        self.metrics = nn.ModuleDict({stage: nn.ModuleDict() for stage in EVALUATIONS})
+
+    def validation_step(self, batch: PromptBatch, batch_idx: int, dataloader_idx: int = 0) -> None:
+        """Sample, verify, and measure; see `evaluate`. A second loader's prompts are for calibration."""
+        self.evaluate(batch, self.metrics[EVALUATIONS[dataloader_idx]])
+
+    def test_step(self, batch: PromptBatch, batch_idx: int) -> None:
+        """The same as validation, under `test/`."""
+        self.evaluate(batch, self.metrics["test"])
+
+    @torch.no_grad()
+    def evaluate(self, prompts: PromptBatch, metrics: Any) -> None:
+        """Add the policy's own fresh responses to some prompts to the metrics.
+
+        What is per token is the mean over all sampled tokens; standard errors count prompts, because
+        responses to one prompt are alike. KL and entropy are exact over the vocabulary.
+        """
+        self._add_metrics(metrics, prompts.samples)
+        if not prompts.prompts:
+            return
+        table = prompts.respond(self.policy.model, derive_seed(prompts.seed, self.global_step))
+        sums = self._prompt_sums(table, prompts)
+        update_metrics(metrics, sums, prompts.samples, self.references)
+
+    def on_validation_epoch_end(self) -> None:
+        """Log and reset."""
+        self._log_metrics("val")
+
+    def on_test_epoch_end(self) -> None:
+        """Log and reset."""
+        self._log_metrics("test")
+
+    def on_validation_end(self) -> None:
+        """Free the references: between evaluations one policy alone is in memory."""
+        self.release_references()
+
+    on_test_end = on_validation_end
+
+    def _prompt_sums(self, table: pa.Table, prompts: PromptBatch) -> dict[str, Tensor]:
+        """What the metrics take of responses to some prompts."""
+        return prompt_sums(self.policy, self.reference, self.references, table, prompts)
+
+    def _add_metrics(self, metrics: Any, samples: int) -> None:
+        """Make the metrics when the first batch says how many samples there are."""
+        if len(metrics):
+            return
+        k = self.pass_at_k or samples
+        if metrics is self.metrics["calibration"]:  # Nothing but its KL is asked for.
+            k = min(k, samples)
+        if k > samples:
+            raise UserError(f"pass_at_k is {k}, but only {samples} responses are sampled to a prompt")
+        add_metrics(metrics, k, self.references)
+        metrics.to(self.device)
+
+    def _log_metrics(self, stage: str) -> None:
+        metrics: Any = self.metrics[stage]
+        shown = ("pass@1", "kl_per_token")
+        for name, value in evaluated(metrics).items():
+            # The value is the same on all ranks: sync_dist only says that it is meant to be.
+            shown_here = stage == "val" and name in shown
+            self.log(f"{stage}/{name}", value.float(), prog_bar=shown_here, sync_dist=True)
+        for metric in metrics.values():
+            metric.reset()
+
+
+class EvaluationWithSamples(EvaluationModule):
+    """Evaluation module that also stores its first responses, for the report.
+
+    Args:
+        policy: Folder or hub name of the causal language model.
+        references: Policies that the KL is measured to, by name; `base` is one of them.
+        samples_path: The file that a test writes: responses to the first prompts of all ranks, of the `SAMPLES` schema.
+    """
+
+    def __init__(self, policy: str | Path, references: Mapping[str, str], samples_path: Path) -> None:
+        super().__init__(policy, references=dict(references))
+        self._samples_path = samples_path
+        self._tables: list[pa.Table] = []
+
+    def on_test_epoch_start(self) -> None:
+        """Nothing of an earlier test is kept."""
+        self._tables = []
+
+    def _prompt_sums(self, table: pa.Table, prompts: PromptBatch) -> dict[str, Tensor]:
+        """Note the first responses on the way."""
+        kls: dict[int, list[float]] = {}
+
+        def note(name: str, part: RolloutBatch, kl: Tensor) -> None:
+            if name == "base":
+                for row, values, mask in zip(part.rows.tolist(), kl.cpu(), part.mask.cpu(), strict=True):
+                    kls[row] = values[mask].tolist()
+
+        sums = prompt_sums(self.policy, self.reference, self.references, table, prompts, note)
+        kept = kept_rows(table)
+        self._tables.append(sample_table(kept, [kls[row] for row in range(len(kept))], prompts.tokenizer))
+        return sums
+
+    def on_test_epoch_end(self) -> None:
+        """Log and reset, and write what all ranks noted."""
+        super().on_test_epoch_end()
+        noted: list[Any] = [self._tables]
+        if self.trainer.world_size > 1:
+            noted = [None] * self.trainer.world_size
+            torch.distributed.all_gather_object(noted, self._tables)
+        if self.trainer.is_global_zero:
+            write_samples(self._samples_path, [table for tables in noted for table in tables])
 
 
 def add_metrics(metrics: Any, k: int, references: Iterable[str]) -> None:
@@ -64,7 +200,7 @@ def prompt_sums(
     prompts: PromptBatch,
     collect: Collector | None = None,
 ) -> dict[str, Tensor]:
-    """Sums over each prompt's responses, `(prompts,)` each, of KL, entropy, tokens, right, cut-off and different ones.
+    """Sums over each prompt's responses, `(prompts,)` each: KL, entropy, tokens, correct, truncated, distinct ones.
 
     KL and entropy are exact over the vocabulary, in nats.
 

@@ -9,19 +9,19 @@ from torch import Tensor
 
 from ..data.batching import RolloutBatch
 from ..data.rollouts import RolloutDataModule
-from ..errors import InvalidArgument, UserError
+from ..errors import InvalidArgument
 from ..objectives.divergences import Direction, check_kl_loss, kl_loss, kl_value
 from ..objectives.extreme import SAPO, ExtremeObjective, flip_outcomes
-from .policy_module import PolicyModule
+from .training import TrainingModule
 
 
-class ExtremeRegionModule(PolicyModule):
+class ExtremeRegionModule(TrainingModule):
     """Drives a policy into the extreme region; the result, the teacher, is used only for its opinion.
 
     Args:
         policy: Folder or hub name of the causal language model to start from.
         objective: What is minimised on the stored rollouts.
-        sign: 1 for a teacher; -1 for the unlearned policy, for which what was right counts as wrong.
+        sign: 1 for a teacher; -1 for the unlearned policy, for which what was correct counts as incorrect.
         kl_coef: Weight of a KL to the base policy on the stored states in the loss, in nats per token; 0 for no
             constraint.
         kl_direction: `reverse` for `KL(policy || base)`, which keeps the policy from what the base policy would not
@@ -33,13 +33,13 @@ class ExtremeRegionModule(PolicyModule):
             the held-out prompts (with `sign` -1 the lowest). Judge what was chosen so on other prompts.
         stop_at_kl: Stop after the first validation with at least this KL to the base policy, in nats per token; None
             for the trainer's own end.
-        anchor: What the objective's importance ratio refers to: `base`, the policy that sampled the rollouts, or
-            `iteration`, this policy as it was when the iteration began: the epoch on fixed rollouts, and the part of
-            the prompts with `data.iterations`.
-        **kwargs: Arguments of `PolicyModule`.
+        old_policy: pi_old, which the objective's importance ratio divides by: `base`, the policy that sampled the
+            rollouts, or `iteration`, this policy as it was when the iteration began: the epoch on fixed rollouts, and
+            the part of the prompts with `RolloutDataModule.iterations`.
+        **kwargs: Further arguments of `TrainingModule`.
 
     Raises:
-        UserError: For a sign or a coefficient out of range, or an estimator whose gradient is not that of the KL.
+        InvalidArgument: For a sign or a coefficient out of range, or an estimator whose gradient is not that of the KL.
     """
 
     def __init__(
@@ -52,7 +52,7 @@ class ExtremeRegionModule(PolicyModule):
         kl_estimator: Literal["exact", "k1", "k2", "k3"] = "exact",
         keep: Literal["last", "best"] = "last",
         stop_at_kl: float | None = None,
-        anchor: Literal["base", "iteration"] = "base",
+        old_policy: Literal["base", "iteration"] = "base",
         **kwargs: Any,
     ) -> None:
         super().__init__(policy, **kwargs)
@@ -60,8 +60,8 @@ class ExtremeRegionModule(PolicyModule):
             raise InvalidArgument("sign", f"is {sign}: it must be 1 or -1")
         if not 0 <= kl_coef < float("inf"):
             raise InvalidArgument("kl_coef", f"is {kl_coef}: it must be at least 0")
-        if anchor not in ("base", "iteration"):
-            raise InvalidArgument("anchor", f"is {anchor!r}: it must be base or iteration")
+        if old_policy not in ("base", "iteration"):
+            raise InvalidArgument("old_policy", f"is {old_policy!r}: it must be base or iteration")
         try:
             check_kl_loss(kl_direction, kl_estimator)
         except ValueError as error:
@@ -81,15 +81,15 @@ class ExtremeRegionModule(PolicyModule):
         self.kl_estimator = kl_estimator
         self.keep = keep
         self.stop_at_kl = stop_at_kl
+        self.old_policy = old_policy
         self._best: float | None = None
-        self._kept: dict[str, Tensor] = {}
-        self._passed = False
-        self.anchor = anchor
+        self._best_weights: dict[str, Tensor] = {}
+        self._kl_reached = False
 
     @property
-    def re_anchors(self) -> bool:  # type: ignore[override]
-        """Whether the anchor is taken again in every iteration."""
-        return self.anchor == "iteration"
+    def refreshes_old_logps(self) -> bool:  # type: ignore[override]
+        """Whether the old log-probs are taken again in every iteration."""
+        return self.old_policy == "iteration"
 
     @property
     def needs_groups(self) -> bool:  # type: ignore[override]
@@ -97,60 +97,61 @@ class ExtremeRegionModule(PolicyModule):
         return self.objective.needs_groups
 
     def select(self, rewards: Tensor, advantages: Tensor) -> Tensor:
-        """See `PolicyModule.select`: the objective's choice."""
+        """See `TrainingModule.select`: the objective's choice."""
         return self.objective.select(*self._outcomes(rewards, advantages))
 
-    def terms(self, batch: RolloutBatch) -> tuple[Tensor, dict[str, Tensor]]:
-        """See `PolicyModule.terms`: the objective's terms and the weighted KL to the base policy."""
+    def batch_loss(self, batch: RolloutBatch) -> tuple[Tensor, dict[str, Tensor]]:
+        """See `TrainingModule.batch_loss`: the objective's loss and the weighted KL to the base policy."""
         hidden = self.policy.hidden(batch)
         stats = self.policy.token_logps(batch, hidden)
         outcomes = self._outcomes(batch.rewards, batch.advantages)
-        anchor_logps = self._old.logps(batch) if self.re_anchors else batch.anchor_logps
-        terms = self.objective(stats.logps, anchor_logps, batch.mask, *outcomes)
-        self._check_shape(terms, batch.mask)
+        old_logps = self._old_logps.logps(batch) if self.refreshes_old_logps else batch.sampler_logps
+        losses = self.objective(stats.logps, old_logps, batch.mask, *outcomes)
+        self._check_shape(losses, batch.mask)
         values = {
             "entropy": stats.entropy,
             "logp": stats.logps,
-            "log_ratio": stats.logps - anchor_logps,
+            "log_ratio": stats.logps - old_logps,
         }
         if self.kl_coef > 0:
             kl, values["kl"] = self._kl(batch, hidden, stats.logps)
-            terms = terms + self.kl_coef * self._share(kl, batch)
-        return terms, values
+            losses = losses + self.kl_coef * self._kl_loss(kl, batch)
+        return losses, values
 
     def setup(self, stage: str) -> None:
         """Refuse rollouts that the loss would take for what they are not."""
-        data: Any = getattr(self.trainer, "datamodule", None)
-        if stage == "fit" and data is not None:
-            self.check_rollouts(data)
+        super().setup(stage)
+        if stage == "fit" and self._rollout_data is not None:
+            self.check_rollouts(self._rollout_data)
 
     def check_rollouts(self, data: RolloutDataModule) -> None:
         """Whether the rollouts are those that the KL term takes them for.
 
         Raises:
-            UserError: If they are another policy's, and the KL to the base policy is estimated from them.
+            InvalidArgument: If they are another policy's, and the KL to the base policy is estimated from them.
         """
         if self.kl_coef == 0 or self.kl_estimator == "exact":
             return
         others = {
-            "with data.iterations above 1 they are the policy's own": data.iterations > 1,
-            "with data.replay some are those of the base policies of earlier rounds": data.replay > 0,
+            "with iterations above 1 they are the policy's own": data.iterations > 1,
+            "with replay some are those of the base policies of earlier rounds": data.replay > 0,
         }
         for reason in (reason for reason, holds in others.items() if holds):
-            raise UserError(
-                f"extreme_region.kl_estimator is {self.kl_estimator}, which takes rollouts for those of the base "
-                f"policy; {reason}: take exact"
+            raise InvalidArgument(
+                "kl_estimator",
+                f"is {self.kl_estimator}, which takes rollouts for those of the base policy; {reason}: take exact",
             )
 
     def on_train_start(self) -> None:
         """Stop at once where an interrupted run had come to its end."""
-        if self._passed:
+        super().on_train_start()
+        if self._kl_reached:
             self.trainer.should_stop = True
 
     def on_validation_end(self) -> None:
         """Keep the weights that are the best so far, and the base policy where the loss needs it."""
         if self.kl_coef == 0 or self.kl_estimator != "exact":
-            self.release_frozen()
+            self.release_references()
         found = self.trainer.callback_metrics
         training = self.trainer.state.fn == TrainerFn.FITTING and not self.trainer.sanity_checking
         if not training or "val/pass@1" not in found:
@@ -158,58 +159,64 @@ class ExtremeRegionModule(PolicyModule):
         score = self.sign * float(found["val/pass@1"])
         if self.keep == "best" and (self._best is None or score > self._best):
             self._best = score
-            self._kept = {name: value.cpu().clone() for name, value in self.policy.state_dict().items()}
+            self._best_weights = {name: value.cpu().clone() for name, value in self.policy.state_dict().items()}
         if self.stop_at_kl is not None and float(found["val/kl_per_token"]) >= self.stop_at_kl:
-            self._passed = True
+            self._kl_reached = True
             self.trainer.should_stop = True
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Keep the best weights so far, and whether the KL is past its threshold."""
         super().on_save_checkpoint(checkpoint)
-        checkpoint["teacher"] = {"best": self._best, "kept": self._kept, "passed": self._passed}
+        checkpoint["teacher"] = {
+            "best": self._best,
+            "best_weights": self._best_weights,
+            "kl_reached": self._kl_reached,
+        }
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Go on with them."""
         super().on_load_checkpoint(checkpoint)
         teacher = checkpoint.get("teacher")
         if teacher is not None:
-            self._best, self._kept, self._passed = teacher["best"], teacher["kept"], teacher["passed"]
+            self._best, self._best_weights = teacher["best"], teacher["best_weights"]
+            self._kl_reached = teacher["kl_reached"]
 
-    def settle(self) -> None:
+    def finalize_weights(self) -> None:
         """Take the best weights, where these are asked for.
 
         Raises:
-            UserError: If none were validated.
+            InvalidArgument: If none were validated.
         """
         if self.keep == "best" and not self.trainer.fast_dev_run:  # type: ignore[attr-defined]
             if self._best is None:
-                raise UserError("extreme_region.keep is best, but nothing was validated: it takes validation prompts")
-            self.policy.load_state_dict(self._kept)
+                raise InvalidArgument("keep", "is best, but nothing was validated: it takes validation prompts")
+            self.policy.load_state_dict(self._best_weights)
 
     def _kl(self, batch: RolloutBatch, hidden: Tensor, logps: Tensor) -> tuple[Tensor, Tensor]:
         """The KL to the base policy as a loss, and as a value to log: `(B, T)` each, in nats."""
-        direction, base = self.kl_direction, batch.anchor_logps
+        direction, base = self.kl_direction, batch.sampler_logps
         if self.kl_estimator == "exact":
-            kl = self.policy.divergence(self.frozen("base"), batch, hidden, direction).kl
+            kl = self.policy.divergence(self.reference("base"), batch, hidden, direction).kl
             return kl, kl
         loss = kl_loss(logps, base, direction=direction, estimator=self.kl_estimator, sampler_logps=base)
         # Of the values, k3 is the one whose mean is exact and that is never negative.
         pair = (logps, base) if direction == "reverse" else (base, logps)
         return loss, kl_value(*pair, "k3", sampler_logps=base)
 
-    def _share(self, kl: Tensor, batch: RolloutBatch) -> Tensor:
-        """The KL `(B, T)` in such terms as the objective's, so that the loss has its mean over the step's tokens."""
+    def _kl_loss(self, kl: Tensor, batch: RolloutBatch) -> Tensor:
+        """The KL `(B, T)` per token or per response, as the objective is: in the loss it is a mean over tokens."""
         if self.objective.per == "token":
             return kl
         return torch.where(batch.mask, kl, 0.0).sum(-1) * (batch.step_responses / batch.step_tokens)
 
-    def _check_shape(self, terms: Tensor, mask: Tensor) -> None:
+    def _check_shape(self, losses: Tensor, mask: Tensor) -> None:
         per = self.objective.per
         expected = mask.shape if per == "token" else mask.shape[:1]
-        if terms.shape != expected:
-            raise UserError(
-                f"extreme_region.objective: {type(self.objective).__name__} gave terms of shape {tuple(terms.shape)}; "
-                f"with per = {per!r} they must be {tuple(expected)}"
+        if losses.shape != expected:
+            raise InvalidArgument(
+                "objective",
+                f"is {type(self.objective).__name__}, which gave a loss of shape {tuple(losses.shape)}; "
+                f"with per = {per!r} it must be {tuple(expected)}",
             )
 
     def _outcomes(self, rewards: Tensor, advantages: Tensor) -> tuple[Tensor, Tensor]:

@@ -1,4 +1,4 @@
-"""The anchor of importance ratios, pi_old: the policy as it was when an iteration began."""
+"""Old log-probs, those of pi_old: the policy as it was when an iteration began, which importance ratios divide by."""
 
 from collections.abc import Callable, Iterable
 from typing import Any
@@ -10,8 +10,8 @@ from ..data.batching import RolloutBatch
 from ..models.policy import Policy
 
 
-class Anchor:
-    """What a policy said of the tokens that it is trained on when the iteration began, looked up by row.
+class OldLogps:
+    """Log-probs of the tokens that a policy is trained on, under that policy when the iteration began, by row.
 
     Numbers instead of a second model in memory. They go into checkpoints, because the policy that they came from is
     gone when a run that was killed in the middle of an iteration goes on.
@@ -62,6 +62,6 @@ class Anchor:
         self._offsets, self._logps = state["offsets"], state["logps"]
 
     def _index(self, batch: RolloutBatch) -> Tensor:
-        """Where the tokens of a batch are, `(B, T)` long; that of padding, and of all that a filler has, is 0."""
+        """Where the tokens of a batch are, `(B, T)` long; that of padding, and of a dummy micro-batch, is 0."""
         starts = self._offsets[batch.rows.clamp(min=0)][:, None]
         return (starts + torch.arange(batch.mask.shape[1], device=starts.device)) * batch.mask

@@ -20,7 +20,7 @@ from ..report.drawing import draw_preview
 from ..report.tables import format_preview
 from .records import Record
 from .rounds import Rounds
-from .signal_search import Candidate, load_models, preview, solve, within
+from .signal_search import Candidate, candidates_within_budget, load_models, preview, solve
 from .stages import say
 
 SHARES = (0.5, 1.0, 1.5, 2.0)
@@ -37,7 +37,7 @@ class PreviewTrainer(Trainer):
         Prints a table, and writes `preview.json` and `preview.png` into the round's directory.
 
         Args:
-            rounds: The run; of its rounds the given one, or the last whose stage signal is finished.
+            rounds: The run; of its rounds the given one, or the last whose stage scoring is finished.
             budgets: KL budgets to preview, in nats per token, such as [0.02, 0.05]; null for 0.5, 1, 1.5 and 2 times
                 distill.kl_budget.
 
@@ -49,18 +49,18 @@ class PreviewTrainer(Trainer):
         module = rounds.builder.module("distill", policy="")
         assert isinstance(module, DistillModule)
         data = rounds.data(number, with_scores=True)
-        prompts = data.held_out_prompts()
+        prompts = data.prompt_plan.held_out
         if not prompts:
             raise UserError("data.validation_prompts is missing: a preview is measured on held-out prompts")
         names = {"base", *module.signal.policies}
         if missing := names - data.rollouts.scores.keys():
             raise UserError(
                 f"distill.signal uses the policies {', '.join(sorted(missing))}, which are not scored in "
-                f"{folder / 'signal'}; there are {', '.join(sorted(data.rollouts.scores))}"
+                f"{folder / 'scoring'}; there are {', '.join(sorted(data.rollouts.scores))}"
             )
         scores = {name: data.rollouts.flat_scores(name) for name in names}
         candidates = _candidates(module, budgets, scores)
-        batches = list(data.prompt_batches(prompts, data.validation_samples, "preview", 0, 1))
+        batches = list(data.batcher.batches(prompts, data.validation_samples, "preview"))
         say(
             f"[round {number}/{rounds.rounds}] preview: decoding from {len(candidates)} targets, "
             f"{data.validation_samples} responses to each of {len(prompts)} held-out prompts"
@@ -94,7 +94,7 @@ class PreviewTrainer(Trainer):
         paths = {name: path for name, path in rounds.policies(number).items() if name in names}
         for name, path in paths.items():
             if policy_fingerprint(path) != scored[name]:
-                raise UserError(f"{path} is not the policy that the stage signal of round {number} scored")
+                raise UserError(f"{path} is not the policy that the stage scoring of round {number} scored")
         return load_models(paths, self)
 
 
@@ -102,22 +102,24 @@ def _round(rounds: Rounds) -> int:
     """The round to preview.
 
     Raises:
-        UserError: If its stage signal is not finished.
+        UserError: If its stage scoring is not finished.
     """
     numbers = range(rounds.rounds, 0, -1) if rounds.round is None else [rounds.round]
     for number in numbers:
-        if _signal_record(rounds, number).is_file():
+        if _scoring_record(rounds, number).is_file():
             return number
     where = f"no round of {rounds.run_dir}" if rounds.round is None else f"round {rounds.round} of {rounds.run_dir}"
-    raise UserError(f"{where} has no finished stage signal, whose scores a preview reads: run fit --stage signal first")
+    raise UserError(
+        f"{where} has no finished stage scoring, whose scores a preview reads: run fit --stage scoring first"
+    )
 
 
-def _signal_record(rounds: Rounds, number: int) -> Path:
-    return rounds.round_dir(number) / "signal" / "stage.json"
+def _scoring_record(rounds: Rounds, number: int) -> Path:
+    return rounds.round_dir(number) / "scoring" / "stage.json"
 
 
 def _record(rounds: Rounds, number: int) -> Record:
-    path = _signal_record(rounds, number)
+    path = _scoring_record(rounds, number)
     try:
         record: Record = json.loads(path.read_text())
     except ValueError as error:
@@ -142,7 +144,9 @@ def _candidates(
         given = ", ".join(f"{budget:g}" for budget in budgets)
         raise UserError(f"budgets is [{given}]: at least one is needed, each a positive number of nats per token")
     if isinstance(module.signal, AutoSignal):
-        found = [candidate for budget in budgets for candidate in within(module.signal, budget, scores)]
+        found = [
+            candidate for budget in budgets for candidate in candidates_within_budget(module.signal, budget, scores)
+        ]
         return list({(candidate.name, candidate.budget): candidate for candidate in found}.values())
     name = " + ".join(f"{term.numerator}/{term.denominator}" for term in module.signal.terms)
     return [Candidate(name, module.signal, budget) for budget in budgets]

@@ -62,16 +62,16 @@ def round_summary(folder: Path, number: int, policies: Iterable[str]) -> Record:
         number: The round.
         policies: Names of the policies that were evaluated.
     """
-    stages = ("rollouts", "extreme_region", "unlearned", "signal", "choice", "distill")
+    stages = ("rollouts", "extreme_region", "unlearned", "scoring", "signal_selection", "distill")
     paths = [folder / stage / "stage.json" for stage in stages]
     paths += sorted(folder.glob("teachers/*/stage.json"))
     records = [json.loads(path.read_text()) for path in paths if path.is_file()]
     outcomes = {record["stage"]: record["outcome"] for record in records}
     evaluations = {name: json.loads((folder / "evaluation" / name / "stage.json").read_text()) for name in policies}
     records += evaluations.values()
-    choice = outcomes.get("choice")
-    previewed = 0 if choice is None else choice["rollouts"]
-    chosen = {} if choice is None else {"signal": choice["name"], "candidates": choice["candidates"]}
+    selection = outcomes.get("signal_selection")
+    previewed = 0 if selection is None else selection["rollouts"]
+    chosen = {} if selection is None else {"signal": selection["name"], "candidates": selection["candidates"]}
     nothing_to_spend = {"spending": {"budget": None, "beta": None}}
     return {
         "round": number,

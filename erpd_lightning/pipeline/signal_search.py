@@ -13,7 +13,7 @@ import torch
 from lightning.pytorch import Trainer
 from torch import Tensor
 
-from ..data.prompts import PromptBatch
+from ..data.prompt_batches import PromptBatch
 from ..data.samplers.tilted import TiltedSampler
 from ..metrics import clustered_ratio
 from ..models.policy import load_policy
@@ -66,8 +66,8 @@ class Preview:
         entropy_per_token: Entropy of the target on the responses, in nats per token.
         mean_length: Tokens of a response.
         samples: Responses in all.
-        right: Right responses to each prompt.
-        answers: Responses to each prompt.
+        correct: Correct responses to each prompt.
+        responses: Responses to each prompt.
     """
 
     candidate: Candidate
@@ -80,8 +80,8 @@ class Preview:
     entropy_per_token: float
     mean_length: float
     samples: int
-    right: tuple[float, ...]
-    answers: tuple[float, ...]
+    correct: tuple[float, ...]
+    responses: tuple[float, ...]
 
     def record(self) -> dict[str, Any]:
         """By the keys of `summary.json`."""
@@ -140,12 +140,12 @@ def choose(rows: Sequence[Preview]) -> Preview:
     samples cannot tell apart the order decides, which is not noise; of the best, the first.
     """
     best = max(rows, key=lambda row: row.pass_at_1)
-    answers = torch.tensor(best.answers)
-    behind = (clustered_ratio(torch.tensor(best.right) - torch.tensor(row.right), answers) for row in rows)
+    responses, correct = torch.tensor(best.responses), torch.tensor(best.correct)
+    behind = (clustered_ratio(correct - torch.tensor(row.correct), responses) for row in rows)
     return next(row for row, by in zip(rows, behind, strict=True) if row is best or bool(by.value <= by.stderr))
 
 
-def within(auto: AutoSignal, budget: float, scores: Mapping[str, Tensor]) -> list[Candidate]:
+def candidates_within_budget(auto: AutoSignal, budget: float, scores: Mapping[str, Tensor]) -> list[Candidate]:
     """The candidates of a signal that is to be chosen whose target can spend what it should, and not more.
 
     Args:
@@ -209,13 +209,13 @@ def _measure(
         entropy_per_token=float(clustered_ratio(total["entropy"], total["tokens"]).value),
         mean_length=float(clustered_ratio(total["tokens"], total["samples"]).value),
         samples=int(total["samples"].sum()),
-        right=tuple(total["correct"].tolist()),
-        answers=tuple(total["samples"].tolist()),
+        correct=tuple(total["correct"].tolist()),
+        responses=tuple(total["samples"].tolist()),
     )
 
 
 def _prompt_sums(sampler: TiltedSampler, models: Mapping[str, Any], batch: PromptBatch) -> dict[str, Tensor]:
-    """Sums over each prompt's responses, `(prompts,)` each: right ones, KL and entropy in nats, tokens, number."""
+    """Sums over each prompt's responses, `(prompts,)` each: correct ones, KL and entropy in nats, tokens, number."""
     repeated = [i for i in range(len(batch.prompts)) for _ in range(batch.samples)]
     drawn = sampler.sample(models, batch.tokenizer, [batch.prompt_ids[i] for i in repeated], batch.seed)
     texts = batch.tokenizer.batch_decode([row.response.ids for row in drawn], skip_special_tokens=True)

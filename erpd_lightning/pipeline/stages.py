@@ -21,9 +21,11 @@ from lightning.pytorch.utilities import rank_zero_only
 
 from ..callbacks import ResumeCheckpoint
 from ..data.arithmetic import Arithmetic
+from ..data.predict_data import PredictToStore
 from ..data.rollouts import RolloutDataModule
-from ..errors import UserError
+from ..errors import InvalidArgument, UserError
 from ..modules.policy_module import PolicyModule
+from ..modules.training import TrainingModule
 from ..seeds import derive_seed
 from .records import Record, holds_work, read_record, write_record
 
@@ -38,7 +40,7 @@ class Builder(Protocol):
     def data(self, **bound: Any) -> RolloutDataModule:
         """The data module."""
 
-    def module(self, stage: str, **bound: Any) -> PolicyModule:
+    def module(self, stage: str, **bound: Any) -> TrainingModule:
         """The module of `extreme_region`, `unlearned` or `distill`."""
 
     def trainer(self, stage: str, **bound: Any) -> Trainer:
@@ -46,6 +48,9 @@ class Builder(Protocol):
 
         Callbacks in `bound` are added to the configured ones.
         """
+
+    def named(self, stage: str, error: InvalidArgument) -> UserError:
+        """The error with the key in front that the argument was given under, for the stage."""
 
     def settings(self, stage: str) -> Record:
         """What a stage's result depends on, as JSON: recorded, and compared when a run goes on."""
@@ -84,7 +89,7 @@ class Stages:
         self,
         stage: str,
         folder: Path,
-        module: PolicyModule,
+        module: TrainingModule,
         data: RolloutDataModule,
         **bound: Any,
     ) -> list[str]:
@@ -108,8 +113,8 @@ class Stages:
         callbacks: list[Callback] = trainer.callbacks  # type: ignore[attr-defined]
         return [reason for callback in callbacks for reason in getattr(callback, "reasons", [])]
 
-    def predict(self, stage: str, folder: Path, policy: Path | str, data: Any) -> None:
-        """Run a pass over prompts or rollouts with a policy as it is."""
+    def predict(self, stage: str, folder: Path, policy: Path | str, data: PredictToStore) -> None:
+        """Sample from a policy, or ask it about stored rollouts, into a store."""
         trainer = self.builder.trainer(stage, default_root_dir=folder, logger=False)
         module = PolicyModule(policy, references={})
         trainer.predict(module, datamodule=data, return_predictions=False)
@@ -150,7 +155,10 @@ class Stages:
         write_record(folder / "started.json", made_with)
         seed_everything(derive_seed(self.seed, stage, number) % 2**32, verbose=False)
         wall, cpu = time.perf_counter(), time.process_time()
-        outcome = body()
+        try:
+            outcome = body()
+        except InvalidArgument as error:
+            raise self.builder.named(stage, error) from error
         record = {
             "stage": stage,
             "round": number,

@@ -1,4 +1,4 @@
-"""The line between two policies, and the search for the place on it where a budget is spent."""
+"""Interpolation between two policies, and the search for the alpha at which a budget is spent."""
 
 import copy
 import math
@@ -8,13 +8,23 @@ import numpy as np
 import pytest
 import torch
 
-from erpd_lightning.budget.interpolation import MOST, Line, land
+from erpd_lightning.budget.interpolation import WeightInterpolation
+from erpd_lightning.budget.search import MAX_EXTRAPOLATION, AlphaFit, Measurement, search_within_budget
 from support.policies import make_model
 
 BUDGET = 0.05
 
 
-class Measured:
+def land(measure: Callable[[float], float], budget: float, **settings: int) -> AlphaFit:
+    """A search for a budget that is to be spent on average, from what says the KL alone."""
+
+    def measured(alpha: float) -> Measurement:
+        return Measurement(measure(alpha))
+
+    return search_within_budget(measured, budget, max_alpha=MAX_EXTRAPOLATION, **settings)
+
+
+class Curve:
     """A KL along the line that notes where it was asked for."""
 
     def __init__(self, kl: Callable[[float], float]) -> None:
@@ -28,30 +38,30 @@ class Measured:
 
 def test_by_hand() -> None:
     """0.2 nats at the end: half way along, a quarter of them is left."""
-    measured = Measured(lambda share: 0.2 * share**2)
+    measured = Curve(lambda share: 0.2 * share**2)
     found = land(measured, BUDGET)
-    assert (found.share, found.kl) == (pytest.approx(0.5), pytest.approx(BUDGET))
+    assert (found.alpha, found.kl) == (pytest.approx(0.5), pytest.approx(BUDGET))
     assert measured.shares == [1.0, pytest.approx(0.5), pytest.approx(0.5)]
 
 
 def test_a_trained_policy_inside_the_budget_moves_on() -> None:
     found = land(lambda share: 0.045 * share**2, BUDGET)
-    assert found.share == pytest.approx(math.sqrt(0.05 / 0.045))
+    assert found.alpha == pytest.approx(math.sqrt(0.05 / 0.045))
     assert found.kl == pytest.approx(BUDGET)
 
 
 def test_no_further_than_what_was_trained() -> None:
     found = land(lambda share: 0.01 * share**2, BUDGET)
-    assert (found.share, found.kl) == (MOST, pytest.approx(0.01 * MOST**2))
+    assert (found.alpha, found.kl) == (MAX_EXTRAPOLATION, pytest.approx(0.01 * MAX_EXTRAPOLATION**2))
 
 
 def test_measurements_nearby_are_taken_together() -> None:
     """The first says 1 / sqrt(1.1), the second, measured there, that this was just right."""
     kls = iter([1.1 * BUDGET, BUDGET])
-    measured = Measured(lambda share: next(kls))
+    measured = Curve(lambda share: next(kls))
     found = land(measured, BUDGET)
     assert measured.shares == [1.0, pytest.approx(1 / math.sqrt(1.1))]
-    assert found.share == pytest.approx(1 / math.sqrt(1.1))
+    assert found.alpha == pytest.approx(1 / math.sqrt(1.1))
 
 
 def test_measurements_far_away_do_not_count() -> None:
@@ -59,15 +69,15 @@ def test_measurements_far_away_do_not_count() -> None:
     found = land(lambda share: next(kls), BUDGET)
     first = 0.5 / math.sqrt(1.1)
     second = first / math.sqrt(0.9)
-    assert found.share == pytest.approx(math.sqrt(first * second))
+    assert found.alpha == pytest.approx(math.sqrt(first * second))
 
 
 @pytest.mark.parametrize("power", [1.6, 1.8, 2.2, 2.4])
 @pytest.mark.parametrize("kl", [0.04, 0.06, 0.1, 0.5])
 def test_a_kl_that_is_no_parabola(power: float, kl: float) -> None:
-    measured = Measured(lambda share: kl * share**power)
-    found = land(measured, BUDGET, tries=8)
-    assert kl * found.share**power == pytest.approx(BUDGET, rel=0.03)
+    measured = Curve(lambda share: kl * share**power)
+    found = land(measured, BUDGET, max_measurements=8)
+    assert kl * found.alpha**power == pytest.approx(BUDGET, rel=0.03)
     assert found.kl == BUDGET
 
 
@@ -76,27 +86,27 @@ def test_noise_of_a_measurement_is_noise_of_the_landing() -> None:
     landed = []
     for _ in range(200):
         found = land(lambda share: 0.08 * share**2 * math.exp(0.03 * generator.standard_normal()), BUDGET)
-        landed.append(0.08 * found.share**2 / BUDGET)
+        landed.append(0.08 * found.alpha**2 / BUDGET)
     assert np.mean(landed) == pytest.approx(1, abs=0.01)
     assert np.std(landed) < 0.03 / math.sqrt(2) * 1.2
 
 
 def test_the_number_of_measurements_is_bounded() -> None:
     shares = iter(range(100))
-    measured = Measured(lambda share: 0.5 * BUDGET if next(shares) % 2 else 2 * BUDGET)
-    land(measured, BUDGET, tries=3)
+    measured = Curve(lambda share: 0.5 * BUDGET if next(shares) % 2 else 2 * BUDGET)
+    land(measured, BUDGET, max_measurements=3)
     assert len(measured.shares) == 3
 
 
 @pytest.mark.parametrize("kl", [0.0, -1e-9, math.nan])
 def test_a_policy_that_did_not_move(kl: float) -> None:
-    assert land(lambda share: kl, BUDGET).share == 1.0
+    assert land(lambda share: kl, BUDGET).alpha == 1.0
 
 
 def test_weights_along_the_line() -> None:
     start, end = make_model(0), make_model(1)
     origin, target = copy.deepcopy(start.state_dict()), copy.deepcopy(end.state_dict())
-    line = Line(start.parameters(), end.parameters())
+    line = WeightInterpolation(start.parameters(), end.parameters())
     line.move_to(0.25)
     for name, weight in end.state_dict().items():
         torch.testing.assert_close(weight, 0.75 * origin[name] + 0.25 * target[name])
@@ -109,4 +119,4 @@ def test_weights_along_the_line() -> None:
 
 def test_policies_of_different_shapes() -> None:
     with pytest.raises(ValueError, match="argument"):
-        Line(torch.nn.Linear(2, 2).parameters(), torch.nn.Linear(2, 2, bias=False).parameters())
+        WeightInterpolation(torch.nn.Linear(2, 2).parameters(), torch.nn.Linear(2, 2, bias=False).parameters())

@@ -22,7 +22,7 @@ from erpd_lightning.callbacks.collapse import (
     token_sums,
 )
 from erpd_lightning.cli.main import main
-from erpd_lightning.modules.policy_module import TrainingDiverged
+from erpd_lightning.modules.training import TrainingDiverged
 from erpd_lightning.pipeline.records import round_summary
 from support import watching
 from support.chain import arguments, parsers_built_once

@@ -15,13 +15,13 @@ from torch import Tensor
 from torch.utils.data import DataLoader
 from transformers import AutoModelForCausalLM
 
-from erpd_lightning.budget.interpolation import Measured, go_back
+from erpd_lightning.budget.search import AlphaFit, Measurement, search_within_budget
 from erpd_lightning.callbacks import BudgetExceeded, KLBudget
 from erpd_lightning.cli.main import main
 from erpd_lightning.data.samplers import TransformersSampler
 from erpd_lightning.errors import UserError
 from erpd_lightning.models.policy import load_policy
-from support import policies as tiny
+from support import trainers
 from support.chain import arguments
 from support.policies import TASK, make_model, save_policy
 
@@ -71,7 +71,7 @@ def make_budget(folder: Path, **settings: Any) -> KLBudget:
 
 
 def make_trainer(*callbacks: Callback, **settings: Any) -> Trainer:
-    return tiny.make_trainer(*callbacks, **{"max_steps": 40, **settings})
+    return trainers.make_trainer(*callbacks, **{"max_steps": 40, **settings})
 
 
 STEPS: DataLoader[Any] = DataLoader(torch.zeros(1000, 1))  # type: ignore[arg-type]
@@ -190,7 +190,7 @@ def test_search_spends_the_budget_and_no_more(folder: Path, seed: int) -> None:
     budget = make_budget(folder, max_prompts=900, seed=seed, tolerance=0.1)
     fit(module, budget)
     assert budget.last is not None
-    assert (1 - budget.tolerance) * BUDGET <= budget.last.kl <= budget.upper <= BUDGET
+    assert (1 - budget.controller.tolerance) * BUDGET <= budget.last.kl <= budget.upper <= BUDGET
     assert 0.87 <= true_kl(module.policy, folder) / BUDGET <= 1.0
 
 
@@ -215,7 +215,7 @@ def test_patience_lets_measurements_pass(folder: Path) -> None:
 def test_a_coefficient_is_adapted(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """KL at 1.1, 2 and 0.1 of the budget: the error is clipped at 20 %."""
     found = iter([1.1, 2.0, 0.1, 0.5])
-    measure = lambda *_, **__: Measured(next(found) * BUDGET, 0.0)  # noqa: E731
+    measure = lambda *_, **__: Measurement(next(found) * BUDGET, 0.0)  # noqa: E731
     monkeypatch.setattr(KLBudget, "_measure", measure)
     module = Drifting(folder)
     fit(module, make_budget(folder, action="adapt", gain=0.5, every_n_steps=1), max_steps=3)
@@ -253,9 +253,9 @@ def test_an_estimate_outside_asks_for_a_measurement(folder: Path, monkeypatch: p
     """Once: a false alarm is not raised again by the same estimate."""
     asked: list[str] = []
 
-    def measure(self: Any, trainer: Any, module: Any, purpose: str, **_: Any) -> Measured:
+    def measure(self: Any, trainer: Any, module: Any, purpose: str, **_: Any) -> Measurement:
         asked.append(purpose)
-        return Measured(0.01, 0.001)
+        return Measurement(0.01, 0.001)
 
     monkeypatch.setattr(KLBudget, "_measure", measure)
     fit(Telling(folder), make_budget(folder, every_n_steps=None))
@@ -300,16 +300,16 @@ def test_what_was_brought_back_is_not_trained_again(folder: Path, tmp_path: Path
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
-        ({"budget": 0.0}, "KLBudget.budget is 0.0: it must be a positive"),
-        ({"budget": -1.0}, "KLBudget.budget is -1.0"),
-        ({"budget": math.nan}, "KLBudget.budget is nan"),
-        ({"action": "hope"}, "KLBudget.action is 'hope': it must be one of warn, stop, rollback, search, adapt"),
-        ({"per": "word"}, "KLBudget.per is 'word'"),
-        ({"confidence": 1.0}, "KLBudget.confidence is 1.0"),
-        ({"confidence": 0.5}, "KLBudget.confidence is 0.5: it must lie between 0.5 and 1"),
-        ({"tolerance": 0.0}, "KLBudget.tolerance is 0.0"),
+        ({"budget": 0.0}, "^budget is 0.0: it must be a positive"),
+        ({"budget": -1.0}, "^budget is -1.0"),
+        ({"budget": math.nan}, "^budget is nan"),
+        ({"action": "hope"}, "^action is 'hope': it must be one of warn, stop, rollback, search, adapt"),
+        ({"per": "word"}, "^per is 'word'"),
+        ({"confidence": 1.0}, "^confidence is 1.0"),
+        ({"confidence": 0.5}, "^confidence is 0.5: it must lie between 0.5 and 1"),
+        ({"tolerance": 0.0}, "^tolerance is 0.0"),
         ({"max_prompts": 0}, "max_prompts"),
-        ({"gain": 5.0}, "KLBudget.gain is 5.0"),
+        ({"gain": 5.0}, "^gain is 5.0"),
     ],
 )
 def test_settings_out_of_range(folder: Path, settings: dict[str, Any], message: str) -> None:
@@ -350,34 +350,36 @@ def test_going_back_by_hand() -> None:
     """KL grows with the square: from 0 to 0.2, the middle of 95 to 100 % of 0.05 is at sqrt(0.04875 / 0.2)."""
     places = []
 
-    def measure(share: float) -> Measured:
+    def measure(share: float) -> Measurement:
         places.append(share)
-        return Measured(0.2 * share**2, 0.0)
+        return Measurement(0.2 * share**2, 0.0)
 
-    share, found = go_back(measure, 0.05, inside=0.0, outside=0.2, margin=1.6)
+    fit = search_within_budget(measure, 0.05, inside=0.0, outside=0.2, margin=1.6)
     assert places == [pytest.approx(math.sqrt(0.04875 / 0.2))]
-    assert found is not None
-    assert (share, found.kl) == (places[0], pytest.approx(0.04875))
+    assert fit.measured is not None
+    assert (fit.alpha, fit.measured.kl) == (places[0], pytest.approx(0.04875))
 
 
 @pytest.mark.parametrize("curve", [lambda s: 0.01 + 0.2 * s, lambda s: 0.2 * s**6, lambda s: 0.2 * math.sqrt(s)])
 def test_going_back_along_other_curves(curve: Callable[[float], float]) -> None:
-    share, found = go_back(
-        lambda s: Measured(curve(s), 0.0005), 0.05, inside=curve(0.0), outside=curve(1.0), margin=1.6
+    fit = search_within_budget(
+        lambda s: Measurement(curve(s), 0.0005), 0.05, inside=curve(0.0), outside=curve(1.0), margin=1.6
     )
-    assert found is not None
-    assert 0.0475 <= curve(share) <= 0.05 - 1.6 * 0.0005
+    assert fit.measured is not None
+    assert 0.0475 <= curve(fit.alpha) <= 0.05 - 1.6 * 0.0005
 
 
 def test_a_search_too_noisy_to_be_near_takes_what_is_surely_inside() -> None:
-    _, found = go_back(lambda s: Measured(0.2 * s**2, 0.01 * s), 0.05, inside=0.0, outside=0.2, margin=1.6)
+    fit = search_within_budget(lambda s: Measurement(0.2 * s**2, 0.01 * s), 0.05, inside=0.0, outside=0.2, margin=1.6)
+    found = fit.measured
     assert found is not None
     assert found.kl + 1.6 * found.stderr <= 0.05
     assert found.kl > 0.035
 
 
 def test_nothing_inside_is_the_beginning() -> None:
-    assert go_back(lambda s: Measured(0.06, 0.0), 0.05, inside=0.04, outside=0.2, margin=1.6) == (0.0, None)
+    fit = search_within_budget(lambda s: Measurement(0.06, 0.0), 0.05, inside=0.04, outside=0.2, margin=1.6)
+    assert fit == AlphaFit(0.0, 0.04, None)
 
 
 # In the chain

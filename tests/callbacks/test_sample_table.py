@@ -20,12 +20,12 @@ from lightning.pytorch.loggers import CSVLogger, MLFlowLogger, TensorBoardLogger
 
 from erpd_lightning.callbacks import ResumeCheckpoint, SampleTable
 from erpd_lightning.callbacks.samples import MIN_TERMINAL_WIDTH, Sample, format_samples, log_samples, sample_responses
-from erpd_lightning.callbacks.undisturbed import undisturbed
 from erpd_lightning.data.rollouts import RolloutDataModule
 from erpd_lightning.data.samplers import Response, TransformersSampler
 from erpd_lightning.data.samples import token_texts
 from erpd_lightning.errors import UserError
 from erpd_lightning.models.policy import load_policy
+from erpd_lightning.modules.eval_mode import eval_mode
 from erpd_lightning.modules.extreme_region import ExtremeRegionModule
 from erpd_lightning.text import aligned, visible, width, wrapped
 from support import watching
@@ -58,7 +58,7 @@ def test_signal_and_kl_of_responses(folder: Path, max_tokens: int) -> None:
         verifier=Short(),
         max_tokens=max_tokens,
     )
-    (batch,) = data.prompt_batches(data.held_out_prompts(), 3, "sample table", 0, 1)
+    (batch,) = data.batcher.batches(data.prompt_plan.held_out, 3, "sample table", 0, 1)
     with torch.no_grad():
         found = sample_responses(load_policy(folder / "student"), load_policy(folder / "base"), batch)
     rows = batch.respond(make_model(1)).to_pylist()
@@ -92,7 +92,7 @@ def test_what_could_not_be_checked_has_no_reward(folder: Path) -> None:
         sampler=TransformersSampler(max_new_tokens=6),
         verifier=Unsure(),
     )
-    (batch,) = data.prompt_batches(data.held_out_prompts()[:1], 1, "sample table", 0, 1)
+    (batch,) = data.batcher.batches(data.prompt_plan.held_out[:1], 1, "sample table", 0, 1)
     (sample,) = sample_responses(load_policy(folder / "base"), None, batch)
     assert (sample.reward, sample.kl, sample.signal) == (None, None, None)
     assert "not checked" in format_samples("title", [sample], 80, 100)
@@ -415,7 +415,7 @@ def test_modes_and_generators_are_restored() -> None:
     module.inner = torch.nn.Sequential(torch.nn.Dropout(), torch.nn.Sequential(torch.nn.Dropout()))
     module.inner[1].eval()
     before = torch.get_rng_state()
-    with undisturbed(trainer, module):
+    with eval_mode(trainer, module):
         torch.rand(3)
         assert not any(part.training for part in module.modules())
     assert [part.training for part in module.modules()] == [True, True, True, False, False]
@@ -441,7 +441,7 @@ def test_no_other_policy_is_left_in_memory(folder: Path) -> None:
         left = True
 
         def on_fit_end(self, trainer: Any, pl_module: Any) -> None:
-            self.left = bool(pl_module._frozen)
+            self.left = bool(pl_module._references)
 
     frozen = Frozen()
     watching.fit(folder, SampleTable(), frozen, epochs=1)

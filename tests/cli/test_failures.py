@@ -13,7 +13,7 @@ import torch
 from safetensors import SafetensorError
 from transformers import PreTrainedModel
 
-from erpd_lightning.pipeline.rounds import Rounds
+from erpd_lightning.pipeline.round_stages import RoundStages
 from support.chain import arguments
 from support.command_line import STAGES, Run, digests, student
 
@@ -24,7 +24,7 @@ def test_a_budget_out_of_reach_and_then_one_within(
     run_dir = copy("distill", "evaluation")
     before = digests(run_dir)
     message = refused(*arguments(run_dir), "--distill.kl_budget=50")
-    assert message.startswith("distill.kl_budget: a KL budget of 50 nats per token is out of reach")
+    assert message.startswith("distill.kl_budget cannot be spent: a KL budget of 50 nats per token is out of reach")
     assert {name: digest for name, digest in digests(run_dir).items() if name in before} == before
     run(*arguments(run_dir), "--stage=distill")
     assert student(run_dir) == student(finished[0])
@@ -141,9 +141,9 @@ def test_a_fast_dev_run_goes_through_all_stages(run: Run, copy: Callable[..., Pa
 def test_an_error_of_ours_is_not_taken_for_one_of_the_users(
     run: Run, copy: Callable[..., Path], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def broken(self: Rounds, *_: Any) -> None:
+    def broken(self: RoundStages, *_: Any) -> None:
         raise KeyError("a mistake of ours")
 
-    monkeypatch.setattr(Rounds, "_evaluate", broken)
+    monkeypatch.setattr(RoundStages, "evaluate", broken)
     with pytest.raises(KeyError, match="a mistake of ours"):
         run(*arguments(copy("evaluation")))

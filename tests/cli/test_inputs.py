@@ -43,7 +43,7 @@ def test_no_held_out_prompts(refused: Run, own_policy: Any) -> None:
 def test_a_prompt_that_is_longer_than_the_context_and_then_is_not(refused: Run, run: Run, own_policy: Any) -> None:
     long = json.dumps({"prompt": "1" * 40 + ":", "answer": "1"})
     message = refused(*own_policy(f"{PROMPT}{long}\n"))
-    assert message.startswith("rollouts prompt 2 has 41 tokens: with data.sampler.max_new_tokens (8)")
+    assert message.startswith("data.sampler.max_new_tokens is 8: with the 41 tokens of rollouts prompt 2")
     # Nothing was sampled: the same run directory takes the mended file.
     assert "rollouts: sampling" in run(*own_policy(PROMPT), "--stage=rollouts")
 
@@ -65,4 +65,4 @@ def test_no_group_with_variance(refused: Run, copy: Callable[..., Path], verifie
     run_dir = copy(*STAGES[1:])
     message = refused(*arguments(run_dir), verifier)
     assert message.startswith(f"{run_dir / 'round-1' / 'rollouts'}: no response enters the loss")
-    assert f"({share} of 128 are right)" in message
+    assert f"({share} of 128 are correct)" in message

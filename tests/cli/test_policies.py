@@ -49,7 +49,7 @@ def test_a_checkpoint_of_a_stage_can_be_validated(
     for path in (damaged, tmp_path / "none.ckpt"):
         assert refused(*args, path).startswith(f"ckpt_path {path} is missing or damaged")
     of_a_student = [*arguments(finished[0], "validate"), "--ckpt_path", str(checkpoint)]
-    assert refused(*of_a_student) == "the checkpoint is not one of a distillation: it holds no beta"
+    assert refused(*of_a_student) == "the checkpoint is not one of a distillation: it holds no KL budget"
 
 
 def test_a_policy_that_is_not_there_yet(refused: Run, tmp_path: Path) -> None:

@@ -12,7 +12,8 @@ from erpd_lightning.modules.extreme_region import ExtremeRegionModule
 from erpd_lightning.objectives import CrossEntropy
 from support import reference
 from support.chain import DEMO
-from support.policies import make_rows, make_trainer, save_policy, write_rollouts
+from support.policies import make_rows, save_policy, write_rollouts
+from support.trainers import make_trainer
 from test_configs import fit
 
 ROUNDS = ("now", "before")
@@ -33,7 +34,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def make_data(folder: Path, **settings: Any) -> RolloutDataModule:
-    return RolloutDataModule(folder / "now", tokenizer=folder / "base", earlier=[folder / "before"], **settings)
+    return RolloutDataModule(folder / "now", tokenizer=folder / "base", replay_stores=[folder / "before"], **settings)
 
 
 def test_advantages_over_the_batch_agree_with_reference(folder: Path) -> None:
@@ -43,15 +44,15 @@ def test_advantages_over_the_batch_agree_with_reference(folder: Path) -> None:
     for store in (slice(0, 12), slice(12, 31)):
         rewards = data.rollouts.rewards[store]
         expected[store] = torch.from_numpy(reference.group_advantages(rewards, [0] * len(rewards)))
-    assert data.advantages.tolist() == pytest.approx(expected.tolist(), abs=1e-6)
-    assert data.advantages[:12].mean().abs() < 1e-6
-    assert data.advantages[31] == 0
+    assert data.stored.advantages.tolist() == pytest.approx(expected.tolist(), abs=1e-6)
+    assert data.stored.advantages[:12].mean().abs() < 1e-6
+    assert data.stored.advantages[31] == 0
 
 
 @pytest.mark.parametrize(("baseline", "responses"), [("group", 8), ("batch", 12)])
 def test_wrong_answers_alone_teach_beside_the_batch(folder: Path, baseline: Any, responses: int) -> None:
     data = make_data(folder, baseline=baseline)
-    assert (data.advantages[:4] < 0).tolist() == [baseline == "batch"] * 4
+    assert (data.stored.advantages[:4] < 0).tolist() == [baseline == "batch"] * 4
     module = ExtremeRegionModule(folder / "base", learning_rate=0.01, warmup_steps=0)
     trainer = make_trainer(max_epochs=1)
     trainer.fit(module, datamodule=data)
@@ -60,27 +61,29 @@ def test_wrong_answers_alone_teach_beside_the_batch(folder: Path, baseline: Any,
 
 def test_one_response_to_a_prompt_takes_the_batch(folder: Path) -> None:
     module = ExtremeRegionModule(folder / "base")
-    make_data(folder, group_size=1, baseline="batch").check_groups(module)
-    make_data(folder, group_size=1).check_groups(ExtremeRegionModule(folder / "base", objective=CrossEntropy()))
-    with pytest.raises(UserError, match=r"data.group_size is 1: .* takes at least 2 \(or data.baseline: batch\)"):
-        make_data(folder, group_size=1).check_groups(module)
+    make_data(folder, group_size=1, baseline="batch").check_groups(module.needs_groups)
+    make_data(folder, group_size=1).check_groups(
+        ExtremeRegionModule(folder / "base", objective=CrossEntropy()).needs_groups
+    )
+    with pytest.raises(UserError, match=r"^group_size is 1: .* takes at least 2 \(or baseline: batch\)"):
+        make_data(folder, group_size=1).check_groups(module.needs_groups)
 
 
 def test_another_value(folder: Path) -> None:
-    with pytest.raises(UserError, match=r"data\.baseline is 'mean': it must be 'group' or 'batch'"):
+    with pytest.raises(UserError, match=r"^baseline is 'mean': it must be 'group' or 'batch'"):
         make_data(folder, baseline="mean")
 
 
 def test_equal_rewards(folder: Path, tmp_path: Path) -> None:
     write_rollouts(tmp_path / "wrong", [{**row, "reward": 0.0} for row in make_rows()])
     data = RolloutDataModule(tmp_path / "wrong", tokenizer=folder / "base", baseline="batch")
-    with pytest.raises(UserError, match=r"no batch has both right and wrong answers \(0% of 16 are right\)"):
+    with pytest.raises(UserError, match=r"no batch has both correct and incorrect answers \(0% of 16 are correct\)"):
         make_trainer(max_epochs=1).fit(ExtremeRegionModule(folder / "base"), datamodule=data)
 
 
 def test_what_depends_on_it(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     """Teacher and unlearned policy, and neither the rollouts nor what is distilled."""
     builder = fit(monkeypatch, "--config", DEMO, "--run_dir", tmp_path, "--data.baseline=batch").builder
-    stages = ("rollouts", "extreme_region", "unlearned", "signal", "distill", "evaluation")
+    stages = ("rollouts", "extreme_region", "unlearned", "scoring", "distill", "evaluation")
     found = {stage: builder.settings(stage)["data"].get("baseline") for stage in stages}
     assert {stage: how for stage, how in found.items() if how} == {"extreme_region": "batch", "unlearned": "batch"}

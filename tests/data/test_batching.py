@@ -15,7 +15,7 @@ from lightning.pytorch import Callback, LightningModule, Trainer
 from torch import Tensor
 
 from erpd_lightning.data.batching import RolloutBatch, RolloutTable, ScoreTable
-from erpd_lightning.data.loader import StepLoader, cut_step, pieces_needed, plan_steps
+from erpd_lightning.data.loader import StepLoader, micro_batches_needed, partition_step, plan_steps
 from erpd_lightning.data.store import ROLLOUTS, SCORES
 from erpd_lightning.errors import UserError
 from erpd_lightning.objectives.tilted_policy import LOG_ZERO
@@ -107,7 +107,7 @@ def make_table(rows: list[dict[str, Any]], scored: list[int] | None = None) -> R
 
 
 def make_batch(table: RolloutTable, rows: list[int], **changes: Any) -> RolloutBatch:
-    step = {"step_tokens": 7, "step_responses": 5, "micro_batches": 3, "last": True, **changes}
+    step = {"step_tokens": 7, "step_responses": 5, "last": True, **changes}
     return table.batch(torch.tensor(rows), torch.arange(len(table.rewards)) / 2, **step)
 
 
@@ -146,7 +146,7 @@ def test_a_batch_holds_the_tokens_of_its_rows(chosen: list[int]) -> None:
             inside = t < len(response)
             assert batch.mask[b, t] == inside
             assert batch.response_ids[b, t] == (response[t] if inside else 0)
-            assert batch.anchor_logps[b, t] == (ROWS[row]["logps"][t] if inside else 0)
+            assert batch.sampler_logps[b, t] == (ROWS[row]["logps"][t] if inside else 0)
             assert batch.positions[b, t] == (len(prompt) + t - 1 if inside else 0)
         assert batch.rewards[b] == ROWS[row]["reward"]
         assert batch.advantages[b] == row / 2
@@ -168,7 +168,7 @@ def test_a_batch_has_the_types_that_models_take() -> None:
         "positions": torch.long,
         "response_ids": torch.long,
         "mask": torch.bool,
-        "anchor_logps": torch.float32,
+        "sampler_logps": torch.float32,
         "rewards": torch.float32,
         "advantages": torch.float32,
         "rows": torch.long,
@@ -181,8 +181,8 @@ def test_a_batch_has_the_types_that_models_take() -> None:
 
 def test_a_batch_passes_on_its_step() -> None:
     batch = make_batch(make_table(ROWS), [1], step_tokens=70, last=False)
-    step = (batch.step_tokens, batch.step_responses, batch.micro_batches, batch.last)
-    assert step == (70, 5, 3, False)
+    step = (batch.step_tokens, batch.step_responses, batch.last)
+    assert step == (70, 5, False)
     assert batch.scores is None
     assert batch.support_ids is None
 
@@ -406,7 +406,7 @@ CUTS += [(torch.tensor([1, 8, 8, 4, 5]), 3), (torch.tensor([5, 1, 3, 8]), 2)]
 
 @pytest.mark.parametrize(("lengths", "pieces"), CUTS)
 def test_a_cut_is_the_best_there_is(lengths: Tensor, pieces: int) -> None:
-    groups = [group.tolist() for group in cut_step(lengths, pieces)]
+    groups = [group.tolist() for group in partition_step(lengths, pieces)]
     assert len(groups) == pieces
     assert sorted(i for group in groups for i in group) == list(range(len(lengths)))
     assert max(padded_sizes(lengths.tolist(), groups)) == best_cut(lengths.tolist(), pieces)
@@ -416,32 +416,32 @@ def test_a_cut_is_the_best_there_is(lengths: Tensor, pieces: int) -> None:
 
 
 def test_ties_are_cut_in_order() -> None:
-    assert [g.tolist() for g in cut_step(torch.tensor([4, 7, 4, 4, 7]), 2)] == [[1, 4], [0, 2, 3]]
+    assert [g.tolist() for g in partition_step(torch.tensor([4, 7, 4, 4, 7]), 2)] == [[1, 4], [0, 2, 3]]
 
 
 def test_a_cut_of_nothing_is_empty() -> None:
-    assert [len(group) for group in cut_step(torch.zeros(0, dtype=torch.long), 3)] == [0, 0, 0]
+    assert [len(group) for group in partition_step(torch.zeros(0, dtype=torch.long), 3)] == [0, 0, 0]
 
 
 @pytest.mark.parametrize(("lengths", "pieces"), CUTS)
 def test_as_few_pieces_as_fit(lengths: Tensor, pieces: int) -> None:
     for budget in {best_cut(lengths.tolist(), pieces), int(lengths.max()), 10**6}:
-        needed = pieces_needed(lengths, len(lengths), budget)
+        needed = micro_batches_needed(lengths, len(lengths), budget)
         assert best_cut(lengths.tolist(), needed) <= budget
         assert needed == 1 or best_cut(lengths.tolist(), needed - 1) > budget
 
 
 def test_only_the_longest_of_a_step_count() -> None:
     lengths = torch.tensor([1, 9, 1, 8, 1, 1])
-    assert pieces_needed(lengths, 2, 9) == 2
-    assert pieces_needed(lengths, 2, 18) == 1
-    assert pieces_needed(lengths, 6, 9) == 3
+    assert micro_batches_needed(lengths, 2, 9) == 2
+    assert micro_batches_needed(lengths, 2, 18) == 1
+    assert micro_batches_needed(lengths, 6, 9) == 3
 
 
 def test_a_response_longer_than_the_budget_is_named() -> None:
-    assert pieces_needed(torch.tensor([3, 12, 5]), 1, 12) == 1
+    assert micro_batches_needed(torch.tensor([3, 12, 5]), 1, 12) == 1
     with pytest.raises(UserError, match=r"max_tokens is 11, but .* 12 tokens"):
-        pieces_needed(torch.tensor([3, 12, 5]), 1, 11)
+        micro_batches_needed(torch.tensor([3, 12, 5]), 1, 11)
 
 
 # The loader
@@ -450,7 +450,7 @@ def test_a_response_longer_than_the_budget_is_named() -> None:
 def make_loader(table: RolloutTable, rows: list[int] | None = None, **changes: Any) -> StepLoader:
     settings: dict[str, Any] = {
         "batch_size": 8,
-        "pieces_per_rank": 2,
+        "micro_batches": 2,
         "rank": 0,
         "world_size": 1,
         "seed": 0,
@@ -483,7 +483,7 @@ def test_each_row_comes_once_per_epoch(world_size: int, pieces: int, shuffle: bo
         make_loader(
             TABLE,
             SELECTED,
-            pieces_per_rank=pieces,
+            micro_batches=pieces,
             rank=rank,
             world_size=world_size,
             shuffle=shuffle,
@@ -503,7 +503,7 @@ def test_each_row_comes_once_per_epoch(world_size: int, pieces: int, shuffle: bo
 @pytest.mark.parametrize(("world_size", "pieces"), WORLDS)
 def test_a_step_counts_all_ranks_and_micro_batches(world_size: int, pieces: int) -> None:
     streams = [
-        list(make_loader(TABLE, SELECTED, pieces_per_rank=pieces, rank=rank, world_size=world_size))
+        list(make_loader(TABLE, SELECTED, micro_batches=pieces, rank=rank, world_size=world_size))
         for rank in range(world_size)
     ]
     sizes = []
@@ -514,7 +514,6 @@ def test_a_step_counts_all_ranks_and_micro_batches(world_size: int, pieces: int)
         assert tokens == sum(int(batch.mask.sum()) for batch in batches)
         assert {batch.step_tokens for batch in batches} == {tokens}
         assert {batch.step_responses for batch in batches} == {len(rows)}
-        assert {batch.micro_batches for batch in batches} == {pieces}
         assert [batch.last for batch in batches] == ([False] * (pieces - 1) + [True]) * world_size
         sizes.append(len(rows))
     assert sizes == [8, 8, 1]
@@ -523,7 +522,7 @@ def test_a_step_counts_all_ranks_and_micro_batches(world_size: int, pieces: int)
 def test_a_step_is_the_same_however_it_is_cut() -> None:
     def steps(world_size: int, pieces: int) -> list[set[int]]:
         streams = [
-            list(make_loader(TABLE, rank=rank, world_size=world_size, pieces_per_rank=pieces))
+            list(make_loader(TABLE, rank=rank, world_size=world_size, micro_batches=pieces))
             for rank in range(world_size)
         ]
         found: list[set[int]] = [set() for _ in range(3)]
@@ -537,9 +536,9 @@ def test_a_step_is_the_same_however_it_is_cut() -> None:
 
 
 def test_ranks_get_pieces_of_similar_length_at_a_time() -> None:
-    streams = [list(make_loader(TABLE, batch_size=24, rank=rank, world_size=2, pieces_per_rank=3)) for rank in range(2)]
+    streams = [list(make_loader(TABLE, batch_size=24, rank=rank, world_size=2, micro_batches=3)) for rank in range(2)]
     pieces = [batch.rows for pair in zip(*streams, strict=True) for batch in pair]
-    expected = cut_step(TABLE.lengths[torch.cat(pieces)], 6)
+    expected = partition_step(TABLE.lengths[torch.cat(pieces)], 6)
     assert [TABLE.lengths[piece].tolist() for piece in pieces] == [
         TABLE.lengths[torch.cat(pieces)][piece].tolist() for piece in expected
     ]
@@ -550,11 +549,11 @@ def test_ranks_get_pieces_of_similar_length_at_a_time() -> None:
 def test_the_budget_holds_in_every_step(max_tokens: int, world_size: int) -> None:
     table = make_table(make_rows(60))
     assert int(table.lengths.max()) == 10
-    needed = pieces_needed(table.lengths, 16, max_tokens)
+    needed = micro_batches_needed(table.lengths, 16, max_tokens)
     largest = 0
     for rank in range(world_size):
         pieces = -(-needed // world_size)
-        loader = make_loader(table, batch_size=16, pieces_per_rank=pieces, rank=rank, world_size=world_size)
+        loader = make_loader(table, batch_size=16, micro_batches=pieces, rank=rank, world_size=world_size)
         sizes = [batch.input_ids.numel() for batch in stream(loader, 5)]
         assert len(sizes) == 5 * 4 * pieces
         largest = max(largest, *sizes)
@@ -567,7 +566,7 @@ def test_an_empty_piece_is_one_masked_row() -> None:
     lengths = TABLE.lengths[rows].tolist()
     assert len(set(lengths)) == 3
     batches = [
-        batch for rank in range(2) for batch in make_loader(TABLE, rows, pieces_per_rank=2, rank=rank, world_size=2)
+        batch for rank in range(2) for batch in make_loader(TABLE, rows, micro_batches=2, rank=rank, world_size=2)
     ]
     assert sorted(batch.rows.tolist() for batch in batches) == [[-1], [3], [10], [14]]
     (filler,) = [batch for batch in batches if batch.rows.tolist() == [-1]]
@@ -588,7 +587,7 @@ def test_an_empty_piece_is_one_masked_row() -> None:
 @pytest.mark.parametrize(("rank", "world_size", "pieces"), [(0, 1, 1), (0, 1, 3), (1, 2, 2)])
 def test_the_stream_resumes_after_any_batch(rank: int, world_size: int, pieces: int) -> None:
     def loader() -> StepLoader:
-        return make_loader(TABLE, SELECTED, pieces_per_rank=pieces, rank=rank, world_size=world_size)
+        return make_loader(TABLE, SELECTED, micro_batches=pieces, rank=rank, world_size=world_size)
 
     whole = list(stream(loader(), 3))
     assert len(whole) == 9 * pieces
@@ -683,7 +682,7 @@ def fit(*callbacks: Callback, limit: int | None, checkpoint: Path | None = None)
         enable_model_summary=False,
     )
     module = Recorder()
-    loader = make_loader(TABLE, SELECTED, pieces_per_rank=1)
+    loader = make_loader(TABLE, SELECTED, micro_batches=1)
     trainer.fit(module, loader, ckpt_path=checkpoint, weights_only=True)
     return module.seen
 
@@ -695,7 +694,7 @@ def test_a_trainer_resumes_from_any_checkpoint(tmp_path: Path, limit: int | None
     whole = fit(save, limit=limit)
     batches = limit or 3
     assert [epoch for epoch, _ in whole] == [0] * batches + [1] * batches + [2] * batches
-    expected = [batch.rows.tolist() for batch in stream(make_loader(TABLE, SELECTED, pieces_per_rank=1), 3)]
+    expected = [batch.rows.tolist() for batch in stream(make_loader(TABLE, SELECTED, micro_batches=1), 3)]
     kept = [rows for i, rows in enumerate(expected) if i % 3 < batches]
     assert [rows for _, rows in whole] == kept
     assert len(save.saved) == 1 + 3 * batches + 3

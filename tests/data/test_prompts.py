@@ -12,7 +12,8 @@ import pyarrow.parquet as pq
 import pytest
 import torch
 
-from erpd_lightning.data.prompts import Prompt, PromptBatch, as_text, read_prompts, tokenize
+from erpd_lightning.data.prompt_batches import PromptBatch
+from erpd_lightning.data.prompts import Prompt, as_text, read_prompts, tokenize
 from erpd_lightning.data.samplers import Response, Sampler
 from erpd_lightning.data.store import ROLLOUTS
 from erpd_lightning.data.verifiers import Verifier

@@ -11,30 +11,22 @@ import torch
 from lightning.pytorch.callbacks import Callback
 
 from erpd_lightning.data.batching import RolloutTable
-from erpd_lightning.data.predict_data import StorePass, run_pass
+from erpd_lightning.data.predict_data import PredictToStore
 from erpd_lightning.data.prompts import Prompt, tokenize
 from erpd_lightning.data.rollouts import RolloutDataModule
 from erpd_lightning.data.samplers import Response, TransformersSampler
 from erpd_lightning.data.store import SCORES, Store
 from erpd_lightning.data.verifiers import Verifier
 from erpd_lightning.errors import UserError
-from erpd_lightning.modules import policy_module
+from erpd_lightning.modules import scoring
 from erpd_lightning.modules.distill import DistillModule
+from erpd_lightning.modules.evaluation import EvaluationModule
 from erpd_lightning.modules.extreme_region import ExtremeRegionModule
 from erpd_lightning.modules.policy_module import PolicyModule
 from erpd_lightning.objectives.advantages import STD_OFFSET
 from erpd_lightning.objectives.extreme import CrossEntropy
-from support.policies import (
-    TASK,
-    VOCABULARY_SIZE,
-    fake_trainer,
-    make_model,
-    make_rows,
-    make_trainer,
-    save_policy,
-    token_logps,
-    write_rollouts,
-)
+from support.policies import TASK, VOCABULARY_SIZE, make_model, make_rows, save_policy, token_logps, write_rollouts
+from support.trainers import fake_trainer, make_trainer, run_prediction
 
 GROUP_SIZE = 4
 PROMPTS = [("3+4*2:", "4"), ("5-9-1:", "5"), ("7*8+1:", "7"), ("1+1:", "2"), ("2*2*2:", "8"), ("0-1+5:", "4")]
@@ -110,7 +102,7 @@ def make_module(policy: Path) -> PolicyModule:
 def sample(data: RolloutDataModule, policy: Path, ranks: Sequence[int] = (0,), world_size: int = 1) -> Store:
     """Sample on some ranks of a world, one after the other; rank 0, which finishes the store, comes last."""
     for rank in ranks:
-        run_pass(data.sampling(), fake_trainer(make_module(policy), rank, world_size))
+        run_prediction(data.sampling(), make_module(policy), rank, world_size)
     return Store.open(data.store)
 
 
@@ -143,7 +135,7 @@ def test_the_store_holds_what_was_sampled(make_data: Callable[..., RolloutDataMo
 def test_the_store_depends_on_no_rank(make_data: Callable[..., RolloutDataModule], policy: Path) -> None:
     alone = sample(make_data("alone"), policy)
     data = make_data("pair")
-    run_pass(data.sampling(), fake_trainer(make_module(policy), 1, 2))
+    run_prediction(data.sampling(), make_module(policy), 1, 2)
     assert [path.name for path in data.store.iterdir()] == ["part-00001.parquet"]
     pair = sample(data, policy, ranks=(0,), world_size=2)
     # Three parts of two prompts each: one rank of four has nothing to do.
@@ -239,14 +231,14 @@ def test_a_damaged_store_is_refused(
 
 def test_rounds_take_the_next_prompts(make_data: Callable[..., RolloutDataModule]) -> None:
     prompts = [Prompt(*pair) for pair in PROMPTS]
-    taken = [make_data(prompts_per_round=4, round=number).round_prompts() for number in (1, 2, 3)]
+    taken = [list(make_data(prompts_per_round=4, round=number).prompt_plan.sampled()) for number in (1, 2, 3)]
     assert taken == [prompts[:4], prompts[4:] + prompts[:2], prompts[2:]]
-    assert make_data(round=5).round_prompts() == prompts
-    unused = [make_data(prompts_per_round=4, round=number).unused_prompts() for number in (1, 2, 3)]
+    assert list(make_data(round=5).prompt_plan.sampled()) == prompts
+    unused = [list(make_data(prompts_per_round=4, round=number).prompt_plan.unused) for number in (1, 2, 3)]
     assert unused == [prompts[4:], prompts[2:4], prompts[:2]]
-    assert make_data().unused_prompts() == []
+    assert list(make_data().prompt_plan.unused) == []
     with pytest.raises(UserError, match="prompts_per_round is 7"):
-        make_data(prompts_per_round=7).round_prompts()
+        make_data(prompts_per_round=7).prompt_plan.sampled()
 
 
 def test_every_held_out_prompt_goes_to_one_rank(
@@ -255,7 +247,7 @@ def test_every_held_out_prompt_goes_to_one_rank(
     data = make_data(validation_prompts=tmp_path / "prompts.jsonl", validation_samples=4, max_validation_prompts=5)
 
     def batches(rank: int, world_size: int) -> list[Any]:
-        data.trainer = fake_trainer(make_module(policy), rank, world_size)
+        data.trainer = fake_trainer(rank, world_size)
         (loader,) = data.test_dataloader()
         return list(loader)
 
@@ -272,10 +264,8 @@ def test_every_held_out_prompt_goes_to_one_rank(
     # Each rank has a batch, the one without prompts an empty one.
     assert [[len(batch.prompts) for batch in own] for own in shared] == [[2], [2], [1], [0]]
     assert [own[0].seed for own in shared[:3]] == [batch.seed for batch in alone]
-    data.max_validation_prompts = None
-    assert len(data.held_out_prompts()) == 6
-    data.validation_prompts = None
-    assert data.test_dataloader() == []
+    assert len(make_data(validation_prompts=tmp_path / "prompts.jsonl").prompt_plan.held_out) == 6
+    assert make_data().test_dataloader() == []
 
 
 @pytest.mark.parametrize("purpose", ["rollouts", "validation"])
@@ -288,21 +278,22 @@ def test_a_prompt_too_long_for_the_context(
     (tmp_path / "long.jsonl").write_text("\n".join(json.dumps(row) for row in rows))
     key = "prompts" if purpose == "rollouts" else "validation_prompts"
     data = make_data(**{key: tmp_path / "long.jsonl"})
-    message = rf"{purpose} prompt 3 has 26 tokens.*max_new_tokens \(8\).*context of {TASK.context}"
+    message = rf"^sampler.max_new_tokens is 8: with the 26 tokens of {purpose} prompt 3 .*context of {TASK.context}"
     run = make_trainer().predict if purpose == "rollouts" else make_trainer().test
     with pytest.raises(UserError, match=message):
-        run(PolicyModule(policy), datamodule=data.sampling() if purpose == "rollouts" else data)
+        run(EvaluationModule(policy), datamodule=data.sampling() if purpose == "rollouts" else data)
     (tmp_path / "long.jsonl").write_text("\n".join(json.dumps(row) for row in rows[:2]))
-    run(PolicyModule(policy), datamodule=data.sampling() if purpose == "rollouts" else data)
+    data = make_data(**{key: tmp_path / "long.jsonl"})
+    run(EvaluationModule(policy), datamodule=data.sampling() if purpose == "rollouts" else data)
 
 
 def test_sampling_without_prompts(make_data: Callable[..., RolloutDataModule], policy: Path) -> None:
     data = make_data(prompts=None)
-    with pytest.raises(UserError, match=r"data\.prompts names no file"):
+    with pytest.raises(UserError, match=r"^prompts is null: it has to name a file"):
         sample(data, policy)
-    with pytest.raises(UserError, match=r"data\.prompts names no file"):
+    with pytest.raises(UserError, match=r"^prompts is null: it has to name a file"):
         make_trainer(max_epochs=1).fit(ExtremeRegionModule(policy), datamodule=data)
-    assert data.unused_prompts() == []
+    assert list(data.prompt_plan.unused) == []
 
 
 @pytest.mark.parametrize(
@@ -319,7 +310,7 @@ def test_sampling_without_prompts(make_data: Callable[..., RolloutDataModule], p
     ],
 )
 def test_counts_out_of_range(make_data: Callable[..., RolloutDataModule], key: str) -> None:
-    with pytest.raises(UserError, match=rf"data\.{key} is 0"):
+    with pytest.raises(UserError, match=rf"^{key} is 0"):
         make_data(**{key: 0})
 
 
@@ -341,7 +332,7 @@ def test_advantages_leave_out_what_was_not_checked(make_data: Callable[..., Roll
     # Of the last group the only right one is not checked... so none is.
     checked = dict(enumerate([True, True, True, False, True, True, True, True, False, True, True, True]))
     write_made_up(tmp_path / "rollouts", reward=rewards, checked=checked)
-    advantages = make_data().advantages.tolist()
+    advantages = make_data().stored.advantages.tolist()
     three, four = (1 / 3) ** 0.5 + STD_OFFSET, (1 / 3) ** 0.5 + STD_OFFSET
     assert advantages[:4] == pytest.approx([2 / 3 / three, -1 / 3 / three, -1 / 3 / three, 0.0], rel=1e-6)
     assert advantages[4:8] == pytest.approx([0.5 / four] * 2 + [-0.5 / four] * 2, rel=1e-6)
@@ -413,7 +404,7 @@ def test_nothing_to_learn_from(
 ) -> None:
     module = ExtremeRegionModule(policy, objective=objective)
     data = make_data(verifier=Same(reward))
-    with pytest.raises(UserError, match=rf"no response enters the loss.*\({right} of 24 are right\)"):
+    with pytest.raises(UserError, match=rf"no response enters the loss.*\({right} of 24 are correct\)"):
         make_trainer(max_epochs=1).fit(module, datamodule=data)
     # Nothing that was finished is lost.
     assert Store.open(data.store).rows == 24
@@ -428,7 +419,7 @@ def test_nothing_was_checked(make_data: Callable[..., RolloutDataModule], policy
 def test_a_group_of_one(make_data: Callable[..., RolloutDataModule], policy: Path) -> None:
     Counting.drawn = 0
     data = make_data(group_size=1, sampler=Counting(8, batch_size=8), verifier=Same(1.0))
-    with pytest.raises(UserError, match=r"data\.group_size is 1"):
+    with pytest.raises(UserError, match=r"^group_size is 1"):
         make_trainer(max_epochs=1).fit(ExtremeRegionModule(policy), datamodule=data)
     assert Counting.drawn == 0
     make_trainer(max_epochs=1).fit(ExtremeRegionModule(policy, objective=CrossEntropy()), datamodule=data)
@@ -479,7 +470,7 @@ def test_ranks_share_the_micro_batches(
     taken = []
     for rank in range(2):
         data = make_data(batch_size=6, max_tokens=40)
-        data.trainer = fake_trainer(ExtremeRegionModule(policy), rank, 2)
+        data.trainer = fake_trainer(rank, 2)
         batches = list(data.train_dataloader())
         assert data.trainer.accumulate_grad_batches == -(-needed // 2)
         assert len(batches) == 2 * -(-needed // 2)
@@ -499,7 +490,7 @@ def test_a_response_longer_than_max_tokens(
 
 
 def score(data: RolloutDataModule, name: str, policy: Path) -> Store:
-    run_pass(data.scoring(name), fake_trainer(make_module(policy)))
+    run_prediction(data.scoring(name), make_module(policy))
     assert data.scores is not None
     return Store.open(data.scores / name)
 
@@ -545,7 +536,7 @@ def test_scores_are_the_policies_log_probs(
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.setattr(policy_module, "SUPPORT_MASS", 0.9)
+    monkeypatch.setattr(scoring, "SUPPORT_MASS", 0.9)
     rows = write_made_up(tmp_path / "rollouts")
     data = make_data(scores=tmp_path / "scores", max_tokens=40)
     trainer = make_trainer()
@@ -557,11 +548,12 @@ def test_scores_are_the_policies_log_probs(
     assert set(data.rollouts.scores) == {"base", "teacher"}
 
 
-def interrupted(scoring: StorePass, policy: Path, parts: int) -> None:
-    """A pass that dies after some parts."""
-    scoring.trainer = fake_trainer(make_module(policy))
-    for batch in list(scoring.predict_dataloader())[:parts]:
-        scoring.write(batch, make_module(policy).predict_step(batch, 0))
+def interrupted(data: PredictToStore, policy: Path, parts: int) -> None:
+    """A prediction that dies after some parts."""
+    data.trainer = fake_trainer()
+    data.connect(make_module(policy))
+    for batch in list(data.predict_dataloader())[:parts]:
+        data.write(batch, make_module(policy).predict_step(batch, 0))
 
 
 def test_scores_depend_on_no_rank_and_no_interruption(
@@ -576,7 +568,7 @@ def test_scores_depend_on_no_rank_and_no_interruption(
     assert len(alone.parts) > 2
     pair = make_data(scores=tmp_path / "pair")
     for rank in (1, 0):
-        run_pass(pair.scoring("base"), fake_trainer(make_module(policy), rank, 2))
+        run_prediction(pair.scoring("base"), make_module(policy), rank, 2)
     assert Store.open(tmp_path / "pair" / "base").fingerprint == alone.fingerprint
     killed = make_data(scores=tmp_path / "killed")
     interrupted(killed.scoring("base"), policy, parts=2)
@@ -594,7 +586,8 @@ def test_scoring_goes_on_within_less_memory(
     scores = tmp_path / "scores"
     interrupted(make_data(scores=scores, max_tokens=80).scoring("base"), policy, parts=1)
     data = make_data(scores=scores, max_tokens=20)
-    parts = [part for _, part in data.scoring("base").batches(0, 1) if part is not None]
+    base = data.scoring("base")
+    parts = [base.part(index) for index in range(base.part_count())]
     assert max(batch.input_ids.numel() for part in parts for batch in part.batches) <= 20
     score(data, "base", policy)
     assert data.rollouts.scores["base"].rows.tolist() == list(range(len(rows)))

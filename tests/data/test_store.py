@@ -14,6 +14,7 @@ import numpy as np
 import pyarrow as pa
 import pytest
 
+from erpd_lightning import files
 from erpd_lightning.data import store as store_module
 from erpd_lightning.data.store import MANIFEST, ROLLOUTS, SCORES, Store, StoreWriter
 from erpd_lightning.errors import UserError
@@ -481,7 +482,7 @@ def test_a_disk_that_is_really_full(tmp_path: Path, monkeypatch: pytest.MonkeyPa
         return os.fdopen(os.open("/dev/full", os.O_WRONLY), "wb")
 
     with monkeypatch.context() as patch:
-        patch.setattr(store_module, "open", full, raising=False)
+        patch.setattr(files, "open", full, raising=False)
         with pytest.raises(UserError, match=f"disk full while writing {path}"):
             atomic_write(path, b"after" * 10**6)
     assert path.read_text() == "before"

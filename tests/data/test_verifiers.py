@@ -44,7 +44,7 @@ def test_exact_match_takes_the_last_match() -> None:
 
 @pytest.mark.parametrize("pattern", ["=(", "=", "(a)(b)"])
 def test_a_pattern_without_one_group(pattern: str) -> None:
-    with pytest.raises(UserError, match="verifier pattern"):
+    with pytest.raises(UserError, match=r"^pattern is"):
         ExactMatch(pattern)
 
 

@@ -38,7 +38,6 @@ def make_batch(rows: list[dict[str, Any]]) -> RolloutBatch:
         torch.zeros(len(rows)),
         step_tokens=1,
         step_responses=1,
-        micro_batches=1,
         last=True,
     )
 

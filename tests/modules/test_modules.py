@@ -18,34 +18,28 @@ from lightning.pytorch.callbacks import Callback, ModelCheckpoint
 from torch import Tensor
 from transformers import AutoModelForCausalLM
 
-from erpd_lightning.budget.interpolation import MOST
-from erpd_lightning.data.predict_data import run_pass
+from erpd_lightning.budget.controller import MAX_CORRECTION
+from erpd_lightning.budget.search import MAX_EXTRAPOLATION
 from erpd_lightning.data.rollouts import RolloutDataModule
 from erpd_lightning.data.samplers import Response, TransformersSampler
 from erpd_lightning.data.store import Store
 from erpd_lightning.data.verifiers import Verifier
 from erpd_lightning.errors import UserError
 from erpd_lightning.models.policy import load_policy, policy_fingerprint
-from erpd_lightning.modules import policy_module
-from erpd_lightning.modules.distill import MAX_CORRECTION, DistillModule
+from erpd_lightning.modules import scoring
+from erpd_lightning.modules.distill import DistillModule
+from erpd_lightning.modules.evaluation import EvaluationModule
 from erpd_lightning.modules.extreme_region import ExtremeRegionModule
-from erpd_lightning.modules.policy_module import PolicyModule, TrainingDiverged
+from erpd_lightning.modules.policy_module import PolicyModule
+from erpd_lightning.modules.training import TrainingDiverged, TrainingModule
 from erpd_lightning.objectives.clipped import GSPO
 from erpd_lightning.objectives.extreme import SAPO, CrossEntropy, ExtremeObjective
 from erpd_lightning.objectives.regression import SquaredError
 from erpd_lightning.objectives.signal import Signal, Term
 from erpd_lightning.seeds import derive_seed
-from support import policies as tiny
-from support import reference
-from support.policies import (
-    VOCABULARY_SIZE,
-    fake_trainer,
-    make_model,
-    make_rows,
-    save_policy,
-    token_logps,
-    write_rollouts,
-)
+from support import reference, trainers
+from support.policies import VOCABULARY_SIZE, make_model, make_rows, save_policy, token_logps, write_rollouts
+from support.trainers import fake_trainer, run_prediction
 
 NAMES = ("base", "teacher", "unlearned", "student")
 CLIP = 3.0
@@ -70,11 +64,11 @@ def scored(tmp_path_factory: pytest.TempPathFactory, rows: list[dict[str, Any]],
     write_rollouts(folder / "rollouts", rows)
     data = make_data(folder, policies, scores=folder / "scores")
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(policy_module, "SUPPORT_MASS", 1.0)
+        patch.setattr(scoring, "SUPPORT_MASS", 1.0)
         for name in NAMES[:3]:
             module = PolicyModule(policies[name], references={})
             module.configure_model()
-            run_pass(data.scoring(name), fake_trainer(module))
+            run_prediction(data.scoring(name), module)
     return folder
 
 
@@ -97,7 +91,7 @@ class FirstStep(Callback):
 
 
 def make_trainer(**settings: Any) -> Trainer:
-    return tiny.make_trainer(**{"log_every_n_steps": 1, "gradient_clip_val": 0.01, **settings})
+    return trainers.make_trainer(**{"log_every_n_steps": 1, "gradient_clip_val": 0.01, **settings})
 
 
 def first_step(module: PolicyModule, data: RolloutDataModule, **settings: Any) -> tuple[dict[str, Tensor], float]:
@@ -207,7 +201,7 @@ def test_a_sampled_kl_term_needs_the_stored_log_probs_alone(
     def refuse(*_: Any) -> None:
         raise AssertionError("a second policy was loaded")
 
-    monkeypatch.setattr(PolicyModule, "frozen", refuse)
+    monkeypatch.setattr(PolicyModule, "reference", refuse)
     settings: dict[str, Any] = {"objective": objective, "references": {}}
     data = make_data(scored, policies, max_tokens=60)
     plain, loss = first_step(ExtremeRegionModule(policies["student"], **settings), data)
@@ -246,7 +240,7 @@ def test_a_sampled_kl_term_needs_the_stored_log_probs_alone(
     ],
 )
 def test_a_kl_term_of_the_wrong_gradient(policies: dict[str, Path], settings: dict[str, Any], expected: str) -> None:
-    with pytest.raises(UserError, match=rf"^extreme_region\.kl_estimator: {expected}") as error:
+    with pytest.raises(UserError, match=rf"^kl_estimator is 'k[123]': {expected}") as error:
         ExtremeRegionModule(policies["base"], kl_coef=0.1, **settings)
     assert len(str(error.value).splitlines()) == 1
 
@@ -321,17 +315,17 @@ def test_rows_that_fill_up_a_batch_have_no_share(
 ) -> None:
     data = make_data(scored, policies)
     module = ExtremeRegionModule(policies["student"], objective=GSPO())
-    module.trainer = fake_trainer(module)
-    data.trainer = fake_trainer(module)
+    module.trainer = fake_trainer()
+    data.trainer = fake_trainer()
     (batch,) = data.train_dataloader()
     assert batch.step_responses == len(rows)
     module.configure_model()
     expected = module.training_step(batch, 0)["loss"]
     batch.mask[:fillers] = False
-    terms, _ = module.terms(batch)
-    assert (terms[:fillers] != 0).all()
+    losses, _ = module.batch_loss(batch)
+    assert (losses[:fillers] != 0).all()
     loss = module.training_step(batch, 0)["loss"]
-    assert loss.item() == pytest.approx(float(terms[fillers:].sum()) / len(rows))
+    assert loss.item() == pytest.approx(float(losses[fillers:].sum()) / len(rows))
     assert fillers == 0 or loss != expected
 
 
@@ -347,7 +341,9 @@ class Misshapen(ExtremeObjective):
 
 def test_terms_of_another_shape_than_announced(scored: Path, policies: dict[str, Path]) -> None:
     module = ExtremeRegionModule(policies["base"], objective=Misshapen())
-    with pytest.raises(UserError, match=r"Misshapen gave terms of shape \(\d+,\); with per = 'token' they must be"):
+    with pytest.raises(
+        UserError, match=r"^objective is Misshapen, which gave a loss of shape \(\d+,\); with per = 'token' it must be"
+    ):
         make_trainer(max_steps=1).fit(module, datamodule=make_data(scored, policies))
 
 
@@ -414,8 +410,8 @@ def test_logged_means_are_those_of_the_stored_tokens(
         reward: torch.cat([one for one, row in zip(logps, rows, strict=True) if row["reward"] == reward])
         for reward in (0, 1)
     }
-    assert logged["train/logp_right"] == pytest.approx(float(by_reward[1].mean()), rel=1e-5)
-    assert logged["train/logp_wrong"] == pytest.approx(float(by_reward[0].mean()), rel=1e-5)
+    assert logged["train/logp_correct"] == pytest.approx(float(by_reward[1].mean()), rel=1e-5)
+    assert logged["train/logp_incorrect"] == pytest.approx(float(by_reward[0].mean()), rel=1e-5)
     assert logged["train/logp"] == pytest.approx(float(torch.cat(logps).mean()), rel=1e-5)
     anchors = torch.cat([torch.tensor(row["logps"]) for row in rows])
     assert logged["train/log_ratio"] == pytest.approx(float((torch.cat(logps) - anchors).mean()), rel=1e-4)
@@ -438,7 +434,7 @@ def test_logged_log_probs_are_of_the_whole_epoch(
     trainer.fit(module, datamodule=make_data(scored, policies, batch_size=5, max_tokens=60))
     model = make_model(seed=3)
     right = torch.cat([sampled_logps(model, row).detach() for row in rows if row["reward"] == 1])
-    assert float(trainer.callback_metrics["train/logp_right"]) == pytest.approx(float(right.mean()), rel=1e-5)
+    assert float(trainer.callback_metrics["train/logp_correct"]) == pytest.approx(float(right.mean()), rel=1e-5)
 
 
 # What is not finite
@@ -573,14 +569,14 @@ def test_beta_spends_the_budget_on_the_stored_states(
     for name in NAMES[:3]:
         scorer = PolicyModule(policies[name], references={})
         scorer.configure_model()
-        run_pass(data.scoring(name), fake_trainer(scorer))
+        run_prediction(data.scoring(name), scorer)
     signal = Signal([Term(*term) for term in terms])
     module = DistillModule(policies["base"], kl_budget=budget, signal=signal, warmup_steps=0)
     make_trainer(max_steps=1).fit(module, datamodule=data)
     assert module.beta is not None
-    assert module.solution is not None
+    assert module.budget.solution is not None
     assert own_spent(tmp_path / "scores", module.beta, terms) == pytest.approx(budget, rel=2e-3)
-    assert module.solution.kl_base == pytest.approx(budget, rel=2e-3)
+    assert module.budget.solution.kl_base == pytest.approx(budget, rel=2e-3)
 
 
 @pytest.mark.parametrize("calibrate", [False, True])
@@ -601,24 +597,24 @@ def test_no_kl_is_bought_below_the_least_beta(
     }
     free, _ = make_student(policies, evaluation_data(scored, **settings), calibrate=False)
     assert free.beta is not None
-    assert free.to_spend == BUDGET
+    assert free.budget.effective_budget == BUDGET
     loose, seen = make_student(
         policies, evaluation_data(scored, **settings), calibrate=calibrate, min_beta=free.beta / 2
     )
-    assert loose.to_spend == BUDGET
+    assert loose.budget.effective_budget == BUDGET
     assert seen.betas[0] == free.beta
     tight, seen = make_student(
         policies, evaluation_data(scored, **settings), calibrate=calibrate, min_beta=free.beta * 2
     )
-    assert tight.to_spend == pytest.approx(own_spent(scored / "scores", free.beta * 2, terms), rel=1e-4)
-    assert tight.to_spend is not None
-    assert tight.to_spend < 0.7 * BUDGET
+    assert tight.budget.effective_budget == pytest.approx(own_spent(scored / "scores", free.beta * 2, terms), rel=1e-4)
+    assert tight.budget.effective_budget is not None
+    assert tight.budget.effective_budget < 0.7 * BUDGET
     assert seen.betas[0] == pytest.approx(free.beta * 2, rel=1e-3)
     assert tight.kl_budget == BUDGET
     if calibrate:
-        assert tight.landing is not None
-        assert tight.landing.kl == tight.to_spend
-        assert tight.landing.share < MOST
+        assert tight.budget.fit is not None
+        assert tight.budget.fit.kl == tight.budget.effective_budget
+        assert tight.budget.fit.alpha < MAX_EXTRAPOLATION
 
 
 def test_a_budget_out_of_reach(tmp_path: Path, rows: list[dict[str, Any]], policies: dict[str, Path]) -> None:
@@ -627,8 +623,8 @@ def test_a_budget_out_of_reach(tmp_path: Path, rows: list[dict[str, Any]], polic
     for name in NAMES[:3]:
         scorer = PolicyModule(policies["base"], references={})
         scorer.configure_model()
-        run_pass(data.scoring(name), fake_trainer(scorer))
-    with pytest.raises(UserError, match=r"distill\.kl_budget: .*out of reach"):
+        run_prediction(data.scoring(name), scorer)
+    with pytest.raises(UserError, match=r"^kl_budget cannot be spent: .*out of reach"):
         make_trainer(max_steps=1).fit(DistillModule(policies["base"]), datamodule=data)
 
 
@@ -730,7 +726,7 @@ def measured(
 def test_metrics_of_a_policy(evaluation_data: Callable[..., RolloutDataModule], policies: dict[str, Path]) -> None:
     data = evaluation_data(sampler=Recorder(alike=3))
     references = {"base": str(policies["base"]), "first": str(policies["teacher"]), "baseline": str(policies["base"])}
-    module = PolicyModule(policies["student"], references=references)
+    module = EvaluationModule(policies["student"], references=references)
     trainer = make_trainer()
     trainer.test(module, datamodule=data, verbose=False)
     logged = {name.removeprefix("test/"): float(v) for name, v in trainer.callback_metrics.items()}
@@ -753,14 +749,14 @@ def test_a_reference_of_another_vocabulary(
     other.resize_token_embeddings(VOCABULARY_SIZE + 5)
     references = {"base": str(save_policy(tmp_path / "other", other))}
     with pytest.raises(UserError, match=r"references.base .* has a vocabulary of 24 tokens, the policy one of 19"):
-        make_trainer().test(PolicyModule(policies["student"], references=references), datamodule=evaluation_data())
+        make_trainer().test(EvaluationModule(policies["student"], references=references), datamodule=evaluation_data())
 
 
 def test_pass_at_k_of_fewer_than_all_samples(
     evaluation_data: Callable[..., RolloutDataModule], policies: dict[str, Path]
 ) -> None:
     data = evaluation_data()
-    module = PolicyModule(policies["student"], pass_at_k=2)
+    module = EvaluationModule(policies["student"], pass_at_k=2)
     trainer = make_trainer()
     trainer.test(module, datamodule=data, verbose=False)
     drawn = data.sampler.drawn  # type: ignore[attr-defined]
@@ -773,14 +769,14 @@ def test_pass_at_k_of_fewer_than_all_samples(
     assert 0 < np.mean(shares) < 1
     assert float(trainer.callback_metrics["test/pass@k"]) == pytest.approx(float(np.mean(shares)))
     with pytest.raises(UserError, match="pass_at_k is 5, but only 4"):
-        make_trainer().test(PolicyModule(policies["student"], pass_at_k=5), datamodule=data)
+        make_trainer().test(EvaluationModule(policies["student"], pass_at_k=5), datamodule=data)
 
 
 def test_a_policy_is_at_no_distance_from_itself(
     evaluation_data: Callable[..., RolloutDataModule], policies: dict[str, Path]
 ) -> None:
     trainer = make_trainer()
-    trainer.test(PolicyModule(policies["student"]), datamodule=evaluation_data(), verbose=False)
+    trainer.test(EvaluationModule(policies["student"]), datamodule=evaluation_data(), verbose=False)
     assert abs(float(trainer.callback_metrics["test/kl_per_token"])) < 1e-6
 
 
@@ -794,11 +790,11 @@ class Validations(Callback):
         self.training: list[int] = []
 
     def on_train_batch_end(self, trainer: Any, module: Any, *_: Any) -> None:
-        self.training.append(len(module._frozen))
+        self.training.append(len(module._references))
 
     def on_validation_batch_end(self, trainer: Any, module: Any, *_: Any) -> None:
-        self.frozen |= {id(policy): weakref.ref(policy) for policy in module._frozen.values()}
-        self.during.append(len(module._frozen))
+        self.frozen |= {id(policy): weakref.ref(policy) for policy in module._references.values()}
+        self.during.append(len(module._references))
 
     def on_test_batch_end(self, trainer: Any, module: Any, *_: Any) -> None:
         self.on_validation_batch_end(trainer, module)
@@ -843,14 +839,14 @@ def test_reference_policies_are_let_go(
     assert set(seen.during) == {2}
     # Only what the loss needs stays in memory while training goes on.
     assert {number > 0 for number in seen.training} == {kl_coef > 0 and estimator == "exact"}
-    assert module._frozen == {}
+    assert module._references == {}
     assert seen.alive == 0
     assert all(key.startswith("policy.model.") for key in module.state_dict())
     assert len(list(module.parameters())) == len(list(make_model().parameters()))
     before = len(seen.during)
     trainer.test(module, datamodule=evaluation_data(scored), verbose=False)
     assert len(seen.during) > before
-    assert module._frozen == {}
+    assert module._references == {}
     assert seen.alive == 0
 
 
@@ -861,13 +857,13 @@ def test_reference_policies_do_not_move(
     seen = Validations()
     trainer = make_trainer(max_epochs=2, callbacks=[seen])
     trainer.fit(module, datamodule=evaluation_data(scored, batch_size=8))
-    frozen = module.frozen("base")
+    frozen = module.reference("base")
     assert not any(parameter.requires_grad for parameter in frozen.parameters())
     start = make_model(seed=0)
     for mine, theirs in zip(frozen.model.parameters(), start.parameters(), strict=True):
         assert torch.equal(mine, theirs)
     assert seen.found[-1]["val/kl_per_token"] > 0
-    module.release_frozen()
+    module.release_references()
 
 
 # Calibration
@@ -881,7 +877,7 @@ class Betas(Callback):
     def __init__(self) -> None:
         self.by_epoch: dict[int, float] = {}
         self.spent: list[float] = []
-        self.trained: dict[str, torch.Tensor] = {}
+        self.trained_weights: dict[str, torch.Tensor] = {}
 
     @property
     def betas(self) -> list[float]:
@@ -891,7 +887,7 @@ class Betas(Callback):
         assert self.by_epoch.setdefault(trainer.current_epoch, module.beta) == module.beta
 
     def on_train_end(self, trainer: Any, module: Any) -> None:
-        self.trained = copy.deepcopy(module.policy.state_dict())
+        self.trained_weights = copy.deepcopy(module.policy.state_dict())
 
     def on_validation_end(self, trainer: Any, module: Any) -> None:
         self.spent.append(float(trainer.callback_metrics.get("calibration/kl_per_token", math.nan)))
@@ -939,24 +935,24 @@ def test_calibration_spends_the_budget_on_fresh_samples(
     assert any(max(gain, 1 / gain) > MAX_CORRECTION for gain in gains[:4])
     # What is reported is what the last epoch was trained with.
     assert module.beta == seen.betas[-1]
-    assert module.solution is not None
-    assert module.solution.kl_base == pytest.approx(targets[-1], rel=2e-3)
+    assert module.budget.solution is not None
+    assert module.budget.solution.kl_base == pytest.approx(targets[-1], rel=2e-3)
     # The weights that are exported lie on the line between base and trained student, where the budget is spent.
-    assert module.landing is not None
-    assert 0 < module.landing.share <= MOST
+    assert module.budget.fit is not None
+    assert 0 < module.budget.fit.alpha <= MAX_EXTRAPOLATION
     base = load_policy(policies["base"]).state_dict()
     for name, weight in module.policy.state_dict().items():
-        expected = base[name] + module.landing.share * (seen.trained[name] - base[name])
+        expected = base[name] + module.budget.fit.alpha * (seen.trained_weights[name] - base[name])
         torch.testing.assert_close(weight, expected)
     many = evaluation_data(scored, **{**settings, "calibration_samples": 64, "seed": 1})
     reference = DistillModule(tmp_path / "student", kl_budget=BUDGET, references={"base": str(policies["base"])})
     module.export(tmp_path / "student")
     held_out = tmp_path / "unused.jsonl"
-    held_out.write_text("".join(json.dumps(vars(prompt)) + "\n" for prompt in many.calibration()))
-    many.validation_prompts, many.validation_samples = held_out, 64
+    held_out.write_text("".join(json.dumps(vars(prompt)) + "\n" for prompt in many.prompt_plan.calibration))
+    many = evaluation_data(scored, validation_prompts=held_out, validation_samples=64, seed=1)
     (measured,) = make_trainer().validate(reference, datamodule=many, verbose=False)
-    assert module.landing.kl == BUDGET or module.landing.share == MOST
-    assert measured["val/kl_per_token"] == pytest.approx(module.landing.kl, rel=0.25)
+    assert module.budget.fit.kl == BUDGET or module.budget.fit.alpha == MAX_EXTRAPOLATION
+    assert measured["val/kl_per_token"] == pytest.approx(module.budget.fit.kl, rel=0.25)
 
 
 def test_a_student_of_another_start_does_not_land(policies: dict[str, Path]) -> None:
@@ -970,17 +966,17 @@ def test_a_student_of_another_start_does_not_land(policies: dict[str, Path]) -> 
 @pytest.mark.parametrize(
     ("make", "key"),
     [
-        (lambda: PolicyModule("p", learning_rate=0.0), "learning_rate"),
-        (lambda: PolicyModule("p", learning_rate=math.nan), "learning_rate"),
-        (lambda: PolicyModule("p", warmup_steps=-1), "warmup_steps"),
+        (lambda: TrainingModule("p", learning_rate=0.0), "learning_rate"),
+        (lambda: TrainingModule("p", learning_rate=math.nan), "learning_rate"),
+        (lambda: TrainingModule("p", warmup_steps=-1), "warmup_steps"),
         (lambda: PolicyModule("p", dtype="float31"), "dtype"),
         (lambda: PolicyModule("p", dtype="int64"), "dtype"),
         (lambda: PolicyModule("p", dtype="nn"), "dtype"),
-        (lambda: PolicyModule("p", lr_scheduler="jagged"), "lr_scheduler"),
-        (lambda: PolicyModule("p", weight_decay=-0.1), "weight_decay"),
-        (lambda: PolicyModule("p", betas=(0.9, 1.0)), "betas"),
+        (lambda: TrainingModule("p", lr_scheduler="jagged"), "lr_scheduler"),
+        (lambda: TrainingModule("p", weight_decay=-0.1), "weight_decay"),
+        (lambda: TrainingModule("p", betas=(0.9, 1.0)), "betas"),
         (lambda: PolicyModule("p", max_logits=0), "max_logits"),
-        (lambda: PolicyModule("p", pass_at_k=0), "pass_at_k"),
+        (lambda: EvaluationModule("p", pass_at_k=0), "pass_at_k"),
         (lambda: ExtremeRegionModule("p", sign=0), "sign"),
         (lambda: ExtremeRegionModule("p", kl_coef=-0.1), "kl_coef"),
         (lambda: ExtremeRegionModule("p", kl_coef=math.inf), "kl_coef"),
@@ -990,9 +986,9 @@ def test_a_student_of_another_start_does_not_land(policies: dict[str, Path]) -> 
         (lambda: DistillModule("p", kl_budget=math.nan), "kl_budget"),
         (lambda: DistillModule("p", kl_budget=math.inf), "kl_budget"),
         (lambda: DistillModule("p", kl_budget=None, beta=0.0), "beta"),
-        (lambda: DistillModule("p", min_beta=0.0), "distill.min_beta is 0.0"),
-        (lambda: DistillModule("p", min_beta=1.0, kl_budget=None, beta=1.0), "min_beta goes with distill.kl_budget"),
-        (lambda: DistillModule("p", min_beta=1.0, total_budget=0.1), "min_beta goes with distill.kl_budget alone"),
+        (lambda: DistillModule("p", min_beta=0.0), "^min_beta is 0.0"),
+        (lambda: DistillModule("p", min_beta=1.0, kl_budget=None, beta=1.0), "min_beta goes with kl_budget"),
+        (lambda: DistillModule("p", min_beta=1.0, total_budget=0.1), "min_beta goes with kl_budget alone"),
         (lambda: DistillModule("p", min_beta=1.0, signal="auto"), "min_beta is a price for one signal"),
         (lambda: DistillModule("p", kl_budget=None), "beta"),
         (lambda: DistillModule("p", kl_budget=0.1, beta=1.0), "kl_budget"),

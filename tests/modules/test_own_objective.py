@@ -13,7 +13,8 @@ from erpd_lightning.cli.main import main
 from erpd_lightning.data.rollouts import RolloutDataModule
 from erpd_lightning.pipeline.rounds import Rounds
 from support.chain import DEMO
-from support.policies import fake_trainer, make_rows, make_trainer, save_policy, write_rollouts
+from support.policies import make_rows, save_policy, write_rollouts
+from support.trainers import fake_trainer, make_trainer
 
 MY_FILE = '''
 from dataclasses import dataclass
@@ -136,7 +137,7 @@ def test_a_step_is_trained_with_it(kind: str, monkeypatch: pytest.MonkeyPatch, t
     fresh: Any = chains[0].builder.module("extreme_region", policy=str(policy))
     fresh.configure_model()
     data = RolloutDataModule(tmp_path / "rollouts", policy, batch_size=100)
-    data.trainer = fake_trainer(fresh)
+    data.trainer = fake_trainer()
     (batch,) = data.train_dataloader()
     with torch.no_grad():
         logps = fresh.policy.token_logps(batch).logps

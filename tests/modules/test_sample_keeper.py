@@ -17,7 +17,7 @@ from erpd_lightning.data.samples import SAMPLES, read_samples, sample_table, wri
 from erpd_lightning.data.store import ROLLOUTS
 from erpd_lightning.data.verifiers import Verifier
 from erpd_lightning.errors import UserError
-from erpd_lightning.modules.sample_keeper import SampleKeeper
+from erpd_lightning.modules.evaluation import EvaluationWithSamples
 from support.policies import TASK, make_model, make_rows, save_policy, token_logps
 
 PROMPTS = ["1+2*3:", "4-5:", "6*7-8+9:", "0:", "1-1:"]
@@ -52,7 +52,7 @@ def keep(folder: Path, policies: dict[str, str]) -> tuple[list[dict[str, Any]], 
     )
     trainer = Trainer(accelerator="cpu", devices=1, logger=False, enable_progress_bar=False, enable_model_summary=False)
     references = {"first": policies["first"], "base": policies["base"]}
-    keeper = SampleKeeper(policies["student"], references, folder / "new" / "samples.parquet")
+    keeper = EvaluationWithSamples(policies["student"], references, folder / "new" / "samples.parquet")
     trainer.test(keeper, datamodule=data, verbose=False)
     return read_samples(folder / "new" / "samples.parquet"), {k: float(v) for k, v in trainer.callback_metrics.items()}
 

@@ -13,21 +13,21 @@ from lightning.pytorch.callbacks import Callback
 from torch import Tensor
 
 from erpd_lightning.data.batching import RolloutBatch
-from erpd_lightning.data.predict_data import run_pass
 from erpd_lightning.data.rollouts import RolloutDataModule
 from erpd_lightning.data.samplers import TransformersSampler
 from erpd_lightning.data.store import Store
 from erpd_lightning.errors import UserError
-from erpd_lightning.modules import policy_module
+from erpd_lightning.modules import scoring
 from erpd_lightning.modules.distill import DistillModule
 from erpd_lightning.modules.extreme_region import ExtremeRegionModule
-from erpd_lightning.modules.old_logps import Anchor
+from erpd_lightning.modules.old_logps import OldLogps
 from erpd_lightning.modules.policy_module import PolicyModule
 from erpd_lightning.objectives.clipped import PPOClip
 from erpd_lightning.objectives.distillation import ClippedPolicyGradient, TiltedTarget
 from support.chain import arguments
-from support.policies import fake_trainer, make_model, make_rows, make_trainer, save_policy, token_logps, write_rollouts
+from support.policies import make_model, make_rows, save_policy, token_logps, write_rollouts
 from support.runs import CHECKPOINT, MODULE, Kill, Runs, after, contents, written
+from support.trainers import fake_trainer, make_trainer, run_prediction
 
 NAMES = ("base", "teacher", "unlearned")
 CLIP, BETA, TRUNCATE = 3.0, 0.7, 2.0
@@ -52,11 +52,11 @@ def scored(tmp_path_factory: pytest.TempPathFactory, policies: dict[str, str]) -
     write_rollouts(folder / "rollouts", make_rows())
     data = RolloutDataModule(folder / "rollouts", policies["base"], scores=folder / "scores")
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(policy_module, "SUPPORT_MASS", 1.0)
+        patch.setattr(scoring, "SUPPORT_MASS", 1.0)
         for name in NAMES:
             module = PolicyModule(policies[name], references={})
             module.configure_model()
-            run_pass(data.scoring(name), fake_trainer(module))
+            run_prediction(data.scoring(name), module)
     return folder
 
 
@@ -69,7 +69,7 @@ def make_data(scored: Path, tmp_path: Path, policies: dict[str, str]) -> Callabl
     def make(**settings: Any) -> RolloutDataModule:
         defaults: dict[str, Any] = {
             "scores": scored / "scores",
-            "fresh": tmp_path / "fresh",
+            "on_policy_store": tmp_path / "fresh",
             "prompts": tmp_path / "prompts.jsonl",
             "sampler": TransformersSampler(6, batch_size=16),
             "group_size": 4,
@@ -111,7 +111,7 @@ class Watch(Callback):
             self.gradients = {name: parameter.grad.clone() for name, parameter in named}
 
     def on_train_batch_end(self, trainer: Any, module: Any, outputs: Any, batch: Any, batch_idx: int) -> None:
-        self.anchors.append((trainer.current_epoch, batch, module._old.logps(batch)))
+        self.anchors.append((trainer.current_epoch, batch, module._old_logps.logps(batch)))
 
 
 def of_tokens(logps: Tensor, row: dict[str, Any]) -> Tensor:
@@ -154,7 +154,7 @@ def test_a_step_on_stored_rollouts(
     watch = Watch()
     trainer = make_trainer(watch, max_steps=1)
     trainer.fit(make_student(policies), datamodule=make_data(max_tokens=max_tokens))
-    weights = torch.cat([(old - batch.anchor_logps)[batch.mask].exp() for _, batch, old in watch.anchors])
+    weights = torch.cat([(old - batch.sampler_logps)[batch.mask].exp() for _, batch, old in watch.anchors])
     assert (weights > TRUNCATE).any()
     assert (weights < TRUNCATE).any()
     check_first_step(watch, trainer, models, make_rows())
@@ -167,7 +167,7 @@ def test_a_step_on_its_own_rollouts(
     watch, data = Watch(), make_data()
     trainer = make_trainer(watch, max_epochs=5, max_steps=1)
     trainer.fit(make_student(policies, iterations=5, policies=policies), datamodule=data)
-    rows = Store.open(data.trained.store).table().to_pylist()
+    rows = Store.open(data.train_data.store).table().to_pylist()
     assert [row["prompt"] for row in rows] == 4 * PROMPTS[:1]
     assert not any(row["checked"] for row in rows)
     check_first_step(watch, trainer, models, rows)
@@ -184,7 +184,7 @@ def test_a_target_on_its_own_rollouts(
     student = make_student(policies, objective=TiltedTarget(), iterations=5, policies=policies)
     trainer.fit(student, datamodule=data)
     total, tokens = 0.0, 0
-    for row in Store.open(data.trained.store).table().to_pylist():
+    for row in Store.open(data.train_data.store).table().to_pylist():
         logps = {n: token_logps(m, row["prompt_ids"], row["response_ids"]).detach() for n, m in models.items()}
         signal = (logps["teacher"] - logps["unlearned"]).clamp(-CLIP, CLIP)
         target = (logps["base"] + signal / BETA).log_softmax(-1)
@@ -204,8 +204,8 @@ def test_beta_is_solved_on_the_stored_rollouts(
     )
     for student in (stored, fresh):
         make_trainer(max_epochs=5, max_steps=1).fit(student, datamodule=make_data())
-    assert stored.solution is not None
-    assert stored.solution == fresh.solution
+    assert stored.budget.solution is not None
+    assert stored.budget.solution == fresh.budget.solution
 
 
 # The anchor
@@ -213,7 +213,7 @@ def test_beta_is_solved_on_the_stored_rollouts(
 
 def make_teacher(policies: dict[str, str], **settings: Any) -> ExtremeRegionModule:
     return ExtremeRegionModule(
-        policies["base"], objective=PPOClip(), anchor="iteration", learning_rate=0.01, warmup_steps=0, **settings
+        policies["base"], objective=PPOClip(), old_policy="iteration", learning_rate=0.01, warmup_steps=0, **settings
     )
 
 
@@ -257,14 +257,14 @@ def test_ranks_share_the_work_of_an_anchor(
     module = make_student(policies)
     module.configure_model()
     shares, seen = [], []
-    whole = Anchor()
+    whole = OldLogps()
     for world_size in (1, 3):
         for rank in range(world_size):
             data = make_data(batch_size=3, max_tokens=60)
-            data.trainer = fake_trainer(module, rank, world_size)
+            data.trainer = fake_trainer(rank, world_size)
             data.train_dataloader()
-            batches = list(data.sweep())
-            anchor = whole if world_size == 1 else Anchor()
+            batches = list(data.iterate_once())
+            anchor = whole if world_size == 1 else OldLogps()
             offsets = data.rollouts.response_offsets
             anchor.take(module.policy, offsets, batches, torch.device("cpu"), lambda logps: logps)
             if world_size > 1:
@@ -283,16 +283,16 @@ def test_ranks_share_the_work_of_an_anchor(
 @pytest.mark.parametrize(
     ("make", "message"),
     [
-        (lambda: DistillModule("p", iterations=0), "distill.iterations is 0"),
+        (lambda: DistillModule("p", iterations=0), "^iterations is 0"),
         (
             lambda: DistillModule("p", kl_budget=None, beta=1.0, objective=ClippedPolicyGradient(kl_term=False)),
-            "distill.objective.kl_term is false",
+            "^objective.kl_term is false",
         ),
         (
             lambda: DistillModule("p", calibrate=False, objective=ClippedPolicyGradient(kl_term=False)),
-            "distill.objective.kl_term is false",
+            "^objective.kl_term is false",
         ),
-        (lambda: ExtremeRegionModule("p", anchor="first"), "extreme_region.anchor is 'first'"),  # type: ignore[arg-type]
+        (lambda: ExtremeRegionModule("p", old_policy="first"), "^old_policy is 'first'"),  # type: ignore[arg-type]
     ],
 )
 def test_settings_that_are_refused(make: Callable[[], PolicyModule], message: str) -> None:
@@ -314,12 +314,12 @@ def test_a_budget_may_stand_in_for_the_kl_term_where_it_is_kept(
 def test_its_own_rollouts_need_a_place_and_policies(
     make_data: Callable[..., RolloutDataModule], policies: dict[str, str]
 ) -> None:
-    with pytest.raises(UserError, match=r"distill.policies names no teacher, unlearned"):
+    with pytest.raises(UserError, match=r"^iterations is 2: .* policies names no teacher, unlearned"):
         make_trainer(max_epochs=2).fit(make_student(policies, iterations=2), datamodule=make_data())
     student = make_student(policies, iterations=2, policies=policies)
-    with pytest.raises(UserError, match=r"distill.iterations is 2: RolloutDataModule\(fresh=…\)"):
-        make_trainer(max_epochs=2).fit(student, datamodule=make_data(fresh=None))
-    with pytest.raises(UserError, match=r"must be a multiple of distill.iterations \(2\)"):
+    with pytest.raises(UserError, match=r"^iterations is 2: RolloutDataModule\(on_policy_store=…\)"):
+        make_trainer(max_epochs=2).fit(student, datamodule=make_data(on_policy_store=None))
+    with pytest.raises(UserError, match=r"must be a multiple of iterations \(2\)"):
         make_trainer(max_epochs=3).fit(student, datamodule=make_data())
 
 
@@ -329,9 +329,9 @@ CLIPPED = "erpd_lightning.objectives.distillation.ClippedPolicyGradient"
 
 RUNS: dict[str, tuple[dict[str, Any], list[Kill]]] = {
     "stored": (
-        {"distill.objective": CLIPPED, "data.batch_size": 16, "extreme_region.anchor": "iteration"},
+        {"distill.objective": CLIPPED, "data.batch_size": 16, "extreme_region.old_policy": "iteration"},
         [
-            Kill("erpd_lightning.modules.old_logps:Anchor.take", count=2, trains=True),
+            Kill("erpd_lightning.modules.old_logps:OldLogps.take", count=2, trains=True),
             Kill(f"{MODULE}.training_step", count=12, trains=True),
             after(written(CHECKPOINT, count=2, trains=True)),
             Kill(f"{MODULE}.export"),
@@ -363,7 +363,7 @@ def runs(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Runs]:
 def test_killed_at_any_point_it_ends_the_same(case: str, runs: Runs, tmp_path: Path) -> None:
     overrides, kills = RUNS[case]
     settings = {**overrides, "data.max_tokens": 64}
-    runs.run(arguments(tmp_path / "killed", **settings), after(written("signal/stage.json")))
+    runs.run(arguments(tmp_path / "killed", **settings), after(written("scoring/stage.json")))
     shutil.copytree(tmp_path / "killed", tmp_path / "alone")
     runs.run(arguments(tmp_path / "alone", **settings))
     resumed: list[int] = []
@@ -375,7 +375,7 @@ def test_killed_at_any_point_it_ends_the_same(case: str, runs: Runs, tmp_path: P
     assert contents(tmp_path / "killed") == contents(tmp_path / "alone")
     (entry,) = json.loads((tmp_path / "alone" / "summary.json").read_text())["rounds"]
     assert entry["rollouts"] == entry["rollouts_total"] == 16 * 8
-    assert entry["answered_in_distillation"] == (16 * 8 if case == "own" else 0)
+    assert entry["on_policy_rollouts"] == (16 * 8 if case == "own" else 0)
     assert entry["policies"]["student"]["kl_per_token"] > 0
 
 
@@ -385,5 +385,5 @@ def test_two_processes(runs: Runs, tmp_path: Path) -> None:
     two = {**overrides, "trainer.devices": 2, "trainer.strategy": "ddp"}
     runs.run(arguments(tmp_path / "two", **two), processes=2)
     (entry,) = json.loads((tmp_path / "two" / "summary.json").read_text())["rounds"]
-    assert entry["answered_in_distillation"] == 16 * 8
+    assert entry["on_policy_rollouts"] == 16 * 8
     assert entry["policies"]["student"]["kl_per_token"] > 0

@@ -10,23 +10,24 @@ import pytest
 import torch
 from lightning.pytorch.callbacks import Callback
 
-from erpd_lightning.budget.interpolation import Line
-from erpd_lightning.data.predict_data import run_pass
+from erpd_lightning.budget.interpolation import WeightInterpolation
+from erpd_lightning.data.predict_data import BatchList
 from erpd_lightning.data.rollouts import RolloutDataModule
 from erpd_lightning.data.store import Store
 from erpd_lightning.errors import UserError
 from erpd_lightning.metrics import ClusteredRatio
 from erpd_lightning.modules.distill import DistillModule
 from erpd_lightning.modules.policy_module import PolicyModule
-from support.policies import fake_trainer, make_model, make_rows, make_trainer, save_policy, write_rollouts
+from support.policies import make_model, make_rows, save_policy, write_rollouts
+from support.trainers import make_trainer, run_prediction
 
 BUDGET = 0.05
 
 
-def mixed(share: float) -> Any:
+def mixed(alpha: float) -> Any:
     """A policy that is this far from that of seed 0 on the way to that of seed 3."""
     model = make_model(3)
-    Line(make_model(0).parameters(), model.parameters()).move_to(share)
+    WeightInterpolation(make_model(0).parameters(), model.parameters()).move_to(alpha)
     return model
 
 
@@ -40,7 +41,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
         save_policy(folder / name, model)
         module = PolicyModule(folder / name, references={})
         module.configure_model()
-        run_pass(make_data(folder).scoring(name), fake_trainer(module))
+        run_prediction(make_data(folder).scoring(name), module)
     return folder
 
 
@@ -104,8 +105,8 @@ def test_both_budgets_bind(folder: Path) -> None:
     total = 0.8 * unbound
     module = make_student(folder, total)
     (loss,) = fit(module, make_data(folder))
-    assert module.solution is not None
-    prices = (module.solution.beta_base, module.solution.beta_first)
+    assert module.budget.solution is not None
+    prices = (module.budget.solution.beta_base, module.budget.solution.beta_first)
     assert min(prices) > 0
     assert module.beta == pytest.approx(sum(prices))
     to_base, to_first, from_base = own(folder, *prices)
@@ -119,16 +120,16 @@ def test_a_total_budget_that_is_not_spent_changes_nothing(folder: Path) -> None:
     one, two = make_student(folder, None), make_student(folder, 10.0)
     assert fit(one, make_data(folder)) == fit(two, make_data(folder))
     assert one.beta == pytest.approx(two.beta)
-    assert two.solution is not None
-    assert two.solution.beta_first == 0
+    assert two.budget.solution is not None
+    assert two.budget.solution.beta_first == 0
 
 
 def test_landing_keeps_to_the_tighter_budget(folder: Path) -> None:
     """Twice the total budget is spent where the round's is just spent: the search is told of twice the round's."""
     module, spent = make_student(folder, 0.2), {"base": BUDGET, "first": 0.4}
-    line = Line(make_model(0).parameters(), make_model(1).parameters())
-    trainer = SimpleNamespace(datamodule=SimpleNamespace(calibration_batches=lambda purpose: [None]))
-    module._trainer = trainer  # type: ignore[assignment]
+    data = make_data(folder)
+    data.calibration_batches = lambda purpose: BatchList([None])  # type: ignore[method-assign]
+    module._trainer = SimpleNamespace(datamodule=data)  # type: ignore[assignment]
 
     def evaluate(batch: Any, metrics: Any) -> None:
         for name, kl in spent.items():
@@ -136,17 +137,17 @@ def test_landing_keeps_to_the_tighter_budget(folder: Path) -> None:
             metrics[f"kl_per_token/{name}"].update(torch.tensor([kl]), torch.tensor([1.0]))
 
     module.evaluate = evaluate  # type: ignore[assignment, method-assign]
-    assert module._spent(line, 1.0, 0) == pytest.approx(2 * BUDGET)
+    assert module._measure_spent("landing 0") == pytest.approx(2 * BUDGET)
     spent["first"] = 0.1
-    assert module._spent(line, 1.0, 1) == pytest.approx(BUDGET)
+    assert module._measure_spent("landing 1") == pytest.approx(BUDGET)
 
 
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
-        ({"total_budget": 0.0}, r"distill.total_budget is 0.0: it must be a positive, finite number"),
-        ({"total_budget": math.inf}, r"distill.total_budget is inf"),
-        ({"total_budget": 0.1, "kl_budget": None, "beta": 1.0}, "distill.total_budget goes with distill.kl_budget"),
+        ({"total_budget": 0.0}, r"^total_budget is 0.0: it must be a positive, finite number"),
+        ({"total_budget": math.inf}, r"^total_budget is inf"),
+        ({"total_budget": 0.1, "kl_budget": None, "beta": 1.0}, "^total_budget goes with kl_budget"),
     ],
 )
 def test_settings_out_of_range(settings: dict[str, Any], message: str) -> None:
@@ -155,7 +156,7 @@ def test_settings_out_of_range(settings: dict[str, Any], message: str) -> None:
 
 
 def test_a_total_budget_that_excludes_the_round_s(folder: Path) -> None:
-    with pytest.raises(UserError, match=r"distill\.kl_budget: .*out of reach"):
+    with pytest.raises(UserError, match=r"^kl_budget cannot be spent: .*out of reach"):
         fit(make_student(folder, 1e-6, kl_budget=1e-6), make_data(folder))
 
 
@@ -163,5 +164,5 @@ def test_scores_of_the_first_policy_are_needed(folder: Path, tmp_path: Path) -> 
     for name in ("base", "teacher", "unlearned"):
         (tmp_path / "scores").mkdir(exist_ok=True)
         (tmp_path / "scores" / name).symlink_to(folder / "scores" / name)
-    with pytest.raises(UserError, match="distill uses the policies first, which were not scored"):
+    with pytest.raises(UserError, match="distillation uses the policies first, which were not scored"):
         fit(make_student(folder, 0.1), make_data(folder, scores=tmp_path / "scores"))

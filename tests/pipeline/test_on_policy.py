@@ -18,8 +18,9 @@ from erpd_lightning.data.verifiers import Verifier
 from erpd_lightning.errors import UserError
 from erpd_lightning.modules.extreme_region import ExtremeRegionModule
 from support.chain import arguments
-from support.policies import make_trainer, save_policy, token_logps
+from support.policies import save_policy, token_logps
 from support.runs import CHECKPOINT, MODULE, Kill, Runs, after, contents, written
+from support.trainers import make_trainer
 
 PROMPTS = ["1+1=", "2*3-1=", "4-1=", "5*2+3=", "7+2="]
 ITERATIONS = 3
@@ -94,7 +95,7 @@ def test_each_part_is_answered_by_the_policy_of_its_time(
     model = ExtremeRegionModule(policy)
     model.configure_model()
     seen = []
-    for number, path in enumerate(data.stores()):
+    for number, path in enumerate(data.train_data.stores):
         rows = Store.open(path).table().to_pylist()
         seen.append(sorted({row["prompt"] for row in rows}))
         for weights, fits in ((watch.weights[2 * number], True), (watch.weights[2 * number - 1], False)):
@@ -120,7 +121,7 @@ def test_each_part_is_trained_on_for_as_many_epochs(policy: Path, make_data: Cal
     by_epoch: list[set[int]] = [set() for _ in range(2 * ITERATIONS)]
     for epoch, rows in watch.steps:
         by_epoch[epoch] |= rows
-    for number, path in enumerate(data.stores()):
+    for number, path in enumerate(data.train_data.stores):
         table = Store.open(path).table().to_pylist()
         groups: dict[int, list[float]] = {}
         for row in table:
@@ -142,7 +143,7 @@ def test_a_part_that_teaches_nothing_is_a_step_all_the_same(
 def test_epochs_that_cannot_be_shared_out(
     policy: Path, make_data: Callable[..., RolloutDataModule], settings: dict[str, int]
 ) -> None:
-    with pytest.raises(UserError, match=r"must be a multiple of data.iterations \(3\)"):
+    with pytest.raises(UserError, match=r"must be a multiple of iterations \(3\)"):
         fit(policy, make_data(), **settings)
 
 

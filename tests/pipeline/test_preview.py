@@ -14,7 +14,8 @@ import pytest
 import torch
 
 from erpd_lightning.cli.main import ERPDCLI, main
-from erpd_lightning.data.prompts import Prompt, PromptBatch
+from erpd_lightning.data.prompt_batches import PromptBatch
+from erpd_lightning.data.prompts import Prompt
 from erpd_lightning.data.samplers import TransformersSampler
 from erpd_lightning.data.samplers.tilted import TiltedSampler
 from erpd_lightning.data.verifiers import Verifier
@@ -203,7 +204,7 @@ def finished(tmp_path_factory: pytest.TempPathFactory) -> Path:
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr("sys.argv", ["erpd_lightning"])
         ERPDCLI(args=arguments(path, rounds=2))
-    shutil.rmtree(path / "round-2" / "signal")  # The second round is at an earlier stage.
+    shutil.rmtree(path / "round-2" / "scoring")  # The second round is at an earlier stage.
     return path
 
 
@@ -345,7 +346,7 @@ def test_without_matplotlib_there_is_still_the_table(
         (["--budgets=[40]"], r"budgets: a KL budget of 40 nats per token is out of reach"),
         (["--budgets=much"], r"budgets: expected"),
         (["--round=3"], r"round is 3: it must lie between 1 and rounds \(2\)"),
-        (["--round=2"], r"round 2 of .*run has no finished stage signal.*: run fit --stage signal"),
+        (["--round=2"], r"round 2 of .*run has no finished stage scoring.*: run fit --stage scoring"),
         (["--data.max_validation_prompts=0"], r"data\.max_validation_prompts is 0"),
     ],
 )
@@ -358,7 +359,7 @@ def test_mistakes(refused: Command, run_dir: Path, given: list[str], message: st
 def test_a_run_that_has_nothing_to_preview(refused: Command, run_dir: Path, tmp_path: Path) -> None:
     assert "no round of" in refused(f"--run_dir={tmp_path / 'none'}")
     assert not (tmp_path / "none").exists()
-    shutil.rmtree(run_dir / "round-1" / "signal" / "unlearned")
+    shutil.rmtree(run_dir / "round-1" / "scoring" / "unlearned")
     assert "uses the policies unlearned, which are not scored" in refused()
 
 
@@ -366,6 +367,6 @@ def test_policies_that_changed_since_they_were_scored(refused: Command, run_dir:
     teacher = run_dir / "round-1" / "extreme_region" / "teacher"
     shutil.rmtree(teacher)
     shutil.copytree(run_dir / "base", teacher)
-    assert refused() == f"{teacher} is not the policy that the stage signal of round 1 scored"
+    assert refused() == f"{teacher} is not the policy that the stage scoring of round 1 scored"
     shutil.rmtree(teacher)
     assert "teacher" in refused()

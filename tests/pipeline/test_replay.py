@@ -17,8 +17,9 @@ from erpd_lightning.data.store import Store
 from erpd_lightning.errors import UserError
 from erpd_lightning.modules.extreme_region import ExtremeRegionModule
 from support.chain import arguments
-from support.policies import make_rows, make_trainer, save_policy, write_rollouts
+from support.policies import make_rows, save_policy, write_rollouts
 from support.runs import MODULE, Kill, Runs, contents, written
+from support.trainers import make_trainer
 
 ROUNDS = ("now", "before", "first")
 
@@ -38,7 +39,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def make_data(folder: Path, store: str = "now", earlier: Sequence[str] = ROUNDS[1:], **how: Any) -> RolloutDataModule:
     stores = [folder / name for name in earlier]
-    settings: dict[str, Any] = {"earlier": stores, "batch_size": 64, **how}
+    settings: dict[str, Any] = {"replay_stores": stores, "batch_size": 64, **how}
     return RolloutDataModule(folder / store, tokenizer=folder / "base", **settings)
 
 
@@ -53,17 +54,17 @@ def train(folder: Path, data: RolloutDataModule, *callbacks: Any) -> tuple[dict[
 def test_what_is_trained_on(folder: Path, replay: int, names: Sequence[str]) -> None:
     """The round's own rollouts first, and of every round what it would be alone."""
     data = make_data(folder, replay=replay)
-    alone = [make_data(folder, name, earlier=[]) for name in names]
+    alone = [make_data(folder, name, replay_stores=[]) for name in names]
     assert torch.equal(data.rollouts.rewards, torch.cat([part.rollouts.rewards for part in alone]))
     assert torch.equal(data.rollouts.logps, torch.cat([part.rollouts.logps for part in alone]))
-    assert torch.equal(data.advantages, torch.cat([part.advantages for part in alone]))
-    assert torch.equal(data.checked, torch.cat([part.checked for part in alone]))
+    assert torch.equal(data.stored.advantages, torch.cat([part.stored.advantages for part in alone]))
+    assert torch.equal(data.stored.checked, torch.cat([part.stored.checked for part in alone]))
     assert len(set(data.rollouts.groups.tolist())) == sum(2 + number for number in range(len(names)))
 
 
 def test_what_is_scored_and_distilled_is_of_this_round(folder: Path) -> None:
-    data = make_data(folder, replay=2, scores=folder / "signal")
-    assert len(data.rollouts.rewards) == len(data.checked) == 8
+    data = make_data(folder, replay=2, scores=folder / "scoring")
+    assert len(data.rollouts.rewards) == len(data.stored.checked) == 8
 
 
 def test_training_is_as_on_one_store_of_all(folder: Path, tmp_path: Path) -> None:
@@ -91,7 +92,7 @@ def test_a_budget_takes_no_estimate_from_the_samples_of_others(folder: Path, rep
 def test_an_altered_store_is_noticed(folder: Path, tmp_path: Path) -> None:
     write_rollouts(tmp_path / "before", make_rows())
     (tmp_path / "before" / "part-00000.parquet").write_bytes(b"altered")
-    data = RolloutDataModule(folder / "now", tokenizer=folder / "base", earlier=[tmp_path / "before"], replay=1)
+    data = RolloutDataModule(folder / "now", tokenizer=folder / "base", replay_stores=[tmp_path / "before"], replay=1)
     with pytest.raises(UserError, match="was altered or truncated"):
         _ = data.rollouts
 
@@ -99,8 +100,8 @@ def test_an_altered_store_is_noticed(folder: Path, tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
-        ({"replay": -1}, "data.replay is -1: it must be at least 0"),
-        ({"replay": 1, "iterations": 2}, r"data.replay is 1, but data.iterations \(2\) is above 1"),
+        ({"replay": -1}, "^replay is -1: it must be at least 0"),
+        ({"replay": 1, "iterations": 2}, r"^replay is 1, but iterations \(2\) is above 1"),
     ],
 )
 def test_values_out_of_range(folder: Path, settings: dict[str, Any], message: str) -> None:
@@ -111,7 +112,7 @@ def test_values_out_of_range(folder: Path, settings: dict[str, Any], message: st
 def test_an_estimate_of_the_kl_from_the_samples_of_others(folder: Path) -> None:
     module = ExtremeRegionModule(folder / "base", kl_coef=0.1, kl_estimator="k2")
     module.check_rollouts(make_data(folder))
-    with pytest.raises(UserError, match=r"kl_estimator is k2, .* with data.replay some are those of the base policies"):
+    with pytest.raises(UserError, match=r"kl_estimator is k2, .* with replay some are those of the base policies"):
         module.check_rollouts(make_data(folder, replay=1))
 
 
@@ -138,7 +139,7 @@ def test_in_the_chain(runs: Runs, tmp_path: Path, monkeypatch: pytest.MonkeyPatc
     records = {
         (number, stage): json.loads((tmp_path / "alone" / f"round-{number}" / stage / "stage.json").read_text())
         for number in (1, 2)
-        for stage in ("extreme_region", "unlearned", "signal", "distill")
+        for stage in ("extreme_region", "unlearned", "scoring", "distill")
     }
     assert {place for place, record in records.items() if "replayed" in record["inputs"]} == {
         (2, "extreme_region"),

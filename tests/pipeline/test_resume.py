@@ -13,14 +13,14 @@ from pathlib import Path
 import pytest
 
 from support.chain import arguments
-from support.runs import CHECKPOINT, MODULE, Kill, Runs, after, contents, without_seconds, written
+from support.runs import CHECKPOINT, EVALUATION, MODULE, Kill, Runs, after, contents, without_seconds, written
 
 STAGES = {
     "base": "prepare",
     "rollouts": "round-1/rollouts",
     "extreme_region": "round-1/extreme_region",
     "unlearned": "round-1/unlearned",
-    "signal": "round-1/signal",
+    "scoring": "round-1/scoring",
     "distill": "round-1/distill",
     "evaluation": "round-1/evaluation",
 }
@@ -52,7 +52,7 @@ KILLS = {
     "extreme_region": [
         after(written(CHECKPOINT, trains=True)),
         Kill(f"{MODULE}.on_train_epoch_end", trains=True),  # after the last step of the epoch, and its validation
-        Kill(f"{MODULE}.evaluate", trains=True),
+        Kill(f"{EVALUATION}.evaluate", trains=True),
         Kill(f"{MODULE}.export"),
         Kill("open", r"teacher\.partial/config\.json"),
         after(written("extreme_region/teacher")),
@@ -60,24 +60,28 @@ KILLS = {
     "unlearned": [
         written(CHECKPOINT + r"\.partial"),
     ],
-    "signal": [
-        written(r"signal/base/part-00001\.parquet"),
-        written("signal/teacher/manifest.json"),
+    "scoring": [
+        written(r"scoring/base/part-00001\.parquet"),
+        written("scoring/teacher/manifest.json"),
     ],
     "distill": [
         Kill(f"{MODULE}.training_step", count=8, trains=True),
-        Kill(f"{MODULE}.evaluate", count=2, trains=True),  # in the middle of an epoch, at step 4
+        Kill(
+            "erpd_lightning.modules.evaluation:EvaluationModule.evaluate", count=2, trains=True
+        ),  # in the middle of an epoch, at step 4
         Kill("erpd_lightning.modules.distill:DistillModule.on_validation_epoch_end", count=2, trains=True),
         after(written(r"step=8\.ckpt", trains=True)),  # between two epochs
         written(CHECKPOINT, count=2, trains=True),
-        Kill("erpd_lightning.budget.interpolation:Line.move_to", count=2),  # between the trained student and the budget
+        Kill(
+            "erpd_lightning.budget.interpolation:WeightInterpolation.move_to", count=2
+        ),  # between the trained student and the budget
         Kill(f"{MODULE}.export"),
     ],
     "evaluation": [
-        Kill(f"{MODULE}.evaluate"),
+        Kill(f"{EVALUATION}.evaluate"),
         written("evaluation/teacher/stage.json"),
         after(written("evaluation/teacher/stage.json")),
-        Kill(f"{MODULE}.evaluate", count=2),
+        Kill(f"{EVALUATION}.evaluate", count=2),
     ],
 }
 """For each stage where it is killed, in this order, before it is let be."""
@@ -149,7 +153,7 @@ def test_a_stage_killed_at_any_point_ends_the_same(stage: str, runs: Runs, refer
             assert steps[0] == resumed, f"began with step {steps[0]}, not with the checkpoint's, before {kill}"
         resumed = saved_steps(run_dir, stage) if kill.trains else None
         assert resumed != 0, f"{kill} came before any checkpoint"
-        if stage in ("rollouts", "signal"):
+        if stage in ("rollouts", "scoring"):
             assert kept.items() <= parts(run_dir, stage).items(), f"parts were made again before {kill}"
             kept = parts(run_dir, stage)
     later = tuple(follows(stage))

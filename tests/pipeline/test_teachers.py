@@ -10,17 +10,18 @@ import torch
 from lightning.pytorch.callbacks import Callback
 
 from erpd_lightning.cli.main import ERPDCLI
-from erpd_lightning.data.prompts import PromptBatch
+from erpd_lightning.data.prompt_batches import PromptBatch
 from erpd_lightning.data.rollouts import RolloutDataModule
 from erpd_lightning.data.samplers import TransformersSampler
 from erpd_lightning.errors import UserError
 from erpd_lightning.modules.extreme_region import ExtremeRegionModule
 from erpd_lightning.objectives.signal import AutoSignal, Signal, Term
 from erpd_lightning.objectives.tilted_policy import UnreachableBudget, tilted_kl
-from erpd_lightning.pipeline.signal_search import Candidate, Preview, choose, within
+from erpd_lightning.pipeline.signal_search import Candidate, Preview, candidates_within_budget, choose
 from support.chain import arguments
-from support.policies import make_rows, make_trainer, save_policy, write_rollouts
+from support.policies import make_rows, save_policy, write_rollouts
 from support.runs import MODULE, Kill, Runs, after, contents, written
+from support.trainers import make_trainer
 
 ACCURACY = [0.1, 0.5, 0.3, 0.5]
 KL = [0.01, 0.05, 0.2, 0.4]
@@ -88,16 +89,16 @@ def test_a_teacher_stops_where_its_kl_passes_a_threshold(folder: Path, threshold
 
 
 def test_the_best_of_nothing(folder: Path) -> None:
-    with pytest.raises(UserError, match=r"extreme_region\.keep is best, but nothing was validated"):
+    with pytest.raises(UserError, match=r"^keep is best, but nothing was validated"):
         train(folder, validate=False, keep="best", epochs=1)
 
 
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
-        ({"keep": "first"}, "extreme_region.keep is 'first': it must be last or best"),
-        ({"stop_at_kl": 0.0}, "extreme_region.stop_at_kl is 0.0"),
-        ({"stop_at_kl": 0.1, "references": {}}, "extreme_region.stop_at_kl needs the reference `base`"),
+        ({"keep": "first"}, "^keep is 'first': it must be last or best"),
+        ({"stop_at_kl": 0.0}, "^stop_at_kl is 0.0"),
+        ({"stop_at_kl": 0.1, "references": {}}, "^stop_at_kl needs the reference `base`"),
     ],
 )
 def test_choices_out_of_range(settings: dict[str, Any], message: str) -> None:
@@ -148,7 +149,7 @@ def some_scores() -> dict[str, torch.Tensor]:
 
 def test_candidates_within_the_budget() -> None:
     scores = some_scores()
-    found = within(AutoSignal(teachers=["far", "near", "same"], shares=[0.5]), 0.05, scores)
+    found = candidates_within_budget(AutoSignal(teachers=["far", "near", "same"], shares=[0.5]), 0.05, scores)
     names = [candidate.name for candidate in found]
     assert [name.split(",")[0] for name in names] == [
         *("far/unlearned", "far/base", "near/unlearned", "near/base", "same/unlearned"),
@@ -159,7 +160,7 @@ def test_candidates_within_the_budget() -> None:
     far = float(tilted_kl(scores["base"], scores["far"] - scores["base"], 1.0).mean())
     assert far > 0.05
     with pytest.raises(UnreachableBudget, match="no candidate of the signal"):
-        within(AutoSignal(teachers=["same"], denominators=["base"], themselves=[]), 0.05, scores)
+        candidates_within_budget(AutoSignal(teachers=["same"], denominators=["base"], themselves=[]), 0.05, scores)
 
 
 def row(name: str, *right: float) -> Preview:
@@ -234,8 +235,8 @@ def test_killed_at_any_point_it_ends_the_same(runs: Runs, options: list[str], tm
         Kill(f"{MODULE}.export", count=2),  # after the base policy's; training was stopped by the KL
         written("teachers/wrong/stage.json"),
         Kill("erpd_lightning.data.samplers.tilted:TiltedSampler.sample", count=2),
-        written("choice/stage.json"),
-        after(written("choice/stage.json")),
+        written("signal_selection/stage.json"),
+        after(written("signal_selection/stage.json")),
     ):
         runs.run(killed, kill)
     runs.run(killed)

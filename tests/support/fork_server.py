@@ -93,7 +93,7 @@ def run(case: dict[str, Any]) -> None:
         with open(case["steps"], "a") as file:
             print(module.global_step, file=file)
 
-    before_call("erpd_lightning.modules.policy_module:PolicyModule.training_step", note_step)
+    before_call("erpd_lightning.modules.training:TrainingModule.training_step", note_step)
     sys.argv = ["erpd_lightning", *case["argv"]]
     from erpd_lightning.cli.main import main
 

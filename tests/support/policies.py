@@ -2,12 +2,10 @@
 
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import torch
 import transformers
-from lightning.pytorch import Callback, Trainer
 from torch import Tensor
 
 from erpd_lightning.data.arithmetic import Arithmetic
@@ -140,30 +138,3 @@ def write_rollouts(path: Path, rows: Sequence[dict[str, Any]]) -> Store:
     writer = StoreWriter(path, ROLLOUTS, {})
     writer.write_part(0, {name: [row[name] for row in rows] for name in ROLLOUTS.names})
     return writer.finish(1)
-
-
-def make_trainer(*callbacks: Callback, **settings: Any) -> Trainer:
-    """A real one on the CPU that writes nothing, neither to the disk nor to the terminal."""
-    defaults: dict[str, Any] = {
-        "accelerator": "cpu",
-        "devices": 1,
-        "logger": False,
-        "enable_checkpointing": False,
-        "enable_progress_bar": False,
-        "enable_model_summary": False,
-        "num_sanity_val_steps": 0,
-        "callbacks": [*callbacks],
-    }
-    return Trainer(**{**defaults, **settings})
-
-
-def fake_trainer(module: Any, rank: int = 0, world_size: int = 1) -> Any:
-    """As much of a trainer as passes and data loaders ask for, on one of several ranks."""
-    return SimpleNamespace(
-        lightning_module=module,
-        distributed_sampler_kwargs={"rank": rank, "num_replicas": world_size},
-        is_global_zero=rank == 0,
-        strategy=SimpleNamespace(barrier=lambda *_: None),
-        accumulate_grad_batches=1,
-        state=SimpleNamespace(fn=None),
-    )

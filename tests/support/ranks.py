@@ -17,16 +17,17 @@ import torch
 from lightning.pytorch import Callback, Trainer
 from torch import Tensor
 
-from erpd_lightning.budget.interpolation import Measured
+from erpd_lightning.budget.search import Measurement
 from erpd_lightning.callbacks import BudgetExceeded, KLBudget
 from erpd_lightning.data.batching import RolloutBatch
 from erpd_lightning.data.rollouts import RolloutDataModule
 from erpd_lightning.data.samplers import TransformersSampler
 from erpd_lightning.data.verifiers import Verifier
 from erpd_lightning.modules.distill import DistillModule
+from erpd_lightning.modules.evaluation import EvaluationModule, EvaluationWithSamples
 from erpd_lightning.modules.extreme_region import ExtremeRegionModule
-from erpd_lightning.modules.policy_module import PolicyModule, TrainingDiverged
-from erpd_lightning.modules.sample_keeper import SampleKeeper
+from erpd_lightning.modules.policy_module import PolicyModule
+from erpd_lightning.modules.training import TrainingDiverged
 from erpd_lightning.objectives.extreme import CrossEntropy
 from erpd_lightning.objectives.regression import SquaredError
 from support.fork_server import exit_code, meeting_place
@@ -136,7 +137,7 @@ def held_out(folder: Path, batch_size: int) -> RolloutDataModule:
 
 def validation(folder: Path, processes: int, batch_size: int) -> dict[str, float]:
     """What validation says of a policy that is far from its base."""
-    module = PolicyModule(folder / "teacher", references={"base": str(folder / "base")})
+    module = EvaluationModule(folder / "teacher", references={"base": str(folder / "base")})
     trainer = make_trainer(processes)
     trainer.limit_val_batches = 1.0
     trainer.validate(module, datamodule=held_out(folder, batch_size), verbose=False)
@@ -151,15 +152,15 @@ def samples_file(folder: Path, processes: int, batch_size: int) -> Path:
 def keep(folder: Path, processes: int, batch_size: int) -> None:
     """Test that policy, and keep its responses."""
     references = {"base": str(folder / "base")}
-    module = SampleKeeper(folder / "teacher", references, samples_file(folder, processes, batch_size))
+    module = EvaluationWithSamples(folder / "teacher", references, samples_file(folder, processes, batch_size))
     make_trainer(processes).test(module, datamodule=held_out(folder, batch_size), verbose=False)
 
 
 class Broken(ExtremeRegionModule):
     """Its second step is not finite, on one process alone."""
 
-    def terms(self, batch: RolloutBatch) -> tuple[Tensor, dict[str, Tensor]]:
-        terms, values = super().terms(batch)
+    def batch_loss(self, batch: RolloutBatch) -> tuple[Tensor, dict[str, Tensor]]:
+        terms, values = super().batch_loss(batch)
         return terms * (torch.nan if (self.global_step, self.global_rank) == (1, 1) else 1.0), values
 
 
@@ -181,8 +182,8 @@ def divergence(folder: Path, processes: int) -> dict[str, Any]:
 class OneSees(KLBudget):
     """The second step is outside the budget, on one process alone."""
 
-    def _measure(self, trainer: Any, module: Any, purpose: str, stderr: float = math.inf) -> Measured:
-        return Measured(2.0 if (trainer.global_step, trainer.global_rank) == (2, 1) else 0.5, 0.0)
+    def _measure(self, trainer: Any, module: Any, purpose: str, stderr: float = math.inf) -> Measurement:
+        return Measurement(2.0 if (trainer.global_step, trainer.global_rank) == (2, 1) else 0.5, 0.0)
 
 
 def budgets(folder: Path, processes: int) -> dict[str, Any]:

@@ -14,7 +14,8 @@ from typing import Any
 
 ROOT = Path(__file__).parents[2]
 
-MODULE = "erpd_lightning.modules.policy_module:PolicyModule"
+MODULE = "erpd_lightning.modules.training:TrainingModule"
+EVALUATION = "erpd_lightning.modules.evaluation:EvaluationModule"
 CHECKPOINT = r"step=\d+\.ckpt"
 
 

@@ -24,7 +24,7 @@ from erpd_lightning.callbacks import CollapseMonitor, Limit, SampleTable
 from erpd_lightning.data.rollouts import RolloutDataModule
 from erpd_lightning.data.samplers import TransformersSampler
 from erpd_lightning.modules.extreme_region import ExtremeRegionModule
-from erpd_lightning.modules.policy_module import TrainingDiverged
+from erpd_lightning.modules.training import TrainingDiverged
 from support import ranks
 from support.runs import ROOT
 

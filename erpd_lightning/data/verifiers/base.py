@@ -9,7 +9,7 @@ class Verifier(ABC):
 
     @abstractmethod
     def __call__(self, responses: Sequence[str], answers: Sequence[str]) -> list[float | None]:
-        """The reward of each response: 1.0 right, 0.0 wrong, None where it could not be checked."""
+        """The reward of each response: 1.0 correct, 0.0 incorrect, None where it could not be checked."""
 
 
 class Unverified(Verifier):

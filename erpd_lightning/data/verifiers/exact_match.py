@@ -12,7 +12,7 @@ class ExactMatch(Verifier):
 
     Args:
         pattern: A regular expression with one group; the last match in the response is its answer. A response
-            without a match is wrong.
+            without a match is incorrect.
     """
 
     def __init__(self, pattern: str = r"=\s*(-?\d+)\s*$") -> None:

@@ -8,7 +8,7 @@ from lightning.pytorch.utilities.seed import isolate_rng
 
 
 @contextmanager
-def undisturbed(trainer: Trainer, module: LightningModule) -> Iterator[None]:
+def eval_mode(trainer: Trainer, module: LightningModule) -> Iterator[None]:
     """Evaluation mode, in the trainer's precision; afterwards random state and the mode of every part are as before."""
     modes = [(part, part.training) for part in module.modules()]
     module.eval()

@@ -1,0 +1,202 @@
+"""The stages of a round: what each is made from, what it does, and what it leaves behind."""
+
+import hashlib
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import torch
+
+from ..data.batching import RolloutTable
+from ..data.samples import SAMPLES_FILE
+from ..data.store import Store
+from ..errors import UserError
+from ..models.policy import policy_fingerprint
+from ..modules.distill import DistillModule
+from ..modules.evaluation import EvaluationWithSamples
+from ..objectives.signal import AutoSignal, Signal, Term
+from ..objectives.tilted_policy import UnreachableBudget
+from .records import Record
+from .run import Run
+from .signal_search import candidates_within_budget, choose, load_models, preview
+from .stages import Stages
+
+
+@dataclass
+class RoundStages:
+    """The stages of the rounds of a run, each skipped where it is done.
+
+    Args:
+        run: The run.
+        stages: Runs a stage, or skips it.
+    """
+
+    run: Run
+    stages: Stages
+
+    def rollouts(self, number: int, base: str) -> Record:
+        """Sample and verify the round's rollouts."""
+        folder = self.run.round_dir(number) / "rollouts"
+
+        def body() -> Record:
+            data = self.run.data(number)
+            data.check_groups(self.run.builder.module("extreme_region", policy="").needs_groups)
+            self.stages.predict("rollouts", folder, self.run.student(number - 1), data.sampling())
+            return _outcome([Store.open(folder, verify=False)])
+
+        inputs = {"base": base, **self.run.prompt_files()}
+        about = "sampling and verifying responses of the base policy"
+        record = self.stages.run("rollouts", number, folder, about, inputs, body)
+        Store.open(folder)  # An altered store must not be trained on.
+        return record
+
+    def extreme_region(self, stage: str, name: str, number: int, inputs: dict[str, str]) -> Record:
+        """Train a teacher, an unlearned policy, or the student of a method of one stage, on the rollouts."""
+        folder = self.run.round_dir(number) / stage.replace(".", "/")
+        if replayed := self.run.data(number).train_data.train_stores[1:]:
+            prints = [Store.open(path, verify=False).fingerprint for path in replayed]
+            inputs = {**inputs, "replayed": _together(prints)}
+        path = {**self.run.policies(number), "student": self.run.student(number)}[name]
+
+        def body() -> Record:
+            module = self.run.builder.module(stage, policy=self.run.student(number - 1))
+            data = self.run.data(number)
+            warnings = self.stages.fit(stage, folder, module, data)
+            module.export(path, tokenizer=self.run.student(0))
+            sampled = _outcome([Store.open(store) for store in data.train_data.stores]) if self.run.iterates else {}
+            return {"policy": policy_fingerprint(path), "warnings": warnings, **sampled}
+
+        about = {
+            "teacher": "driving a teacher far from the base policy on the fixed rollouts",
+            "unlearned": "driving an unlearned policy the other way",
+            "student": "training the student on its own fresh rollouts"
+            if self.run.iterates
+            else "training the student on the fixed rollouts",
+        }.get(name, f"driving {name} away from the base policy on the fixed rollouts")
+        return self.stages.run(stage, number, folder, about, inputs, body)
+
+    def scoring(self, number: int, inputs: dict[str, str]) -> Record:
+        """Score the rollouts with each policy."""
+        folder = self.run.round_dir(number) / "scoring"
+
+        def body() -> Record:
+            data = self.run.data(number, with_scores=True)
+            for name, path in self.run.scored(number).items():
+                self.stages.predict("scoring", folder, path, data.scoring(name))
+            prints = [Store.open(folder / n, verify=False).fingerprint for n in self.run.scored(number)]
+            return {"fingerprint": _together(prints)}
+
+        about = "scoring the rollouts once with each policy"
+        record = self.stages.run("scoring", number, folder, about, inputs, body)
+        for name in self.run.scored(number):
+            Store.open(folder / name)
+        return record
+
+    def select_signal(self, number: int, auto: AutoSignal, inputs: dict[str, str]) -> Record:
+        """Choose the signal by preview."""
+        folder = self.run.round_dir(number) / "signal_selection"
+
+        def body() -> Record:
+            data = self.run.data(number, with_scores=True)
+            names = auto.policies
+            scores = {name: data.rollouts.flat_scores(name) for name in {"base", *names}}
+            assert self.run.distillation.kl_budget is not None
+            try:
+                candidates = candidates_within_budget(auto, self.run.distillation.kl_budget, scores)
+            except UnreachableBudget as error:
+                raise UserError(f"distill.kl_budget: {error}") from error
+            batches = list(data.batcher.batches(data.prompt_plan.previewed, auto.samples, "choice"))
+            trainer = self.run.builder.trainer("signal_selection", logger=False)
+            paths = {name: path for name, path in self.run.policies(number).items() if name in scores}
+            models = load_models(paths, trainer)
+            with trainer.precision_plugin.forward_context():
+                rows = preview(candidates, models, scores, batches)
+            best = choose(rows)
+            return {
+                "name": best.candidate.name,
+                "terms": [asdict(term) for term in best.candidate.signal.terms],
+                "budget": best.candidate.budget or best.kl_on_stored_states,
+                "rollouts": sum(row.samples for row in rows),
+                "candidates": [row.record() for row in rows],
+            }
+
+        about = f"choosing among {len(auto.candidates())} signals by decoding from them"
+        return self.stages.run("signal_selection", number, folder, about, inputs, body)
+
+    def distill(self, number: int, inputs: dict[str, str], selection: Record | None) -> Record:
+        """Distil the signal into the student."""
+        folder = self.run.round_dir(number) / "distill"
+        chosen: Record = {}
+        if selection is not None:
+            chosen = {"signal": Signal([Term(**term) for term in selection["terms"]]), "kl_budget": selection["budget"]}
+
+        def body() -> Record:
+            references = {"base": str(self.run.student(number - 1))}
+            if "first" in self.run.scored(number):
+                references["first"] = str(self.run.student(0))
+            policies = {name: str(path) for name, path in self.run.scored(number).items()}
+            module = self.run.builder.module(
+                "distill", policy=self.run.student(number - 1), references=references, policies=policies, **chosen
+            )
+            assert isinstance(module, DistillModule)
+            data = self.run.data(number, with_scores=True)
+            warnings = self.stages.fit("distill", folder, module, data)
+            own = data.train_data.stores if module.iterations > 1 else []
+            on_policy = sum(Store.open(path).rows for path in own)
+            module.export(self.run.student(number), tokenizer=self.run.student(0))
+            budget = module.budget
+            return {
+                "policy": policy_fingerprint(self.run.student(number)),
+                "warnings": warnings,
+                "spending": {
+                    "budget": budget.kl_budget,
+                    "total_budget": budget.total_budget,
+                    "effective_budget": budget.effective_budget,
+                    "beta": budget.beta,
+                    "beta_first": None if budget.solution is None else budget.solution.beta_first,
+                    "kl_on_stored_states": None if budget.solution is None else budget.solution.kl_base,
+                    "on_policy_rollouts": on_policy,
+                    "alpha": None if budget.fit is None else budget.fit.alpha,
+                },
+            }
+
+        about = "distilling the signal back into the base policy under the KL budget"
+        return self.stages.run("distill", number, folder, about, inputs, body)
+
+    def evaluate(self, number: int, inputs: dict[str, str]) -> None:
+        """Measure every policy of the round on fresh samples for held-out prompts."""
+        policies = {**self.run.policies(number), "student": self.run.student(number)}
+        for name, path in policies.items():
+            folder = self.run.round_dir(number) / "evaluation" / name
+
+            def body(path: Path | str = path, folder: Path = folder) -> Record:
+                data = self.run.data(number)
+                references = {"base": str(self.run.student(number - 1)), "first": str(self.run.student(0))}
+                module = EvaluationWithSamples(path, references, folder / SAMPLES_FILE)
+                trainer = self.run.builder.trainer("evaluation", default_root_dir=folder, logger=False)
+                trainer.test(module, datamodule=data, verbose=False)
+                measured = {key.removeprefix("test/"): float(value) for key, value in trainer.callback_metrics.items()}
+                sizes = {
+                    "prompts": len(data.prompt_plan.held_out),
+                    "samples_per_prompt": data.validation_samples,
+                }
+                return {**measured, **sizes}
+
+            about = f"measuring {name} on fresh samples for held-out prompts"
+            prints = {key: inputs[key] for key in ("base", name)}
+            self.stages.run("evaluation", number, folder, about, prints, body)
+
+
+def _outcome(stores: list[Store]) -> Record:
+    """What a record says of rollouts."""
+    rewards = torch.cat([RolloutTable.from_arrow(store.table()).rewards for store in stores])
+    prints = [store.fingerprint for store in stores]
+    return {
+        "fingerprint": prints[0] if len(prints) == 1 else _together(prints),
+        "rollouts": len(rewards),
+        "mean_reward": float(rewards.mean()),
+    }
+
+
+def _together(fingerprints: list[str]) -> str:
+    """One fingerprint for several."""
+    return hashlib.sha256("".join(fingerprints).encode()).hexdigest()
