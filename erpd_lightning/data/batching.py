@@ -7,6 +7,7 @@ from typing import Any
 
 import numpy as np
 import pyarrow as pa
+import pyarrow.compute as pc
 import torch
 from torch import Tensor
 
@@ -34,6 +35,7 @@ class RolloutBatch:
         step_tokens: Response tokens of the whole optimiser step, all ranks and micro-batches.
         step_responses: Responses of the whole optimiser step.
         last: Whether this is the step's last micro-batch.
+        temperature: At which the responses were drawn.
         scores: Per policy (B, T, K+1) float32 log-probs of the support and, last, of the tail, in
             nats; unused support slots hold `LOG_ZERO`. Positions that are padding put all mass on
             the tail, so that what is computed there is finite.
@@ -54,6 +56,7 @@ class RolloutBatch:
     step_tokens: int
     step_responses: int
     last: bool
+    temperature: float
     scores: dict[str, Tensor] | None = None
     support_ids: Tensor | None = None
     token_scores: dict[str, Tensor] | None = None
@@ -160,6 +163,7 @@ class RolloutTable:
         logps: Flat float32, the sampler's log-probs of `response_ids` (nats).
         rewards: (N,) float32.
         groups: (N,) long.
+        temperature: At which the responses were drawn; one for all, since what is said of a policy holds at one.
         scores: Per policy its scores, all on the same rows and supports.
     """
 
@@ -170,6 +174,7 @@ class RolloutTable:
     logps: Tensor
     rewards: Tensor
     groups: Tensor
+    temperature: float
     scores: dict[str, ScoreTable] = field(default_factory=dict)
 
     @classmethod
@@ -178,7 +183,8 @@ class RolloutTable:
 
         Raises:
             UserError: a prompt without tokens, log-probs that are not one per response token, or
-                scores that were made for other rollouts or on different supports.
+                scores that were made for other rollouts or on different supports, or several
+                temperatures.
         """
         prompt_ids, prompt_offsets = _ragged(table["prompt_ids"])
         response_ids, response_offsets = _ragged(table["response_ids"])
@@ -198,6 +204,7 @@ class RolloutTable:
             logps,
             _flat(table["reward"]),
             _flat(table["group"]),
+            _one_temperature(table["temperature"]),
             dict(scores or {}),
         )
 
@@ -281,6 +288,7 @@ class RolloutTable:
             step_tokens=step_tokens,
             step_responses=step_responses,
             last=last,
+            temperature=self.temperature,
             **self._batch_scores(rows, token, mask),
         )
 
@@ -317,6 +325,21 @@ class RolloutTable:
                 f"scores of {name!r} and {next(iter(self.scores))!r} are on different supports; "
                 "score all policies on the same ones"
             )
+
+
+def _one_temperature(column: pa.ChunkedArray) -> float:
+    """The temperature of all responses.
+
+    Raises:
+        UserError: If there are several.
+    """
+    found = sorted(pc.unique(column).to_pylist())
+    if len(found) > 1:
+        raise UserError(
+            f"rollouts: responses were drawn at the temperatures {', '.join(f'{t:g}' for t in found)}; ratios and KL "
+            "hold at one: train on rollouts of one temperature"
+        )
+    return float(found[0]) if found else 1.0
 
 
 def _take(flat: Tensor, index: Tensor) -> Tensor:

@@ -21,6 +21,7 @@ def write_demonstrations(task: Arithmetic, seed: int, path: Path) -> Store:
             "prompt_ids": tokenizer(list(prompts)).input_ids,
             "response_ids": responses,
             "logps": [[0.0] * len(ids) for ids in responses],
+            "temperature": [1.0] * count,
             "reward": [1.0] * count,
             "finish_reason": ["stop"] * count,
             "checked": [True] * count,

@@ -80,6 +80,7 @@ class PromptBatch:
             "prompt_ids": [self.prompt_ids[i] for i in repeated],
             "response_ids": [r.ids for r in responses],
             "logps": [r.logps for r in responses],
+            "temperature": [self.sampler.temperature] * len(responses),
             "reward": [reward or 0.0 for reward in rewards],
             "finish_reason": [r.finish_reason for r in responses],
             "checked": [reward is not None for reward in rewards],

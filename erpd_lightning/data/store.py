@@ -20,7 +20,7 @@ import pyarrow.parquet as pq
 from ..errors import UserError
 from ..files import atomic_write, disk_full_named, sha256_file
 
-VERSION = 1
+VERSION = 2
 MANIFEST = "manifest.json"
 
 
@@ -37,6 +37,7 @@ ROLLOUTS = _schema(
         "prompt_ids": pa.list_(pa.int32()),
         "response_ids": pa.list_(pa.int32()),
         "logps": pa.list_(pa.float32()),
+        "temperature": pa.float64(),
         "reward": pa.float32(),
         "finish_reason": pa.string(),
         "checked": pa.bool_(),
@@ -46,7 +47,7 @@ ROLLOUTS = _schema(
     },
 )
 """One row per response. `group` numbers the prompt, `sample` the response within it; `logps` are
-the sampler's log-probs of `response_ids` (nats); `finish_reason` is "stop" or "length"; `checked`
+the sampler's log-probs of `response_ids` (nats) at its `temperature`; `finish_reason` is "stop" or "length"; `checked`
 is false where the verifier could not decide."""
 
 SCORES = _schema(

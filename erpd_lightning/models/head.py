@@ -44,12 +44,14 @@ class Head:
         bias: `(V,)`, or None.
         scale: Factor of the logits.
         softcap: Bound on the scaled logits, by `softcap * tanh(logits / softcap)`; None for none.
+        temperature: What the logits are divided by in the end: the policy is the one that samples at it.
     """
 
     weight: Tensor
     bias: Tensor | None = None
     scale: float = 1.0
     softcap: float | None = None
+    temperature: float = 1.0
 
     @classmethod
     def of(cls, model: Any) -> "Head":
@@ -72,7 +74,9 @@ class Head:
         """`(N, D)` hidden states to `(N, V)` logits, in float32 (float64 for a head in float64)."""
         logits = F.linear(hidden.to(self.weight.dtype), self.weight, self.bias)
         logits = logits.to(torch.promote_types(logits.dtype, torch.float32)) * self.scale
-        return logits if self.softcap is None else self.softcap * torch.tanh(logits / self.softcap)
+        if self.softcap is not None:
+            logits = self.softcap * torch.tanh(logits / self.softcap)
+        return logits if self.temperature == 1 else logits / self.temperature
 
     def logps(self, hidden: Tensor) -> Tensor:
         """`(N, D)` hidden states to `(N, V)` log-probs, in nats."""

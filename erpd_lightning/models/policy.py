@@ -2,6 +2,7 @@
 
 import hashlib
 import shutil
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -40,12 +41,17 @@ class TokenBatch(Protocol):
     def mask(self) -> Tensor:
         """`(B, T)` bool, True on response tokens."""
 
+    @property
+    def temperature(self) -> float:
+        """At which the responses were drawn: whatever is asked about them is asked of the policy at it."""
+
 
 class Policy(nn.Module):
     """A causal language model and the bounded-memory questions that are asked of it.
 
     Every method takes a `TokenBatch` and answers for its response tokens alone, aligned to `(B, T)`; what the
-    mask leaves out is 0. Nothing of size tokens x vocabulary is ever made (see `head`).
+    mask leaves out is 0. Log-probs, entropy and KL are those of the policy at the batch's temperature. Nothing of size
+    tokens x vocabulary is ever made (see `head`).
 
     Args:
         model: A causal language model of `transformers`.
@@ -68,19 +74,19 @@ class Policy(nn.Module):
     def token_logps(self, batch: TokenBatch, hidden: Tensor | None = None) -> TokenStats:
         """Log-probs of the response tokens and entropies (detached), in nats: both `(B, T)`."""
         hidden = self.hidden(batch) if hidden is None else hidden
-        stats = token_logps(self.head, hidden, batch.response_ids[batch.mask], max_logits=self.max_logits)
+        stats = token_logps(self._head_at(batch), hidden, batch.response_ids[batch.mask], max_logits=self.max_logits)
         return TokenStats(align(stats.logps, batch.mask), align(stats.entropy, batch.mask))
 
     def support_logps(self, batch: TokenBatch, ids: Tensor, hidden: Tensor | None = None) -> Tensor:
         """Log-probs over the support `ids` `(B, T, K)` and its tail: `(B, T, K + 1)`, nats."""
         hidden = self.hidden(batch) if hidden is None else hidden
-        logps = support_logps(self.head, hidden, ids[batch.mask], max_logits=self.max_logits)
+        logps = support_logps(self._head_at(batch), hidden, ids[batch.mask], max_logits=self.max_logits)
         return align(logps, batch.mask)
 
     def select_support(self, batch: TokenBatch, mass: float, max_size: int, hidden: Tensor | None = None) -> Tensor:
         """The smallest sets of entries that hold `mass`: ids `(B, T, K)`, padded with -1."""
         hidden = self.hidden(batch) if hidden is None else hidden
-        ids = select_support(self.head, hidden, mass=mass, max_size=max_size, max_logits=self.max_logits)
+        ids = select_support(self._head_at(batch), hidden, mass=mass, max_size=max_size, max_logits=self.max_logits)
         aligned = ids.new_full((*batch.mask.shape, ids.shape[-1]), -1)
         aligned[batch.mask] = ids
         return aligned
@@ -100,13 +106,18 @@ class Policy(nn.Module):
         hidden = self.hidden(batch) if hidden is None else hidden
         with torch.no_grad():
             other = reference.hidden(batch)
-        found = divergence(self.head, hidden, reference.head, other, direction=direction, max_logits=self.max_logits)
+        heads = self._head_at(batch), reference._head_at(batch)
+        found = divergence(heads[0], hidden, heads[1], other, direction=direction, max_logits=self.max_logits)
         return Divergence(align(found.kl, batch.mask), align(found.entropy, batch.mask))
 
     @property
     def head(self) -> Head:
         """The output head of the language model."""
         return Head.of(self.model)
+
+    def _head_at(self, batch: TokenBatch) -> Head:
+        """The output head at the temperature of a batch."""
+        return replace(self.head, temperature=batch.temperature)
 
 
 def align(flat: Tensor, mask: Tensor) -> Tensor:

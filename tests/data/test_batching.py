@@ -40,6 +40,7 @@ def make_rows(count: int, longest: int = 9, seed: int = 0) -> list[dict[str, Any
                 "prompt_ids": [100 + x for x in draw(50, prompt)],
                 "response_ids": [200 + x for x in draw(50, response)],
                 "logps": [-1 - x / 8 for x in draw(50, response)],
+                "temperature": 0.7,
                 "reward": float(draw(2)[0]),
                 "finish_reason": "stop",
                 "checked": True,

@@ -33,6 +33,7 @@ def columns(start: int = 0, rows: int = 4) -> dict[str, list[Any]]:
         "prompt_ids": [[2**31 - 1, i] for i in numbers],
         "response_ids": [[i * 7 + t for t in range(i % 5)] for i in numbers],
         "logps": [[-0.25 * t - i for t in range(i % 5)] for i in numbers],
+        "temperature": [0.7] * rows,
         "reward": [float(i % 2) for i in numbers],
         "finish_reason": ["stop" if i % 3 else "length" for i in numbers],
         "checked": [i % 4 != 0 for i in numbers],
@@ -285,7 +286,7 @@ def test_an_unreadable_manifest_is_named(store: Store, content: bytes) -> None:
         Store.open(store.path)
 
 
-@pytest.mark.parametrize("version", [0, 2, "1", None])
+@pytest.mark.parametrize("version", [0, 1, "2", None])
 def test_an_unknown_version_is_named(store: Store, version: Any) -> None:
     manifest = json.loads((store.path / MANIFEST).read_text())
     (store.path / MANIFEST).write_text(json.dumps({**manifest, "version": version}))

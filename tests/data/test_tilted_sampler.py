@@ -45,11 +45,18 @@ def others(name: str) -> dict[str, Any]:
 
 
 def reference(
-    models: dict[str, Any], signal: Signal, beta: float, prompt: list[int], response: list[int]
+    models: dict[str, Any],
+    signal: Signal,
+    beta: float,
+    prompt: list[int],
+    response: list[int],
+    temperature: float = 1.0,
 ) -> tuple[np.ndarray, np.ndarray]:
     """Probabilities `(T, V)` of the target and of the base policy along a response, in float64."""
     with torch.no_grad():
-        logps = {name: token_logps(model, prompt, response).double().numpy() for name, model in models.items()}
+        logps = {
+            name: token_logps(model, prompt, response, temperature).double().numpy() for name, model in models.items()
+        }
     tilted = logps["base"].copy()
     for term in signal.terms:
         ratio = logps[term.numerator] - logps[term.denominator]
@@ -58,19 +65,14 @@ def reference(
     return weights / weights.sum(axis=1, keepdims=True), np.exp(logps["base"])
 
 
-def tempered(probabilities: np.ndarray, temperature: float) -> np.ndarray:
-    powers = probabilities ** (1 / temperature)
-    return np.asarray(powers / powers.sum(axis=1, keepdims=True))
-
-
 def check(
     models: dict[str, Any], signal: Signal, beta: float, drawn: list[TiltedResponse], temperature: float = 1.0
 ) -> None:
     """Log-probs, KL and entropy of every token of every response."""
     repeated = PROMPTS * (len(drawn) // len(PROMPTS))
     for prompt, (response, kls, entropies) in zip(repeated, drawn, strict=True):
-        target, base = reference(models, signal, beta, prompt, response.ids)
-        own = tempered(target, temperature)[np.arange(len(response.ids)), response.ids]
+        target, base = reference(models, signal, beta, prompt, response.ids, temperature)
+        own = target[np.arange(len(response.ids)), response.ids]
         assert response.logps == pytest.approx(np.log(own), abs=3e-5)
         assert kls == pytest.approx((target * np.log(target / base)).sum(axis=1), abs=3e-5)
         assert entropies == pytest.approx(-(target * np.log(target)).sum(axis=1), abs=3e-5)

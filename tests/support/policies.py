@@ -122,6 +122,7 @@ def make_rows(groups: int = 4, group_size: int = 4, seed: int = 0) -> list[dict[
                     "prompt_ids": prompt,
                     "response_ids": response,
                     "logps": (-1.5 - 2 * noise).tolist(),
+                    "temperature": 1.0,
                     "reward": float(sample <= group % (group_size - 1)),
                     "finish_reason": "stop",
                     "checked": True,

@@ -31,9 +31,9 @@ class TiltedResponse(NamedTuple):
 class TiltedSampler:
     """Samples from `pi*_beta(v) = pi_0(v) exp(s(v) / beta) / Z` with `generate` of transformers.
 
-    The base policy generates; the others read along, each with a cache of its own. Log-probs are drawn with the
-    sampler's temperature, as those of a trained policy are. KL and entropy are those of the target itself, as
-    evaluation measures them, whatever the temperature.
+    The base policy generates; the others read along, each with a cache of its own. All of them are the policies at the
+    sampler's temperature, as they were when the rollouts were scored, and so is the target that is drawn from; KL and
+    entropy are the target's.
 
     Args:
         sampler: Longest response, temperature and batch size.
@@ -42,7 +42,8 @@ class TiltedSampler:
     """
 
     def __init__(self, sampler: Sampler, signal: Signal, beta: float) -> None:
-        self.sampler = TransformersSampler(sampler.max_new_tokens, sampler.temperature, sampler.batch_size)
+        self.temperature = sampler.temperature
+        self.sampler = TransformersSampler(sampler.max_new_tokens, batch_size=sampler.batch_size)
         self.signal = signal
         self.beta = beta
 
@@ -64,7 +65,7 @@ class TiltedSampler:
         with self.sampler.drawing([base, *others.values()], seed):
             for encoded in self.sampler.padded(base, tokenizer, prompts):
                 readers = {name: _Reader(model, encoded["attention_mask"]) for name, model in others.items()}
-                recorder = _TiltedRecorder(self.sampler.temperature, readers, self.signal, self.beta)
+                recorder = _TiltedRecorder(self.temperature, readers, self.signal, self.beta)
                 responses = self.sampler.generate(base, tokenizer, encoded, recorder)
                 for response, kl, own in zip(responses, *recorder.spent(), strict=True):
                     length = len(response.ids)
@@ -85,29 +86,32 @@ class _Reader:
         self._mask = attention_mask
         self._cache: Any = None
         self._accepts = inspect.signature(model.forward).parameters
+        # transformers 5.24 renamed it.
+        self._cache_name = "cache" if "cache" in self._accepts else "past_key_values"
 
     def __call__(self, ids: Tensor) -> Tensor:
-        """Log-probs of the next token, `(B, V)`, after all tokens so far, padding included: `(B, L + t)`."""
+        """Logits of the next token, `(B, V)`, after all tokens so far, padding included: `(B, L + t)`."""
         added = self._mask.new_ones(len(ids), ids.shape[1] - self._mask.shape[1])
         mask = torch.cat([self._mask, added], dim=1)
         # An architecture without such a cache reads everything again.
         unread = ids if self._cache is None else ids[:, -1:]
-        more: dict[str, Any] = {}
+        more: dict[str, Any] = {self._cache_name: self._cache}
         if "position_ids" in self._accepts:  # Others count by the attention mask themselves.
             more["position_ids"] = (mask.cumsum(1) - 1).clamp(min=0)[:, -unread.shape[1] :]
         if "logits_to_keep" in self._accepts:
             more["logits_to_keep"] = 1
-        output = self._model(input_ids=unread, attention_mask=mask, past_key_values=self._cache, use_cache=True, **more)
-        self._cache = output.get("past_key_values")
-        logps: Tensor = output.logits[:, -1].float().log_softmax(-1)
-        return logps
+        output = self._model(input_ids=unread, attention_mask=mask, use_cache=True, **more)
+        self._cache = output.get(self._cache_name)
+        logits: Tensor = output.logits[:, -1].float()
+        return logits
 
 
 class _TiltedRecorder(LogpRecorder):
     """A logits processor that puts the target's log-probs in the place of the base policy's logits."""
 
     def __init__(self, temperature: float, readers: Mapping[str, _Reader], signal: Signal, beta: float) -> None:
-        super().__init__(temperature)
+        super().__init__(temperature=1.0)  # The target is at the policies' temperature already.
+        self._temperature = temperature
         self._readers = readers
         self._signal = signal
         self._beta = beta
@@ -115,8 +119,8 @@ class _TiltedRecorder(LogpRecorder):
         self._entropies: list[Tensor] = []
 
     def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
-        logps = {"base": scores.float().log_softmax(-1)}
-        logps.update({name: reader(input_ids) for name, reader in self._readers.items()})
+        logits = {"base": scores.float(), **{name: reader(input_ids) for name, reader in self._readers.items()}}
+        logps = {name: (values / self._temperature).log_softmax(-1) for name, values in logits.items()}
         # An entry that is ruled out in two policies has no ratio.
         logps = {name: values.clamp(min=LOG_ZERO) for name, values in logps.items()}
         target = tilt(logps["base"], self._signal(logps), self._beta)
