@@ -20,6 +20,31 @@ little about where it will end."""
 MAX_RELATIVE_ERROR = 0.2
 """The largest relative error that the weight of a KL term is adapted by."""
 
+SPENDING_TOLERANCE = 0.15
+"""The share of a budget that may be spent too much or too little without a word; what noise explains may be too."""
+
+CONFIDENCE = 1.645
+"""Standard errors between a KL and the one-sided bound of 95 % that has to leave the tolerance before it is told."""
+
+
+def spending_warning(found: Measurement, budget: float) -> str | None:
+    """What to tell of a KL that is surely more, or surely less, than the budget that it was to spend; None if nothing.
+
+    Args:
+        found: The KL on fresh samples, in nats per token.
+        budget: What was to be spent.
+    """
+    if not math.isfinite(found.kl):
+        return f"the KL on fresh samples is {found.kl}: nobody knows what was spent of the budget of {budget:.4g}"
+    noise = CONFIDENCE * (found.stderr if math.isfinite(found.stderr) else 0.0)
+    share = f"{found.kl / budget:.0%} of {budget:.4g}"
+    spent = f"{found.kl:.4g} ± {found.stderr:.2g} nats per token on fresh samples, {share}"
+    if found.kl - noise > (1 + SPENDING_TOLERANCE) * budget:
+        return f"outside its KL budget: {spent}"
+    if found.kl + noise < (1 - SPENDING_TOLERANCE) * budget:
+        return f"far from spending its KL budget: {spent}"
+    return None
+
 
 class BudgetController:
     """KL budget of a policy: what is to be spent, at which price, and whether it was.
@@ -40,6 +65,8 @@ class BudgetController:
         effective_budget: What is to be spent: the budget, or what `min_beta` leaves of it.
         solution: The solved prices; None before they are.
         fit: Where between the base policy and the trained one the budget was found to be spent; None before.
+        measured: KL on fresh samples with the weights that training ended with, in nats per token; None if nobody
+            measured it.
 
     Raises:
         InvalidArgument: For a value that is not a positive, finite number, or arguments that exclude one another.
@@ -75,6 +102,7 @@ class BudgetController:
         self.effective_budget = kl_budget
         self.solution: TwoReferenceSolution | None = None
         self.fit: AlphaFit | None = None
+        self.measured: Measurement | None = None
         self._log_kl_ratios: list[float] = []
         self._correction_due = False
 
@@ -162,17 +190,18 @@ class BudgetController:
         error = min(max(found.kl / self.effective_budget - 1, -MAX_RELATIVE_ERROR), MAX_RELATIVE_ERROR)
         return coefficient * (1 + gain * error)
 
-    def tighter(self, kl: float, kl_to_first: float | None) -> float:
+    def tighter(self, to_base: Measurement, to_first: Measurement | None) -> Measurement:
         """What is spent of the tighter budget, in units of the effective one.
 
         Args:
-            kl: KL to the base policy, in nats per token.
-            kl_to_first: KL to the first policy, in nats per token; None without a total budget.
+            to_base: KL to the base policy, in nats per token.
+            to_first: KL to the first policy, in nats per token; None without a total budget.
         """
-        if self.total_budget is None or kl_to_first is None:
-            return kl
+        if self.total_budget is None or to_first is None:
+            return to_base
         assert self.effective_budget is not None
-        return max(kl, kl_to_first / self.total_budget * self.effective_budget)
+        kl, stderr = (value / self.total_budget * self.effective_budget for value in (to_first.kl, to_first.stderr))
+        return max(to_base, Measurement(kl, stderr), key=lambda found: found.kl)
 
     # Bringing weights to it.
 

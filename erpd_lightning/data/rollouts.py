@@ -348,6 +348,7 @@ class RolloutDataModule(LightningDataModule):
             seed=derive_seed(self.seed, "shuffle"),
         )
         trainer.accumulate_grad_batches = self._loader.micro_batches
+        _limit_to_whole_steps(trainer, self._loader)
         self._loader_iteration = self.train_data.iteration
         self._resume()
         return self._loader
@@ -454,6 +455,24 @@ class RolloutDataModule(LightningDataModule):
             previews=self.preview_prompts,
             max_validation=self.max_validation_prompts,
             max_calibration=self.calibration_prompts,
+        )
+
+
+def _limit_to_whole_steps(trainer: Any, loader: StepLoader) -> None:
+    """Refuse a limit that ends an epoch inside an optimiser step, whose loss is divided by the tokens of all of it.
+
+    Raises:
+        UserError: Names the limit.
+    """
+    limit, step, length = trainer.limit_train_batches, loader.micro_batches, len(loader)
+    if trainer.fast_dev_run:
+        trainer.limit_train_batches = trainer.fast_dev_run * step
+        return
+    batches = int(limit * length) if isinstance(limit, float) else min(limit, length)
+    if batches % step:
+        raise UserError(
+            f"limit_train_batches (or overfit_batches) is {limit}: {batches} micro-batches of a process, of which an "
+            f"optimiser step takes {step}; take a multiple of it"
         )
 
 

@@ -7,9 +7,10 @@ from pathlib import Path
 from typing import Any, Literal
 
 import torch
+from lightning.pytorch.utilities import rank_zero_warn
 from torch import Tensor
 
-from ..budget.controller import BudgetController
+from ..budget.controller import BudgetController, spending_warning
 from ..budget.interpolation import WeightInterpolation
 from ..budget.search import Measurement
 from ..data.batching import RolloutBatch, RolloutTable
@@ -20,7 +21,7 @@ from ..objectives.signal import AutoSignal, Signal
 from ..objectives.two_references import geometric_mixture
 from .eval_mode import eval_mode
 from .scoring import SUPPORT_MASS, SUPPORT_SIZE
-from .training import TrainingModule
+from .training import TrainingDiverged, TrainingModule
 
 KLS = ("kl_per_token/base", "kl_per_token/first")
 """The metrics of what is spent of the two budgets."""
@@ -42,6 +43,9 @@ class DistillModule(TrainingModule):
     With several `iterations` the student learns from its own answers: the round's prompts are cut into as many parts,
     each answered by the student as it is when its turn comes. The policies of the signal are then asked about them as
     it is trained, frozen beside it in memory. Beta is still solved on the stored and scored rollouts.
+
+    What is spent in the end is measured once more. Where a student is surely outside its budget, or far from spending
+    it, that is a warning, kept in `reasons`.
 
     Args:
         policy: Folder or hub name of the base policy, which the student starts from.
@@ -105,6 +109,7 @@ class DistillModule(TrainingModule):
             )
         if iterations < 1:
             raise InvalidArgument("iterations", f"is {iterations}: it must be at least 1")
+        self.reasons: list[str] = []
         self.iterations = iterations
         self.policies = policies or {}
         self.calibrates = calibrate and beta is None and self.references.get("base") == str(policy)
@@ -230,19 +235,27 @@ class DistillModule(TrainingModule):
 
         def measure(alpha: float) -> Measurement:
             weights.move_to(alpha)
-            return Measurement(self._measure_spent(f"landing {next(attempts)}"))
+            return self._measure_spent(f"landing {next(attempts)}")
 
+        if not all(parameter.isfinite().all() for parameter in self.policy.parameters()):
+            raise TrainingDiverged(f"optimiser step {self.global_step}: a weight of the policy is not a number")
         with eval_mode(trainer, self):
             fit = self.budget.fit_alpha(measure)
-        weights.move_to(fit.alpha)
+            weights.move_to(fit.alpha)
+            self.budget.measured = self._measure_spent("the end")
+        assert self.budget.effective_budget is not None
+        if text := spending_warning(self.budget.measured, self.budget.effective_budget):
+            self.reasons.append(f"the student ends {text}")
+            rank_zero_warn(self.reasons[-1])
 
-    def _measure_spent(self, purpose: str) -> float:
+    def _measure_spent(self, purpose: str) -> Measurement:
         """What is spent of the tighter budget on fresh samples of the calibration prompts, in nats per token."""
         assert self._rollout_data is not None
         metrics: Any = self.metrics["calibration"]
         for batch in self._rollout_data.calibration_batches(purpose):
             self.evaluate(batch, metrics)
-        spent = {name: float(metric.compute().value) for name, metric in metrics.items() if name in KLS}
+        ratios = {name: metric.compute() for name, metric in metrics.items() if name in KLS}
+        spent = {name: Measurement(float(ratio.value), float(ratio.stderr)) for name, ratio in ratios.items()}
         for metric in metrics.values():
             metric.reset()
         return self.budget.tighter(spent[KLS[0]], spent[KLS[1]] if self.budget.total_budget is not None else None)

@@ -5,6 +5,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.optim.lr_scheduler import LambdaLR
 
 from ..data.batching import RolloutBatch
 from ..data.rollouts import RolloutDataModule
@@ -26,7 +27,7 @@ class TrainingModule(EvaluationModule):
         learning_rate: AdamW's learning rate after warm-up.
         weight_decay: AdamW's decoupled weight decay.
         betas: AdamW's decay rates of the moments.
-        warmup_steps: Optimiser steps over which the learning rate rises from 0.
+        warmup_steps: Optimiser steps over which the learning rate rises, the first one above 0 already.
         lr_scheduler: What follows, by its name in `transformers.get_scheduler`, such as `cosine`.
         **kwargs: Further arguments of `EvaluationModule`.
 
@@ -90,7 +91,9 @@ class TrainingModule(EvaluationModule):
     def batch_loss(self, batch: RolloutBatch) -> tuple[Tensor, dict[str, Tensor]]:
         """The loss of each token or response, and further `(B, T)` values whose token means are logged.
 
-        Losses of tokens are `(B, T)` and of responses `(B,)`; what is outside the mask does not count.
+        Losses of tokens are `(B, T)` and of responses `(B,)`; what is outside the mask does not count. The values carry
+        no gradient: the entropy of `Policy.token_logps` is detached, so that none can be made of it by adding it to a
+        loss.
         """
         raise NotImplementedError
 
@@ -130,15 +133,21 @@ class TrainingModule(EvaluationModule):
             "lr_scheduler": {"scheduler": self._scheduler(optimizer, self.warmup_steps + 1), "interval": "step"},
         }
 
-    def _scheduler(self, optimizer: torch.optim.Optimizer, steps: int) -> Any:
+    def _scheduler(self, optimizer: torch.optim.Optimizer, steps: int) -> LambdaLR:
+        """The scheduler, whose warm-up takes `warmup_steps` and begins above 0: a step at 0 would teach nothing."""
         from transformers import get_scheduler
 
+        name, warmup = self.lr_scheduler_name, self.warmup_steps
         try:
-            return get_scheduler(
-                self.lr_scheduler_name, optimizer, num_warmup_steps=self.warmup_steps, num_training_steps=steps
-            )
+            scheduler = get_scheduler(name, optimizer, num_warmup_steps=warmup, num_training_steps=steps)
         except (ValueError, TypeError) as error:
-            raise InvalidArgument("lr_scheduler", f"is {self.lr_scheduler_name!r}: {error}") from error
+            raise InvalidArgument("lr_scheduler", f"is {name!r}: {error}") from error
+        if not isinstance(scheduler, LambdaLR):
+            raise InvalidArgument("lr_scheduler", f"is {name!r}, which goes by a metric: take one that goes by steps")
+        (factor,) = scheduler.lr_lambdas
+        if warmup == 0 or factor(0) > 0:
+            return scheduler
+        return LambdaLR(optimizer, lambda step: (step + 1) / (warmup + 1) if step < warmup else factor(step))
 
     def on_fit_start(self) -> None:
         """Sample the rollouts where they are missing, with the policy on its device. A new training, a new end."""

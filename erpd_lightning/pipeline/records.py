@@ -7,6 +7,8 @@ from typing import Any
 
 from lightning.pytorch.utilities import rank_zero_only
 
+from ..budget.controller import spending_warning
+from ..budget.search import Measurement
 from ..errors import UserError
 from ..files import atomic_write
 
@@ -72,17 +74,21 @@ def round_summary(folder: Path, number: int, policies: Iterable[str]) -> Record:
     selection = outcomes.get("signal_selection")
     previewed = 0 if selection is None else selection["rollouts"]
     chosen = {} if selection is None else {"signal": selection["name"], "candidates": selection["candidates"]}
-    nothing_to_spend = {"spending": {"budget": None, "beta": None}}
+    spending = outcomes.get("distill", {"spending": {"budget": None, "beta": None}})["spending"]
+    warnings = [f"{stage}: {warning}" for stage, outcome in outcomes.items() for warning in outcome.get("warnings", [])]
+    student = evaluations["student"]["outcome"]
+    if (budget := spending.get("effective_budget")) is not None:
+        found = Measurement(student["kl_per_token"], student["kl_per_token_stderr"])
+        if text := spending_warning(found, budget):
+            warnings.append(f"evaluation: the student is {text}")
     return {
         "round": number,
-        **outcomes.get("distill", nothing_to_spend)["spending"],
+        **spending,
         **chosen,
         "rollouts": outcomes.get("rollouts", outcomes["extreme_region"])["rollouts"] + previewed,
         "seconds": round(sum(record["seconds"] for record in records), 1),
         "cpu_seconds": round(sum(record["cpu_seconds"] for record in records), 1),
-        "warnings": [
-            f"{stage}: {warning}" for stage, outcome in outcomes.items() for warning in outcome.get("warnings", [])
-        ],
+        "warnings": warnings,
         "policies": {name: record["outcome"] for name, record in evaluations.items()},
     }
 

@@ -156,6 +156,8 @@ class RoundStages:
                     "kl_on_stored_states": None if budget.solution is None else budget.solution.kl_base,
                     "on_policy_rollouts": on_policy,
                     "alpha": None if budget.fit is None else budget.fit.alpha,
+                    "kl_on_calibration_prompts": None if budget.measured is None else budget.measured.kl,
+                    "kl_on_calibration_prompts_stderr": None if budget.measured is None else budget.measured.stderr,
                 },
             }
 

@@ -96,7 +96,7 @@ class Stages:
         """Train from the last checkpoint of an earlier attempt, or from the start.
 
         Returns:
-            The `reasons` of callbacks that have any: what they warned of or stopped for.
+            The `reasons` of the module and of callbacks that have any: what they warned of or stopped for.
 
         Raises:
             UserError: If an `EarlyStopping` monitors what nobody logs.
@@ -111,7 +111,7 @@ class Stages:
             message = f"EarlyStopping: no metric is called {missing}; docs/metrics.md lists those that are logged"
             raise UserError(message) from error
         callbacks: list[Callback] = trainer.callbacks  # type: ignore[attr-defined]
-        return [reason for callback in callbacks for reason in getattr(callback, "reasons", [])]
+        return [reason for each in (module, *callbacks) for reason in getattr(each, "reasons", [])]
 
     def predict(self, stage: str, folder: Path, policy: Path | str, data: PredictToStore) -> None:
         """Sample from a policy, or ask it about stored rollouts, into a store."""

@@ -2,12 +2,13 @@
 
 import json
 import math
+import re
 
 import pytest
 import torch
 from torch import Tensor
 
-from erpd_lightning.budget.controller import MAX_CORRECTION, MAX_RELATIVE_ERROR, BudgetController
+from erpd_lightning.budget.controller import MAX_CORRECTION, MAX_RELATIVE_ERROR, BudgetController, spending_warning
 from erpd_lightning.budget.search import MAX_EXTRAPOLATION, Measurement
 from erpd_lightning.errors import InvalidArgument
 from support import reference
@@ -111,9 +112,11 @@ def test_a_correction_beyond_the_signal_leaves_beta() -> None:
 
 def test_the_tighter_budget_in_units_of_the_other() -> None:
     controller = BudgetController(BUDGET, total_budget=0.2)
-    assert controller.tighter(0.05, 0.4) == pytest.approx(2 * BUDGET)
-    assert controller.tighter(0.05, 0.1) == pytest.approx(0.05)
-    assert BudgetController(BUDGET).tighter(0.05, None) == 0.05
+    base = Measurement(0.05, 0.001)
+    tighter = controller.tighter(base, Measurement(0.4, 0.04))
+    assert (tighter.kl, tighter.stderr) == (pytest.approx(2 * BUDGET), pytest.approx(0.2 * BUDGET))
+    assert controller.tighter(base, Measurement(0.1, 0.01)) == base
+    assert BudgetController(BUDGET).tighter(base, None) == base
 
 
 def test_a_budget_on_average_extrapolates_and_one_with_a_margin_does_not() -> None:
@@ -141,6 +144,26 @@ def test_a_coefficient_is_adapted_by_hand() -> None:
     assert controller.adapted(2.0, Measurement(1.1 * BUDGET), 0.5) == pytest.approx(2.0 * 1.05)
     assert controller.adapted(2.0, Measurement(9 * BUDGET), 1.0) == pytest.approx(2.0 * (1 + MAX_RELATIVE_ERROR))
     assert controller.adapted(2.0, Measurement(0.0), 1.0) == pytest.approx(2.0 * (1 - MAX_RELATIVE_ERROR))
+
+
+@pytest.mark.parametrize(
+    ("kl", "stderr", "words"),
+    [
+        (0.05, 0.001, None),
+        (0.057, 0.0, None),
+        (0.06, 0.0, "outside its KL budget: 0.06 ± 0 nats per token on fresh samples, 120% of 0.05"),
+        (0.06, 0.005, None),  # Noise explains it.
+        (4.04, 0.1, "outside"),
+        (0.043, 0.0, None),
+        (0.0155, 0.001, "far from spending its KL budget: 0.0155 ± 0.001 nats .* 31% of 0.05"),
+        (0.04, 0.003, None),
+        (0.04, math.nan, "far from"),
+        (math.nan, math.nan, ".*nobody knows"),
+    ],
+)
+def test_what_is_told_of_a_spending(kl: float, stderr: float, words: str | None) -> None:
+    text = spending_warning(Measurement(kl, stderr), BUDGET)
+    assert (text is None) if words is None else re.match(words, text or "")
 
 
 def test_it_goes_on_from_its_state() -> None:

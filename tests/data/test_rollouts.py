@@ -651,3 +651,43 @@ def test_one_data_module_serves_all_stages(
     make_trainer(max_epochs=1).fit(student, datamodule=data)
     assert student.beta is not None
     assert isinstance(data.rollouts, RolloutTable)
+
+
+# Whole steps
+
+
+class Steps(Callback):
+    """Tokens of each optimiser step: those that were trained on, and those that its loss is divided by."""
+
+    def __init__(self) -> None:
+        self.tokens: list[tuple[int, int]] = []
+        self._seen = 0
+
+    def on_train_batch_start(self, trainer: Any, pl_module: Any, batch: Any, batch_idx: int) -> None:
+        self._seen += int(batch.mask.sum())
+        if batch.last:
+            self.tokens.append((self._seen, batch.step_tokens))
+            self._seen = 0
+
+
+@pytest.mark.parametrize("limit", [3, 0.4])
+def test_an_epoch_does_not_end_inside_a_step(
+    make_data: Callable[..., RolloutDataModule], policy: Path, tmp_path: Path, limit: float
+) -> None:
+    write_made_up(tmp_path / "rollouts")
+    data = make_data(batch_size=8, max_tokens=20)
+    with pytest.raises(UserError, match=r"limit_train_batches .* is .* optimiser step takes \d+; take a multiple"):
+        make_trainer(max_epochs=1, limit_train_batches=limit).fit(ExtremeRegionModule(policy), datamodule=data)
+
+
+@pytest.mark.parametrize("settings", [{"max_epochs": 1, "limit_train_batches": 1.0}, {"fast_dev_run": 1}])
+def test_steps_are_whole(
+    make_data: Callable[..., RolloutDataModule], policy: Path, tmp_path: Path, settings: dict[str, Any]
+) -> None:
+    write_made_up(tmp_path / "rollouts")
+    seen = Steps()
+    trainer = make_trainer(seen, **settings)
+    trainer.fit(ExtremeRegionModule(policy), datamodule=make_data(batch_size=8, max_tokens=20))
+    assert trainer.accumulate_grad_batches > 1
+    assert len(seen.tokens) == trainer.global_step > 0
+    assert all(trained == divided for trained, divided in seen.tokens)

@@ -367,7 +367,7 @@ def test_the_learning_rate_follows_its_schedule(scored: Path, policies: dict[str
         "constant_with_warmup": [1.0] * 5,
         "linear": [1 - step / 5 for step in range(5)],
     }[name]
-    assert seen.rates == pytest.approx([0.01 * factor for factor in [0, 1 / 3, 2 / 3, *after]])
+    assert seen.rates == pytest.approx([0.01 * factor for factor in [1 / 4, 2 / 4, 3 / 4, *after]])
 
 
 def test_the_optimizer_is_what_was_asked_for(scored: Path, policies: dict[str, Path]) -> None:

@@ -137,9 +137,9 @@ def test_landing_keeps_to_the_tighter_budget(folder: Path) -> None:
             metrics[f"kl_per_token/{name}"].update(torch.tensor([kl]), torch.tensor([1.0]))
 
     module.evaluate = evaluate  # type: ignore[assignment, method-assign]
-    assert module._measure_spent("landing 0") == pytest.approx(2 * BUDGET)
+    assert module._measure_spent("landing 0").kl == pytest.approx(2 * BUDGET)
     spent["first"] = 0.1
-    assert module._measure_spent("landing 1") == pytest.approx(BUDGET)
+    assert module._measure_spent("landing 1").kl == pytest.approx(BUDGET)
 
 
 @pytest.mark.parametrize(

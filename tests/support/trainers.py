@@ -31,6 +31,8 @@ def fake_trainer(rank: int = 0, world_size: int = 1) -> Any:
         current_epoch=0,
         strategy=SimpleNamespace(barrier=lambda *_: None),
         accumulate_grad_batches=1,
+        limit_train_batches=1.0,
+        fast_dev_run=False,
         state=SimpleNamespace(fn=None),
     )
 
