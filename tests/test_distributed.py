@@ -5,7 +5,6 @@ Nothing here runs several processes inside of pytest's: a subprocess does, which
 
 import csv
 import json
-import os
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -21,11 +20,12 @@ from erpd_lightning.data.samples import read_samples
 from erpd_lightning.modules.policy_module import PolicyModule
 from support import ranks
 from support.chain import arguments
+from support.kills import CHECKPOINT, EVALUATION, Kill, written
 from support.policies import TASK, make_rows, save_policy, write_rollouts
-from support.runs import CHECKPOINT, EVALUATION, ROOT, Kill, Runs, contents, written
+from support.processes import ENVIRONMENT, ROOT, start_ranks
+from support.runs import Runs, contents
 
 UNCUT = next(iter(ranks.CUTS))
-ENVIRONMENT = {**os.environ, "PYTHONPATH": os.pathsep.join([str(ROOT), str(ROOT / "tests")])}
 
 
 # The same steps and the same validation.
@@ -56,10 +56,7 @@ def one(folder: Path) -> dict[str, Any]:
 @pytest.fixture(scope="module")
 def two(folder: Path, one: dict[str, Any]) -> list[dict[str, Any]]:
     """What each of two processes sees."""
-    command = [sys.executable, str(Path(ranks.__file__)), str(folder)]
-    done = subprocess.run(command, env=ENVIRONMENT, capture_output=True, text=True, timeout=240)
-    assert done.returncode == 0, done.stderr
-    return [torch.load(folder / f"rank-{rank}.pt", weights_only=True) for rank in range(2)]
+    return start_ranks(ranks.__file__, folder)
 
 
 @pytest.mark.parametrize("cut", ranks.CUTS)

@@ -27,6 +27,7 @@ from erpd_lightning.pipeline.records import round_summary
 from support import watching
 from support.chain import arguments, parsers_built_once
 from support.policies import make_rows, save_policy, write_rollouts
+from support.processes import start_ranks
 from support.watching import Batch, micro_batch, watch
 
 INTERVAL, TAIL = (0.8, 1.28), 10.0
@@ -346,7 +347,7 @@ def test_no_checkpoint_lies_between_a_stop_and_its_validation(tmp_path: Path) ->
 
 
 def test_two_processes(tmp_path: Path) -> None:
-    one, two = watching.collapse(tmp_path, 1), watching.two_processes(tmp_path, "collapse")
+    one, two = watching.collapse(tmp_path, 1), start_ranks(watching.__file__, tmp_path, "collapse")
     assert len(one["uneven"]["logged"]) == 3
     for rank in two:
         assert len(rank["uneven"]["logged"]) == 3

@@ -30,6 +30,7 @@ from erpd_lightning.modules.extreme_region import ExtremeRegionModule
 from erpd_lightning.text import aligned, visible, width, wrapped
 from support import watching
 from support.policies import TASK, make_model, make_rows, save_policy, token_logps, write_rollouts
+from support.processes import start_ranks
 from support.ranks import Short
 
 
@@ -424,7 +425,7 @@ def test_modes_and_generators_are_restored() -> None:
 
 def test_two_processes_show_the_same_once(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
     one = watching.samples(folder, 1)
-    first, second = watching.two_processes(folder, "samples")
+    first, second = start_ranks(watching.__file__, folder, "samples")
     assert second["printed"] == ""
     assert titles(first["printed"]) == titles(one["printed"]) == [3, 6]
     assert first["printed"].count("prompt: ") == 6

@@ -3,11 +3,9 @@
 Run as a program (`python test_metrics.py RANK RENDEZVOUS`) this is one of the two processes.
 """
 
-import json
 import math
 import os
 import pickle
-import subprocess
 import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -36,7 +34,7 @@ from erpd_lightning.metrics import (
     pass_at_k,
 )
 from support import reference
-from support.runs import ROOT
+from support.processes import fork_ranks, start_ranks
 
 Floats = NDArray[np.float64]
 
@@ -491,9 +489,10 @@ def test_sums_follow_to_another_device() -> None:
 CUTS = (5, 12)  # 5 and 7 prompts; then all of them on one rank, and no call on the other
 
 
-def main(rank: int, rendezvous: str) -> None:
-    """One of two processes: prints what each metric is, and what was imported of the package."""
-    dist.init_process_group("gloo", init_method=rendezvous, rank=rank, world_size=2)
+def see(folder: Path, processes: int) -> dict[str, Any]:
+    """What each metric is in one of two processes, and what was imported of the package."""
+    rank = int(os.environ["LOCAL_RANK"])
+    dist.init_process_group("gloo", rank=rank, world_size=processes)
     data, found = make_data(), {}
     for cut in CUTS:
         mine = data.of(0, cut) if rank == 0 else data.of(cut, PROMPTS)
@@ -503,30 +502,18 @@ def main(rank: int, rendezvous: str) -> None:
                 metric.update(*case.arguments(mine))
             found[f"{name}, {cut}"] = flat(metric.compute())
     dist.destroy_process_group()
-    print(json.dumps({"found": found, "modules": [name for name in sys.modules if name.startswith("erpd_lightning.")]}))
+    return {"found": found, "modules": [name for name in sys.modules if name.startswith("erpd_lightning.")]}
 
 
 def test_two_processes_equal_one(tmp_path: Path) -> None:
-    environment = {**os.environ, "PYTHONPATH": os.pathsep.join([str(ROOT), str(ROOT / "tests")])}
-    settings: dict[str, Any] = {"env": environment, "stdout": subprocess.PIPE, "text": True}
-    processes = [
-        subprocess.Popen([sys.executable, __file__, str(rank), f"file://{tmp_path}/rendezvous"], **settings)
-        for rank in range(2)
-    ]
-    try:
-        outputs = [process.communicate(timeout=120)[0] for process in processes]
-    finally:
-        for process in processes:
-            process.kill()
-    assert [process.returncode for process in processes] == [0, 0]
     data = make_data()
-    for output in map(json.loads, outputs):
-        assert len(output["found"]) == len(CUTS) * len(CASES)
-        for key, values in output["found"].items():
+    for seen in start_ranks(__file__, tmp_path):
+        assert len(seen["found"]) == len(CUTS) * len(CASES)
+        for key, values in seen["found"].items():
             assert values == close(CASES[key.rpartition(", ")[0]].expected(data)), key
         # Usable without anything else of the package.
-        assert {name.split(".")[1] for name in output["modules"]} == {"metrics"}
+        assert {name.split(".")[1] for name in seen["modules"]} == {"metrics"}
 
 
 if __name__ == "__main__":
-    main(int(sys.argv[1]), sys.argv[2])
+    sys.exit(fork_ranks(see, Path(sys.argv[1])))

@@ -25,8 +25,9 @@ from erpd_lightning.modules.policy_module import PolicyModule
 from erpd_lightning.objectives.clipped import PPOClip
 from erpd_lightning.objectives.distillation import ClippedPolicyGradient, TiltedTarget
 from support.chain import arguments
+from support.kills import CHECKPOINT, MODULE, Kill, after, written
 from support.policies import make_model, make_rows, save_policy, token_logps, write_rollouts
-from support.runs import CHECKPOINT, MODULE, Kill, Runs, after, contents, written
+from support.runs import Runs, contents
 from support.trainers import fake_trainer, make_trainer, run_prediction
 
 NAMES = ("base", "teacher", "unlearned")

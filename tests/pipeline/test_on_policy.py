@@ -18,8 +18,9 @@ from erpd_lightning.data.verifiers import Verifier
 from erpd_lightning.errors import UserError
 from erpd_lightning.modules.extreme_region import ExtremeRegionModule
 from support.chain import arguments
+from support.kills import CHECKPOINT, MODULE, Kill, after, written
 from support.policies import save_policy, token_logps
-from support.runs import CHECKPOINT, MODULE, Kill, Runs, after, contents, written
+from support.runs import Runs, contents
 from support.trainers import make_trainer
 
 PROMPTS = ["1+1=", "2*3-1=", "4-1=", "5*2+3=", "7+2="]

@@ -17,8 +17,9 @@ from erpd_lightning.data.store import Store
 from erpd_lightning.errors import UserError
 from erpd_lightning.modules.extreme_region import ExtremeRegionModule
 from support.chain import arguments
+from support.kills import MODULE, Kill, written
 from support.policies import make_rows, save_policy, write_rollouts
-from support.runs import MODULE, Kill, Runs, contents, written
+from support.runs import Runs, contents
 from support.trainers import make_trainer
 
 ROUNDS = ("now", "before", "first")

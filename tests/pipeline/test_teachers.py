@@ -19,8 +19,9 @@ from erpd_lightning.objectives.signal import AutoSignal, Signal, Term
 from erpd_lightning.objectives.tilted_policy import UnreachableBudget, tilted_kl
 from erpd_lightning.pipeline.signal_search import Candidate, Preview, candidates_within_budget, choose
 from support.chain import arguments
+from support.kills import MODULE, Kill, after, written
 from support.policies import make_rows, save_policy, write_rollouts
-from support.runs import MODULE, Kill, Runs, after, contents, written
+from support.runs import Runs, contents
 from support.trainers import make_trainer
 
 ACCURACY = [0.1, 0.5, 0.3, 0.5]

@@ -1,14 +1,11 @@
 """What each of two processes sees of training steps, validation and a gradient that is not finite.
 
-`test_distributed` starts this file (`python ranks.py FOLDER`), and calls the same functions itself for what one
-process sees. The processes are forked once everything is imported, and meet as `torchrun` would have them.
+`test_distributed` starts this file (see `processes.py`), and calls the same functions itself for what one process
+sees.
 """
 
 import math
-import os
-import signal
 import sys
-import traceback
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -30,7 +27,7 @@ from erpd_lightning.modules.policy_module import PolicyModule
 from erpd_lightning.modules.training import TrainingDiverged
 from erpd_lightning.objectives.extreme import CrossEntropy
 from erpd_lightning.objectives.regression import SquaredError
-from support.fork_server import exit_code, meeting_place
+from support.processes import fork_ranks
 
 STILL: dict[str, Any] = {"learning_rate": 1e-30, "warmup_steps": 0}
 """Weights that do not move, so that every step compares with the same step elsewhere."""
@@ -228,28 +225,5 @@ def see(folder: Path, processes: int) -> dict[str, Any]:
     return seen
 
 
-def main(folder: Path, processes: int = 2, see: Callable[[Path, int], dict[str, Any]] = see) -> int:
-    """Fork the processes, which write what they `see`; returns 0 if all of them did."""
-    torch.set_num_threads(1)
-    place = meeting_place()
-    children = []
-    for rank in range(processes):
-        child = os.fork()
-        if child == 0:
-            code = 1
-            signal.alarm(200)  # A rank that waits for ever ends by this signal.
-            try:
-                os.environ.update({**place, "LOCAL_RANK": str(rank)})
-                torch.save(see(folder, processes), folder / f"rank-{rank}.pt")
-                code = 0
-            except BaseException:
-                traceback.print_exc()
-            finally:
-                sys.stderr.flush()
-                os._exit(code)
-        children.append(child)
-    return max(abs(exit_code(child)) for child in children)
-
-
 if __name__ == "__main__":
-    sys.exit(main(Path(sys.argv[1])))
+    sys.exit(fork_ranks(see, Path(sys.argv[1])))

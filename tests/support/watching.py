@@ -1,13 +1,12 @@
 """What each of two processes sees of the callbacks that watch a run.
 
-`test_collapse` and `test_sample_table` start this file (`python watching.py FOLDER collapse`), and call the same
+`test_collapse` and `test_sample_table` start this file with a key of `SEEN` (see `processes.py`), and call the same
 functions themselves for what one process sees.
 """
 
 import contextlib
 import io
 import os
-import subprocess
 import sys
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
@@ -26,7 +25,7 @@ from erpd_lightning.data.samplers import TransformersSampler
 from erpd_lightning.modules.extreme_region import ExtremeRegionModule
 from erpd_lightning.modules.training import TrainingDiverged
 from support import ranks
-from support.runs import ROOT
+from support.processes import See, fork_ranks
 
 Batch = dict[str, Tensor]
 
@@ -243,17 +242,8 @@ def samples(folder: Path, processes: int) -> dict[str, Any]:
     return {"printed": printed.getvalue(), "with": weights(shown), "without": weights(fit(folder, processes=processes))}
 
 
-SEEN = {"collapse": collapse, "samples": samples}
-
-
-def two_processes(folder: Path, what: str) -> list[dict[str, Any]]:
-    """What each of two processes sees."""
-    environment = {**os.environ, "PYTHONPATH": os.pathsep.join([str(ROOT), str(ROOT / "tests")])}
-    command = [sys.executable, __file__, str(folder), what]
-    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=240)
-    assert done.returncode == 0, done.stderr
-    return [torch.load(folder / f"rank-{rank}.pt", weights_only=True) for rank in range(2)]
+SEEN: dict[str, See] = {"collapse": collapse, "samples": samples}
 
 
 if __name__ == "__main__":
-    sys.exit(ranks.main(Path(sys.argv[1]), see=SEEN[sys.argv[2]]))
+    sys.exit(fork_ranks(SEEN[sys.argv[2]], Path(sys.argv[1])))
