@@ -7,23 +7,21 @@ import csv
 import json
 import subprocess
 import sys
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from lightning.pytorch import Trainer
 
 from erpd_lightning.data.rollouts import RolloutDataModule
 from erpd_lightning.data.samples import read_samples
-from erpd_lightning.modules.policy_module import PolicyModule
 from support import ranks
 from support.chain import arguments
 from support.kills import CHECKPOINT, EVALUATION, Kill, written
-from support.policies import TASK, make_rows, save_policy, write_rollouts
+from support.policies import TASK, make_rows, save_policies, write_rollouts
 from support.processes import ENVIRONMENT, ROOT, start_ranks
 from support.runs import Runs, contents
+from support.trainers import score
 
 UNCUT = next(iter(ranks.CUTS))
 
@@ -35,13 +33,10 @@ UNCUT = next(iter(ranks.CUTS))
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Policies, rollouts of unequal length with scores, and prompts."""
     folder = tmp_path_factory.mktemp("distributed")
-    policies = [save_policy(folder / name, seed=n) for n, name in enumerate(("base", "teacher", "unlearned"))]
-    write_rollouts(folder / "rollouts", make_rows())
     data = RolloutDataModule(folder / "rollouts", folder / "base", scores=folder / "scores")
-    for policy in policies:
-        trainer = Trainer(accelerator="cpu", devices=1, logger=False, enable_progress_bar=False)
-        module = PolicyModule(policy, references={})
-        trainer.predict(module, datamodule=data.scoring(policy.name), return_predictions=False)
+    write_rollouts(folder / "rollouts", make_rows())
+    for name, policy in save_policies(folder, "base", "teacher", "unlearned").items():
+        score(data, name, policy)
     rows = TASK.prompts(0)[0][:5]
     (folder / "prompts.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     return folder
@@ -157,13 +152,6 @@ def command(run_dir: Path, alone: Path) -> list[str]:
 
 
 @pytest.fixture(scope="module")
-def runs(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Runs]:
-    server = Runs(tmp_path_factory.mktemp("server"))
-    yield server
-    server.close()
-
-
-@pytest.fixture(scope="module")
 def alone(runs: Runs, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A run of one process."""
     run_dir = tmp_path_factory.mktemp("alone") / "run"
@@ -211,11 +199,10 @@ def test_two_processes_end_the_chain_like_one(alone: Path, together: Path) -> No
 
 def test_two_processes_that_are_killed_end_the_same(runs: Runs, alone: Path, together: Path, tmp_path: Path) -> None:
     run_dir = tmp_path / "run"
-    for kill in (
+    kills = (
         written(r"rollouts/part-00002\.parquet"),
         written(f"extreme_region/checkpoints/{CHECKPOINT}", count=2),
         Kill(f"{EVALUATION}.evaluate", count=2),
-    ):
-        runs.run(command(run_dir, alone), kill, processes=2)
-    runs.run(command(run_dir, alone), processes=2)
+    )
+    runs.run_killed(command(run_dir, alone), kills, processes=2)
     assert contents(run_dir) == contents(together)

@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from lightning.pytorch import LightningModule, Trainer
+from lightning.pytorch import LightningModule
 from lightning.pytorch.callbacks import Callback
 from lightning.pytorch.loggers import CSVLogger, MLFlowLogger, TensorBoardLogger, WandbLogger
 
@@ -31,7 +31,8 @@ from erpd_lightning.text import aligned, visible, width, wrapped
 from support import watching
 from support.policies import TASK, make_model, make_rows, save_policy, token_logps, write_rollouts
 from support.processes import start_ranks
-from support.ranks import Short
+from support.trainers import make_trainer
+from support.verifiers import Short
 
 
 @pytest.fixture(scope="module")
@@ -412,7 +413,7 @@ def test_a_run_with_it_ends_like_one_without(folder: Path) -> None:
 
 
 def test_modes_and_generators_are_restored() -> None:
-    module, trainer = LightningModule(), Trainer(accelerator="cpu", devices=1, logger=False)
+    module, trainer = LightningModule(), make_trainer()
     module.inner = torch.nn.Sequential(torch.nn.Dropout(), torch.nn.Sequential(torch.nn.Dropout()))
     module.inner[1].eval()
     before = torch.get_rng_state()

@@ -19,6 +19,7 @@ from erpd_lightning.data.loader import StepLoader, micro_batches_needed, partiti
 from erpd_lightning.data.store import ROLLOUTS, SCORES
 from erpd_lightning.errors import UserError
 from erpd_lightning.objectives.tilted_policy import LOG_ZERO
+from support.trainers import make_trainer
 
 POLICIES = ("base", "teacher", "unlearned")
 
@@ -671,16 +672,7 @@ class SaveEverywhere(Callback):
 
 
 def fit(*callbacks: Callback, limit: int | None, checkpoint: Path | None = None) -> list[tuple[int, list[int]]]:
-    trainer = Trainer(
-        accelerator="cpu",
-        max_epochs=3,
-        limit_train_batches=limit,
-        callbacks=list(callbacks),
-        logger=False,
-        enable_checkpointing=False,
-        enable_progress_bar=False,
-        enable_model_summary=False,
-    )
+    trainer = make_trainer(*callbacks, max_epochs=3, limit_train_batches=limit)
     module = Recorder()
     loader = make_loader(TABLE, SELECTED, micro_batches=1)
     trainer.fit(module, loader, ckpt_path=checkpoint, weights_only=True)

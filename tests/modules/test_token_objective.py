@@ -2,7 +2,7 @@
 
 import json
 import shutil
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +17,6 @@ from erpd_lightning.data.rollouts import RolloutDataModule
 from erpd_lightning.data.samplers import TransformersSampler
 from erpd_lightning.data.store import Store
 from erpd_lightning.errors import UserError
-from erpd_lightning.modules import scoring
 from erpd_lightning.modules.distill import DistillModule
 from erpd_lightning.modules.extreme_region import ExtremeRegionModule
 from erpd_lightning.modules.old_logps import OldLogps
@@ -26,39 +25,18 @@ from erpd_lightning.objectives.clipped import PPOClip
 from erpd_lightning.objectives.distillation import ClippedPolicyGradient, TiltedTarget
 from support.chain import arguments
 from support.kills import CHECKPOINT, MODULE, Kill, after, written
-from support.policies import make_model, make_rows, save_policy, token_logps, write_rollouts
+from support.modules import CLIP, NAMES
+from support.policies import make_model, make_rows, token_logps
 from support.runs import Runs, contents
-from support.trainers import fake_trainer, make_trainer, run_prediction
+from support.trainers import fake_trainer, make_trainer
 
-NAMES = ("base", "teacher", "unlearned")
-CLIP, BETA, TRUNCATE = 3.0, 0.7, 2.0
+BETA, TRUNCATE = 0.7, 2.0
 PROMPTS = ["1+1=", "2*3-1=", "4-1=", "5*2+3=", "7+2="]
 
 
 @pytest.fixture(scope="module")
-def policies(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
-    folder = tmp_path_factory.mktemp("policies")
-    return {name: str(save_policy(folder / name, seed=seed)) for seed, name in enumerate([*NAMES, "student"])}
-
-
-@pytest.fixture(scope="module")
 def models() -> dict[str, Any]:
-    return {name: make_model(seed) for seed, name in enumerate(NAMES)}
-
-
-@pytest.fixture(scope="module")
-def scored(tmp_path_factory: pytest.TempPathFactory, policies: dict[str, str]) -> Path:
-    """A store and the scores of three policies on it, over almost all of the vocabulary."""
-    folder = tmp_path_factory.mktemp("scored")
-    write_rollouts(folder / "rollouts", make_rows())
-    data = RolloutDataModule(folder / "rollouts", policies["base"], scores=folder / "scores")
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(scoring, "SUPPORT_MASS", 1.0)
-        for name in NAMES:
-            module = PolicyModule(policies[name], references={})
-            module.configure_model()
-            run_prediction(data.scoring(name), module)
-    return folder
+    return {name: make_model(seed) for seed, name in enumerate(NAMES[:3])}
 
 
 @pytest.fixture
@@ -351,13 +329,6 @@ RUNS: dict[str, tuple[dict[str, Any], list[Kill]]] = {
     ),
 }
 """What is run, and where its distillation is killed."""
-
-
-@pytest.fixture(scope="module")
-def runs(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Runs]:
-    server = Runs(tmp_path_factory.mktemp("server"))
-    yield server
-    server.close()
 
 
 @pytest.mark.parametrize("case", RUNS)

@@ -13,13 +13,12 @@ from lightning.pytorch.callbacks import Callback
 from erpd_lightning.budget.interpolation import WeightInterpolation
 from erpd_lightning.data.predict_data import BatchList
 from erpd_lightning.data.rollouts import RolloutDataModule
-from erpd_lightning.data.store import Store
 from erpd_lightning.errors import UserError
 from erpd_lightning.metrics import ClusteredRatio
 from erpd_lightning.modules.distill import DistillModule
-from erpd_lightning.modules.policy_module import PolicyModule
+from support.modules import stored_logps
 from support.policies import make_model, make_rows, save_policy, write_rollouts
-from support.trainers import make_trainer, run_prediction
+from support.trainers import make_trainer, score
 
 BUDGET = 0.05
 
@@ -39,9 +38,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     write_rollouts(folder / "rollouts", make_rows(groups=4, group_size=4))
     for name, model in models.items():
         save_policy(folder / name, model)
-        module = PolicyModule(folder / name, references={})
-        module.configure_model()
-        run_prediction(make_data(folder).scoring(name), module)
+        score(make_data(folder), name, folder / name)
     return folder
 
 
@@ -77,22 +74,14 @@ def fit(module: DistillModule, data: RolloutDataModule, **settings: Any) -> list
 
 def own(folder: Path, beta_base: float, beta_first: float) -> tuple[float, float, float]:
     """Mean KL of the target to base, to first, and of base to the target, over the stored states' support."""
-    tables = {path.name: Store.open(path).table().to_pylist() for path in (folder / "scores").iterdir()}
     found = []
-    for row in range(len(tables["base"])):
-        entry = 0
-        for t, size in enumerate(tables["base"][row]["support_size"]):
-            logps = {
-                name: np.array([*table[row]["support_logps"][entry : entry + size], table[row]["tail_logps"][t]])
-                for name, table in tables.items()
-            }
-            entry += size
-            signal = np.clip(logps["teacher"] - logps["unlearned"], -3, 3)
-            log_target = (beta_base * logps["base"] + beta_first * logps["first"] + signal) / (beta_base + beta_first)
-            log_target -= np.log(np.exp(log_target).sum())
-            target, base = np.exp(log_target), np.exp(logps["base"])
-            kls = [float((target * (log_target - logps[name])).sum()) for name in ("base", "first")]
-            found.append((*kls, float((base * (logps["base"] - log_target)).sum())))
+    for logps in stored_logps(folder / "scores"):
+        signal = np.clip(logps["teacher"] - logps["unlearned"], -3, 3)
+        log_target = (beta_base * logps["base"] + beta_first * logps["first"] + signal) / (beta_base + beta_first)
+        log_target -= np.log(np.exp(log_target).sum())
+        target, base = np.exp(log_target), np.exp(logps["base"])
+        kls = [float((target * (log_target - logps[name])).sum()) for name in ("base", "first")]
+        found.append((*kls, float((base * (logps["base"] - log_target)).sum())))
     to_base, to_first, from_base = np.mean(found, axis=0)
     return float(to_base), float(to_first), float(from_base)
 

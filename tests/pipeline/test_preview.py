@@ -38,13 +38,6 @@ class Even(Verifier):
         return [None if len(text) == 1 else float(len(text) % 2 == 0) for text in responses]
 
 
-class AlwaysRight(Verifier):
-    """Rewards everything."""
-
-    def __call__(self, responses: Any, answers: Any) -> list[float | None]:
-        return [1.0 for _ in responses]
-
-
 @pytest.fixture
 def models() -> dict[str, Any]:
     return {name: make_model(seed) for seed, name in enumerate(("base", "teacher", "unlearned"))}
@@ -290,7 +283,7 @@ def test_budgets_verifier_and_precision_are_the_users(command: Command, run_dir:
         "--budgets=[0.03]",
         "--round=1",
         "--data.validation_samples=3",
-        "--data.verifier=test_preview.AlwaysRight",
+        "--data.verifier=support.verifiers.Constant",
         "--trainer.precision=bf16-true",
     )
     content = json.loads((run_dir / "round-1" / "preview.json").read_text())

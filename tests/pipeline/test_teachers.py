@@ -1,7 +1,6 @@
 """Which weights a teacher ends with, several teachers in a round, and a signal chosen among candidates."""
 
 import json
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -221,24 +220,16 @@ def test_a_round_of_several_teachers_and_a_choice(options: list[str], tmp_path: 
     assert signs["mild"]["settings"]["teachers.mild.trainer"]["max_epochs"] == 1
 
 
-@pytest.fixture(scope="module")
-def runs(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Runs]:
-    server = Runs(tmp_path_factory.mktemp("server"))
-    yield server
-    server.close()
-
-
 def test_killed_at_any_point_it_ends_the_same(runs: Runs, options: list[str], tmp_path: Path) -> None:
     extra = {"extreme_region.stop_at_kl": 1e-6, "extreme_region_trainer.max_epochs": 3}
     alone, killed = ([*arguments(tmp_path / name, **extra), *options] for name in ("alone", "killed"))
     runs.run(alone)
-    for kill in (
+    kills = (
         Kill(f"{MODULE}.export", count=2),  # after the base policy's; training was stopped by the KL
         written("teachers/wrong/stage.json"),
         Kill("erpd_lightning.data.samplers.tilted:TiltedSampler.sample", count=2),
         written("signal_selection/stage.json"),
         after(written("signal_selection/stage.json")),
-    ):
-        runs.run(killed, kill)
-    runs.run(killed)
+    )
+    runs.run_killed(killed, kills)
     assert contents(tmp_path / "killed") == contents(tmp_path / "alone")

@@ -1,10 +1,9 @@
 """What tests of the command line share: a verifier, arguments, and what a run directory holds."""
 
 import hashlib
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from pathlib import Path
 
-from erpd_lightning.data.verifiers import Verifier
 from erpd_lightning.models.policy import policy_fingerprint
 from erpd_lightning.pipeline.rounds import STAGES as ALL_STAGES
 from support.chain import arguments
@@ -13,13 +12,6 @@ ROOT = Path(__file__).parents[2]
 
 STAGES = [stage for stage in ALL_STAGES if stage != "signal_selection"]
 """Those of a run whose signal is given."""
-
-
-class AlwaysRight(Verifier):
-    """Rewards everything."""
-
-    def __call__(self, responses: Sequence[str], answers: Sequence[str]) -> list[float | None]:
-        return [1.0 for _ in responses]
 
 
 Run = Callable[..., str]

@@ -94,6 +94,11 @@ def save_policy(path: Path, model: Any = None, seed: int = 0) -> Path:
     return path
 
 
+def save_policies(folder: Path, *names: str) -> dict[str, str]:
+    """Policies of the seeds 0, 1, ... by name, as folders below one."""
+    return {name: str(save_policy(folder / name, seed=seed)) for seed, name in enumerate(names)}
+
+
 def token_logps(model: Any, prompt: Sequence[int], response: Sequence[int], temperature: float = 1.0) -> Tensor:
     """Log-probs over the vocabulary at each response token, `(T, V)`: one sequence, no padding, all logits."""
     ids = torch.tensor([[*prompt, *response]])

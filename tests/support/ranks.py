@@ -6,7 +6,7 @@ sees.
 
 import math
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +19,6 @@ from erpd_lightning.callbacks import BudgetExceeded, KLBudget
 from erpd_lightning.data.batching import RolloutBatch
 from erpd_lightning.data.rollouts import RolloutDataModule
 from erpd_lightning.data.samplers import TransformersSampler
-from erpd_lightning.data.verifiers import Verifier
 from erpd_lightning.modules.distill import DistillModule
 from erpd_lightning.modules.evaluation import EvaluationModule, EvaluationWithSamples
 from erpd_lightning.modules.extreme_region import ExtremeRegionModule
@@ -27,7 +26,9 @@ from erpd_lightning.modules.policy_module import PolicyModule
 from erpd_lightning.modules.training import TrainingDiverged
 from erpd_lightning.objectives.extreme import CrossEntropy
 from erpd_lightning.objectives.regression import SquaredError
+from support import trainers
 from support.processes import fork_ranks
+from support.verifiers import Short
 
 STILL: dict[str, Any] = {"learning_rate": 1e-30, "warmup_steps": 0}
 """Weights that do not move, so that every step compares with the same step elsewhere."""
@@ -80,20 +81,10 @@ class Watch(Callback):
             self.logged.append({name: float(value) for name, value in metrics if name.startswith("train/")})
 
 
-def make_trainer(processes: int, *callbacks: Callback, accumulate: int = 1) -> Trainer:
+def make_trainer(processes: int, *callbacks: Callback, **settings: Any) -> Trainer:
     """A trainer that does nothing beyond one epoch."""
-    return Trainer(
-        max_epochs=1,
-        accelerator="cpu",
-        devices=processes,
-        strategy="ddp" if processes > 1 else "auto",
-        callbacks=list(callbacks),
-        accumulate_grad_batches=accumulate,
-        logger=False,
-        enable_checkpointing=False,
-        enable_progress_bar=False,
-        enable_model_summary=False,
-        limit_val_batches=0,
+    return trainers.make_trainer(
+        *callbacks, processes=processes, **{"max_epochs": 1, "limit_val_batches": 0, **settings}
     )
 
 
@@ -107,17 +98,10 @@ def steps(folder: Path, module: PolicyModule, processes: int, accumulate: int, m
         max_tokens=max_tokens,
     )
     watch = Watch()
-    trainer = make_trainer(processes, watch, accumulate=accumulate)
+    trainer = make_trainer(processes, watch, accumulate_grad_batches=accumulate)
     trainer.fit(module, datamodule=data)
     epoch = {name: float(value) for name, value in trainer.callback_metrics.items()}
     return {"gradients": watch.gradients, "logged": watch.logged, "tokens": watch.tokens, "epoch": epoch}
-
-
-class Short(Verifier):
-    """What random weights write is never right; that it is short will do."""
-
-    def __call__(self, responses: Sequence[str], answers: Sequence[str]) -> list[float | None]:
-        return [float(len(response) < 6) for response in responses]
 
 
 def held_out(folder: Path, batch_size: int) -> RolloutDataModule:
@@ -135,8 +119,7 @@ def held_out(folder: Path, batch_size: int) -> RolloutDataModule:
 def validation(folder: Path, processes: int, batch_size: int) -> dict[str, float]:
     """What validation says of a policy that is far from its base."""
     module = EvaluationModule(folder / "teacher", references={"base": str(folder / "base")})
-    trainer = make_trainer(processes)
-    trainer.limit_val_batches = 1.0
+    trainer = make_trainer(processes, limit_val_batches=1.0)
     trainer.validate(module, datamodule=held_out(folder, batch_size), verbose=False)
     return {name: float(value) for name, value in trainer.callback_metrics.items()}
 

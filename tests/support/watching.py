@@ -14,7 +14,6 @@ from typing import Any
 
 import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
-from lightning.pytorch.callbacks import Checkpoint
 from lightning.pytorch.loggers.logger import DummyLogger, Logger
 from torch import Tensor
 from torch.utils.data import DataLoader
@@ -24,8 +23,9 @@ from erpd_lightning.data.rollouts import RolloutDataModule
 from erpd_lightning.data.samplers import TransformersSampler
 from erpd_lightning.modules.extreme_region import ExtremeRegionModule
 from erpd_lightning.modules.training import TrainingDiverged
-from support import ranks
 from support.processes import See, fork_ranks
+from support.trainers import make_trainer
+from support.verifiers import Short
 
 Batch = dict[str, Tensor]
 
@@ -104,20 +104,14 @@ def watch(
 ) -> tuple[Trainer, Notes]:
     """Train a `Scripted` module on micro-batches in their order."""
     notes = Notes()
-    trainer = Trainer(
+    trainer = make_trainer(
+        *callbacks,
+        processes=processes,
         max_epochs=epochs,
-        accelerator="cpu",
-        devices=processes,
-        strategy="ddp" if processes > 1 else "auto",
-        callbacks=list(callbacks),
         accumulate_grad_batches=accumulate,
         logger=notes,
         log_every_n_steps=1,
-        enable_checkpointing=any(isinstance(callback, Checkpoint) for callback in callbacks),
-        enable_progress_bar=False,
-        enable_model_summary=False,
         use_distributed_sampler=False,
-        num_sanity_val_steps=0,
     )
     loader: Any = DataLoader(list(batches), batch_size=None)  # type: ignore[arg-type]
     empty: Any = DataLoader([0], batch_size=None)  # type: ignore[arg-type]
@@ -201,24 +195,12 @@ def fit(
         folder / "base",
         validation_prompts=folder / "prompts.jsonl" if validated else None,
         sampler=sampler or TransformersSampler(max_new_tokens=6, batch_size=4),
-        verifier=ranks.Short(),
+        verifier=Short(),
         validation_samples=2,
         batch_size=7,
     )
     module = ExtremeRegionModule(folder / "base", **{"learning_rate": 1e-3, "warmup_steps": 0, **settings})
-    trainer = Trainer(
-        max_epochs=epochs,
-        accelerator="cpu",
-        devices=processes,
-        strategy="ddp" if processes > 1 else "auto",
-        callbacks=list(callbacks),
-        logger=logger,
-        enable_checkpointing=any(isinstance(callback, Checkpoint) for callback in callbacks),
-        enable_progress_bar=False,
-        enable_model_summary=False,
-        num_sanity_val_steps=0,
-        log_every_n_steps=1,
-    )
+    trainer = make_trainer(*callbacks, processes=processes, max_epochs=epochs, logger=logger, log_every_n_steps=1)
     trainer.fit(module, datamodule=data, ckpt_path=ckpt_path, weights_only=True)
     return module
 
