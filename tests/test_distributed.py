@@ -72,18 +72,18 @@ def test_a_step_is_the_same_however_it_is_cut(
         assert seen["epoch"] == pytest.approx(whole["epoch"], rel=1e-6, abs=1e-6)
 
 
-def test_the_cuts_are_uneven_and_some_pieces_empty(one: dict[str, Any], two: list[dict[str, Any]]) -> None:
+def test_the_cuts_are_uneven_and_some_micro_batches_empty(one: dict[str, Any], two: list[dict[str, Any]]) -> None:
     """Without this the test above would prove little."""
     whole = one[f"sapo, {UNCUT}"]["tokens"]
     assert len(set(whole)) == len(whole) == 3
     for name, ranks_see in {cut: [rank[f"sapo, {cut}"]["tokens"] for rank in two] for cut in ranks.CUTS}.items():
         assert len(ranks_see[0]) == len(ranks_see[1]), name
-        pieces = len(ranks_see[0]) // 3
-        steps = [[sum(seen[n * pieces : (n + 1) * pieces]) for n in range(3)] for seen in ranks_see]
+        micro_batches = len(ranks_see[0]) // 3
+        steps = [[sum(seen[n * micro_batches : (n + 1) * micro_batches]) for n in range(3)] for seen in ranks_see]
         assert [a + b for a, b in zip(*steps, strict=True)] == whole
         assert all(a != b for a, b in zip(*steps, strict=True)), f"{name}: both processes have as many tokens"
-        if pieces > 1:
-            assert 0 in ranks_see[0][-pieces:] + ranks_see[1][-pieces:], f"{name}: no filler"
+        if micro_batches > 1:
+            assert 0 in ranks_see[0][-micro_batches:] + ranks_see[1][-micro_batches:], f"{name}: no dummy micro-batch"
 
 
 @pytest.mark.parametrize("batches", ranks.BATCHES)

@@ -22,10 +22,10 @@ from erpd_lightning.callbacks.collapse import (
     token_sums,
 )
 from erpd_lightning.modules.training import TrainingDiverged
-from support import watching
+from support import monitoring
+from support.monitoring import Batch, micro_batch, watch
 from support.policies import make_rows, save_policy, write_rollouts
 from support.processes import start_ranks
-from support.watching import Batch, micro_batch, watch
 
 INTERVAL, TAIL = (0.8, 1.28), 10.0
 
@@ -135,7 +135,7 @@ def test_quantities_without_tokens_are_absent() -> None:
 
 
 def test_a_step_is_logged_as_a_whole(tmp_path: Path) -> None:
-    batches = [batch for step in watching.STEPS for share in step for batch in share]
+    batches = [batch for step in monitoring.STEPS for of_rank in step for batch in of_rank]
     _, notes = watch(batches, CollapseMonitor(), accumulate=4)
     logged = notes.steps()
     assert [step for step, _ in logged] == [0, 1, 2]
@@ -183,9 +183,9 @@ class Outputs(Callback):
         self.seen.append((outputs, float(trainer.callback_metrics["train/loss"])))
 
 
-def test_a_policy_module_hands_out_what_it_logs_and_no_graph(folder: Path) -> None:
-    outputs, monitor, notes = Outputs(), CollapseMonitor(), watching.Notes()
-    watching.fit(folder, monitor, outputs, epochs=1, logger=notes)
+def test_training_hands_out_what_it_logs_and_no_graph(folder: Path) -> None:
+    outputs, monitor, notes = Outputs(), CollapseMonitor(), monitoring.Notes()
+    monitoring.fit(folder, monitor, outputs, epochs=1, logger=notes)
     for handed, loss in outputs.seen:
         assert {"loss", "mask", "rewards", "log_ratio", "logp", "entropy"} <= handed.keys()
         assert not any(value.requires_grad for value in handed.values())
@@ -302,8 +302,8 @@ def test_a_run_that_goes_on_ends_like_one_that_was_not_killed(tmp_path: Path) ->
 def test_a_run_that_goes_on_within_an_epoch_counts_what_it_saw_before(folder: Path, tmp_path: Path) -> None:
     whole, resumed = CollapseMonitor(), CollapseMonitor()
     saver = ModelCheckpoint(dirpath=tmp_path, save_top_k=-1, every_n_train_steps=1, filename="{step}")
-    watching.fit(folder, whole, saver)
-    watching.fit(folder, resumed, ckpt_path=tmp_path / "step=5.ckpt")
+    monitoring.fit(folder, whole, saver)
+    monitoring.fit(folder, resumed, ckpt_path=tmp_path / "step=5.ckpt")
     assert [row["step"] for row in whole.rows] == [3, 6]
     assert resumed.rows == whole.rows
 
@@ -344,7 +344,7 @@ def test_no_checkpoint_lies_between_a_stop_and_its_validation(tmp_path: Path) ->
 
 
 def test_two_processes(tmp_path: Path) -> None:
-    one, two = watching.collapse(tmp_path, 1), start_ranks(watching.__file__, tmp_path, "collapse")
+    one, two = monitoring.collapse(tmp_path, 1), start_ranks(monitoring.__file__, tmp_path, "collapse")
     assert len(one["uneven"]["logged"]) == 3
     for rank in two:
         assert len(rank["uneven"]["logged"]) == 3

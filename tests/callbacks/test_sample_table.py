@@ -28,7 +28,7 @@ from erpd_lightning.models.policy import load_policy
 from erpd_lightning.modules.eval_mode import eval_mode
 from erpd_lightning.modules.extreme_region import ExtremeRegionModule
 from erpd_lightning.text import aligned, visible, width, wrapped
-from support import watching
+from support import monitoring
 from support.policies import TASK, make_model, make_rows, save_policy, token_logps, write_rollouts
 from support.processes import start_ranks
 from support.trainers import make_trainer
@@ -237,7 +237,7 @@ def test_the_width_is_the_terminal_s(
     monkeypatch.delenv("NO_COLOR", raising=False)
     screen = Screen(is_terminal=True, encoding="ascii")
     monkeypatch.setattr(sys, "stdout", screen)
-    watching.fit(folder, SampleTable(), epochs=1)
+    monitoring.fit(folder, SampleTable(), epochs=1)
     monkeypatch.undo()
     assert "\033[" in screen.text
     lines = re.sub("\033\\[[0-9;]*m", "", screen.text).splitlines()
@@ -245,7 +245,7 @@ def test_the_width_is_the_terminal_s(
     screen = Screen(is_terminal=True)
     monkeypatch.setattr(sys, "stdout", screen)
     monkeypatch.setenv("NO_COLOR", "1")
-    watching.fit(folder, SampleTable(), epochs=1)
+    monitoring.fit(folder, SampleTable(), epochs=1)
     assert "\033[" not in screen.text
 
 
@@ -257,14 +257,14 @@ def titles(printed: str) -> list[int]:
 def test_every_so_many_validations_and_at_the_end(
     folder: Path, capsys: pytest.CaptureFixture[str], every: int, epochs: int, steps: list[int]
 ) -> None:
-    watching.fit(folder, SampleTable(prompts=2, samples=3, every_n_validations=every), epochs=epochs)
+    monitoring.fit(folder, SampleTable(prompts=2, samples=3, every_n_validations=every), epochs=epochs)
     printed = capsys.readouterr().out
     assert titles(printed) == steps
     assert printed.count("prompt: ") == 6 * len(steps)
 
 
 def test_the_draws_are_the_same_each_time(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    watching.fit(folder, SampleTable(every_n_validations=1), epochs=2, learning_rate=1e-30)
+    monitoring.fit(folder, SampleTable(every_n_validations=1), epochs=2, learning_rate=1e-30)
     first, second = capsys.readouterr().out.split("Samples after optimiser step")[1:]
     assert first.splitlines()[1:] == second.splitlines()[1:]
     assert "KL 0 nats" in first
@@ -272,21 +272,21 @@ def test_the_draws_are_the_same_each_time(folder: Path, capsys: pytest.CaptureFi
 
 def test_going_on_keeps_count(folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     saver = ResumeCheckpoint(tmp_path, every_n_steps=100)
-    watching.fit(folder, SampleTable(every_n_validations=3), saver, epochs=2)
+    monitoring.fit(folder, SampleTable(every_n_validations=3), saver, epochs=2)
     capsys.readouterr()
     table = SampleTable(every_n_validations=3)
-    watching.fit(folder, table, epochs=4, ckpt_path=saver.latest())
+    monitoring.fit(folder, table, epochs=4, ckpt_path=saver.latest())
     assert titles(capsys.readouterr().out) == [9, 12]
     assert table.validations == 4
 
 
 def test_without_held_out_prompts_nothing_is_shown(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    watching.fit(folder, SampleTable(), validated=False)
+    monitoring.fit(folder, SampleTable(), validated=False)
     assert capsys.readouterr().out == ""
 
 
 def test_without_a_base_policy_there_is_no_signal(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    watching.fit(folder, SampleTable(), epochs=1, references={})
+    monitoring.fit(folder, SampleTable(), epochs=1, references={})
     printed = capsys.readouterr().out
     assert printed.count("prompt: ") == 4
     assert "reward" in printed
@@ -295,8 +295,8 @@ def test_without_a_base_policy_there_is_no_signal(folder: Path, capsys: pytest.C
 
 
 def test_its_cost_is_logged(folder: Path) -> None:
-    notes, table = watching.Notes(), SampleTable(every_n_validations=1)
-    watching.fit(folder, table, logger=notes)
+    notes, table = monitoring.Notes(), SampleTable(every_n_validations=1)
+    monitoring.fit(folder, table, logger=notes)
     found = {step: logged["sample_table/seconds"] for step, logged in notes.logged if "sample_table/seconds" in logged}
     assert found.keys() == {2, 5}
     assert 0 < found[2] < found[5] == table.seconds
@@ -365,7 +365,7 @@ def test_weights_and_biases_gets_a_table() -> None:
 
 
 def test_others_get_the_seconds_alone(folder: Path, tmp_path: Path) -> None:
-    watching.fit(folder, SampleTable(), epochs=1, logger=CSVLogger(tmp_path, name="logs", version=0))
+    monitoring.fit(folder, SampleTable(), epochs=1, logger=CSVLogger(tmp_path, name="logs", version=0))
     header = (tmp_path / "logs" / "version_0" / "metrics.csv").read_text().splitlines()[0].split(",")
     assert [name for name in header if name.startswith("sample")] == ["sample_table/seconds"]
     assert not {"wandb", "mlflow"} & sys.modules.keys()
@@ -404,9 +404,9 @@ def test_a_run_with_it_ends_like_one_without(folder: Path) -> None:
         random.seed(1)
         np.random.seed(1)
         generators = Generators()
-        module = watching.fit(folder, *callbacks, generators, epochs=3, sampler=Rude(max_new_tokens=6))
-        ends.append((watching.weights(module), generators.seen))
-    assert not torch.equal(ends[0][0], watching.weights(watching.fit(folder, epochs=1)))
+        module = monitoring.fit(folder, *callbacks, generators, epochs=3, sampler=Rude(max_new_tokens=6))
+        ends.append((monitoring.weights(module), generators.seen))
+    assert not torch.equal(ends[0][0], monitoring.weights(monitoring.fit(folder, epochs=1)))
     for weights, seen in ends[1:]:
         assert torch.equal(weights, ends[0][0])
         assert seen == ends[0][1]
@@ -425,8 +425,8 @@ def test_modes_and_generators_are_restored() -> None:
 
 
 def test_two_processes_show_the_same_once(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    one = watching.samples(folder, 1)
-    first, second = start_ranks(watching.__file__, folder, "samples")
+    one = monitoring.samples(folder, 1)
+    first, second = start_ranks(monitoring.__file__, folder, "samples")
     assert second["printed"] == ""
     assert titles(first["printed"]) == titles(one["printed"]) == [3, 6]
     assert first["printed"].count("prompt: ") == 6
@@ -446,7 +446,7 @@ def test_no_other_policy_is_left_in_memory(folder: Path) -> None:
             self.left = bool(pl_module._references)
 
     frozen = Frozen()
-    watching.fit(folder, SampleTable(), frozen, epochs=1)
+    monitoring.fit(folder, SampleTable(), frozen, epochs=1)
     assert not frozen.left
 
 
@@ -465,4 +465,4 @@ def test_modules_and_data_that_are_refused(folder: Path) -> None:
         SampleTable().on_fit_start(trainer, ExtremeRegionModule(folder / "base"))
     trainer.datamodule = RolloutDataModule(folder / "rollouts", folder / "base")
     with pytest.raises(UserError, match="Scripted has none"):
-        SampleTable().on_fit_start(trainer, watching.Scripted())
+        SampleTable().on_fit_start(trainer, monitoring.Scripted())

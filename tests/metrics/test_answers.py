@@ -25,7 +25,7 @@ def test_pass_at_k_by_hand(correct: int, samples: int, k: int, expected: float) 
 def test_pass_at_k_is_the_share_of_subsets_with_a_correct_one(k: int) -> None:
     cases = [(c, n) for n in range(k, 9) for c in range(n + 1)]
     correct, samples = torch.tensor(cases).unbind(1)
-    expected = [reference.share_of_subsets_with_a_right_one(c, n, k) for c, n in cases]
+    expected = [reference.share_of_subsets_with_a_correct_one(c, n, k) for c, n in cases]
     assert pass_at_k(correct, samples, k).tolist() == pytest.approx(expected, abs=1e-14)
 
 

@@ -55,7 +55,7 @@ CASES = {
         lambda data: (data.correct, data.samples),
         lambda data: mean(
             [
-                reference.share_of_subsets_with_a_right_one(c, n, 3)
+                reference.share_of_subsets_with_a_correct_one(c, n, 3)
                 for c, n in zip(data.correct.tolist(), data.samples.tolist(), strict=True)
             ]
         ),

@@ -221,7 +221,7 @@ def test_calibration_spends_the_budget_on_fresh_samples(
     assert module.beta == seen.betas[-1]
     assert module.budget.solution is not None
     assert module.budget.solution.kl_base == pytest.approx(targets[-1], rel=2e-3)
-    # The weights that are exported lie on the line between base and trained student, where the budget is spent.
+    # The weights that are exported are those between base and trained student at which the budget is spent.
     assert module.budget.fit is not None
     assert 0 < module.budget.fit.alpha <= MAX_EXTRAPOLATION
     base = load_policy(policies["base"]).state_dict()
@@ -239,6 +239,6 @@ def test_calibration_spends_the_budget_on_fresh_samples(
     assert measured["val/kl_per_token"] == pytest.approx(module.budget.fit.kl, rel=0.25)
 
 
-def test_a_student_of_another_start_does_not_land(policies: dict[str, str]) -> None:
+def test_a_student_of_another_start_is_not_calibrated(policies: dict[str, str]) -> None:
     assert DistillModule(policies["base"]).calibrates
     assert not DistillModule(policies["student"], references={"base": str(policies["base"])}).calibrates

@@ -35,7 +35,9 @@ def measured(
     models = {name: AutoModelForCausalLM.from_pretrained(path) for name, path in references.items()}
     model = AutoModelForCausalLM.from_pretrained(policies["student"])
     count = len(PROMPTS)
-    sums: dict[str, list[float]] = {name: [0.0] * count for name in ("tokens", "right", "entropy", "cut", *references)}
+    sums: dict[str, list[float]] = {
+        name: [0.0] * count for name in ("tokens", "correct", "entropy", "cut", *references)
+    }
     texts: list[set[tuple[int, ...]]] = [set() for _ in PROMPTS]
     for number, (prompt, response) in enumerate(drawn):
         group = number // SAMPLES
@@ -45,14 +47,14 @@ def measured(
         sums["cut"][group] += response.ids[-1] != 2
         text = [token for token in response.ids if token > 2]
         texts[group].add(tuple(text))
-        sums["right"][group] += bool(text) and text[-1] in range(3, 13) and (text[-1] - 3) % 2 == 0
+        sums["correct"][group] += bool(text) and text[-1] in range(3, 13) and (text[-1] - 3) % 2 == 0
         for name, other in models.items():
             logq = token_logps(other, prompt, response.ids).detach().double()
             sums[name][group] += float((logp.exp() * (logp - logq)).sum())
     samples = [SAMPLES] * count
     result = {}
-    result["pass@1"], result["pass@1_stderr"] = ratio(sums["right"], samples)
-    result["pass@k"] = float(np.mean([right > 0 for right in sums["right"]]))
+    result["pass@1"], result["pass@1_stderr"] = ratio(sums["correct"], samples)
+    result["pass@k"] = float(np.mean([correct > 0 for correct in sums["correct"]]))
     result["entropy_per_token"] = ratio(sums["entropy"], sums["tokens"])[0]
     result["mean_length"] = ratio(sums["tokens"], samples)[0]
     result["truncated"] = ratio(sums["cut"], samples)[0]

@@ -155,12 +155,12 @@ def test_cross_entropy_is_the_models_own_loss(
     module = ExtremeRegionModule(policies["student"], objective=CrossEntropy())
     gradients, loss = first_step(module, make_data(scored, policies, max_tokens=50))
     model = make_model(seed=3)
-    right = [row for row in rows if row["reward"] == 1]
-    assert 0 < len(right) < len(rows)
-    width = max(len(row["prompt_ids"]) + len(row["response_ids"]) for row in right)
-    ids, labels, attention = (torch.zeros(len(right), width, dtype=torch.long) for _ in range(3))
+    correct = [row for row in rows if row["reward"] == 1]
+    assert 0 < len(correct) < len(rows)
+    width = max(len(row["prompt_ids"]) + len(row["response_ids"]) for row in correct)
+    ids, labels, attention = (torch.zeros(len(correct), width, dtype=torch.long) for _ in range(3))
     labels -= 100
-    for number, row in enumerate(right):
+    for number, row in enumerate(correct):
         prompt, response = row["prompt_ids"], row["response_ids"]
         ids[number, : len(prompt) + len(response)] = torch.tensor([*prompt, *response])
         labels[number, len(prompt) : len(prompt) + len(response)] = torch.tensor(response)
@@ -170,7 +170,7 @@ def test_cross_entropy_is_the_models_own_loss(
     assert_same_gradients(gradients, gradients_of(model, expected))
 
 
-def test_cross_entropy_with_the_sign_flipped_learns_wrong_responses(
+def test_cross_entropy_with_the_sign_flipped_learns_incorrect_responses(
     scored: Path, policies: dict[str, str], rows: list[dict[str, Any]]
 ) -> None:
     module = ExtremeRegionModule(policies["student"], objective=CrossEntropy(), sign=-1)
@@ -213,9 +213,9 @@ def test_terms_of_responses_are_divided_by_the_responses_of_the_step(
     assert_same_gradients(gradients, gradients_of(model, expected))
 
 
-@pytest.mark.parametrize("fillers", [0, 3])
-def test_rows_that_fill_up_a_batch_have_no_share(
-    scored: Path, policies: dict[str, str], rows: list[dict[str, Any]], fillers: int
+@pytest.mark.parametrize("dummies", [0, 3])
+def test_dummy_rows_of_a_batch_do_not_count(
+    scored: Path, policies: dict[str, str], rows: list[dict[str, Any]], dummies: int
 ) -> None:
     data = make_data(scored, policies)
     module = ExtremeRegionModule(policies["student"], objective=GSPO())
@@ -225,12 +225,12 @@ def test_rows_that_fill_up_a_batch_have_no_share(
     assert batch.step_responses == len(rows)
     module.configure_model()
     expected = module.training_step(batch, 0)["loss"]
-    batch.mask[:fillers] = False
+    batch.mask[:dummies] = False
     losses, _ = module.batch_loss(batch)
-    assert (losses[:fillers] != 0).all()
+    assert (losses[:dummies] != 0).all()
     loss = module.training_step(batch, 0)["loss"]
-    assert loss.item() == pytest.approx(float(losses[fillers:].sum()) / len(rows))
-    assert fillers == 0 or loss != expected
+    assert loss.item() == pytest.approx(float(losses[dummies:].sum()) / len(rows))
+    assert dummies == 0 or loss != expected
 
 
 class Misshapen(ExtremeObjective):

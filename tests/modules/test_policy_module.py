@@ -53,10 +53,10 @@ def test_reference_policies_do_not_move(
     seen = Validations()
     trainer = make_trainer(seen, max_epochs=2)
     trainer.fit(module, datamodule=evaluation_data(scored, batch_size=8))
-    frozen = module.reference("base")
-    assert not any(parameter.requires_grad for parameter in frozen.parameters())
+    reference = module.reference("base")
+    assert not any(parameter.requires_grad for parameter in reference.parameters())
     start = make_model(seed=0)
-    for mine, theirs in zip(frozen.model.parameters(), start.parameters(), strict=True):
+    for mine, theirs in zip(reference.model.parameters(), start.parameters(), strict=True):
         assert torch.equal(mine, theirs)
     assert seen.found[-1]["val/kl_per_token"] > 0
     module.release_references()

@@ -1,4 +1,4 @@
-"""A budget over all rounds beside the round's own: prices, loss and landing, from the stored scores alone."""
+"""A budget over all rounds beside the round's own: prices, loss and search, from the stored scores alone."""
 
 import math
 from pathlib import Path
@@ -101,7 +101,7 @@ def test_both_budgets_bind(folder: Path) -> None:
     to_base, to_first, from_base = own(folder, *prices)
     assert to_base == pytest.approx(BUDGET, rel=2e-3)
     assert to_first == pytest.approx(total, rel=2e-3)
-    # The student is still the base policy: the loss is the KL of it to the target between the two anchors.
+    # The student is still the base policy: the loss is the KL of it to the target between the two references.
     assert loss == pytest.approx(from_base, rel=1e-3)
 
 
@@ -113,7 +113,7 @@ def test_a_total_budget_that_is_not_spent_changes_nothing(folder: Path) -> None:
     assert two.budget.solution.beta_first == 0
 
 
-def test_landing_keeps_to_the_tighter_budget(folder: Path) -> None:
+def test_the_search_keeps_to_the_tighter_budget(folder: Path) -> None:
     """Twice the total budget is spent where the round's is just spent: the search is told of twice the round's."""
     module, spent = make_student(folder, 0.2), {"base": BUDGET, "first": 0.4}
     data = make_data(folder)

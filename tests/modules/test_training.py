@@ -85,8 +85,8 @@ def test_logged_means_are_those_of_the_stored_tokens(
     assert logged["train/logp_correct"] == pytest.approx(float(by_reward[1].mean()), rel=1e-5)
     assert logged["train/logp_incorrect"] == pytest.approx(float(by_reward[0].mean()), rel=1e-5)
     assert logged["train/logp"] == pytest.approx(float(torch.cat(logps).mean()), rel=1e-5)
-    anchors = torch.cat([torch.tensor(row["logps"]) for row in rows])
-    assert logged["train/log_ratio"] == pytest.approx(float((torch.cat(logps) - anchors).mean()), rel=1e-4)
+    sampler_logps = torch.cat([torch.tensor(row["logps"]) for row in rows])
+    assert logged["train/log_ratio"] == pytest.approx(float((torch.cat(logps) - sampler_logps).mean()), rel=1e-4)
     full = torch.cat([token_logps(model, r["prompt_ids"], r["response_ids"]).detach() for r in rows])
     assert logged["train/entropy"] == pytest.approx(float(-(full.exp() * full).sum(-1).mean()), rel=1e-5)
     # The base policy is the starting policy.
@@ -100,13 +100,13 @@ def test_logged_means_are_those_of_the_stored_tokens(
 def test_logged_log_probs_are_of_the_whole_epoch(
     scored: Path, policies: dict[str, str], rows: list[dict[str, Any]]
 ) -> None:
-    """Over the steps of one epoch, each response counted as it passes by."""
+    """Over the steps of one epoch, each response counted as it comes by."""
     module = ExtremeRegionModule(policies["student"], learning_rate=1e-12)
     trainer = make_trainer(max_epochs=1)
     trainer.fit(module, datamodule=make_data(scored, policies, batch_size=5, max_tokens=60))
     model = make_model(seed=3)
-    right = torch.cat([sampled_logps(model, row).detach() for row in rows if row["reward"] == 1])
-    assert float(trainer.callback_metrics["train/logp_correct"]) == pytest.approx(float(right.mean()), rel=1e-5)
+    correct = torch.cat([sampled_logps(model, row).detach() for row in rows if row["reward"] == 1])
+    assert float(trainer.callback_metrics["train/logp_correct"]) == pytest.approx(float(correct.mean()), rel=1e-5)
 
 
 def test_a_schedule_that_needs_more_settings(scored: Path, policies: dict[str, str]) -> None:

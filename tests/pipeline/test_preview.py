@@ -71,7 +71,7 @@ def batches(prompts: list[list[int]] = PROMPTS, per_batch: int = 2) -> list[Prom
 def by_hand(models: dict[str, Any], candidate: Candidate, beta: float) -> dict[str, np.ndarray]:
     """Sums over each prompt's responses, `(prompts,)`, from the probabilities of each prefix by itself."""
     tokenizer = TASK.tokenizer()
-    sums: dict[str, list[float]] = {"right": [], "kl": [], "entropy": [], "tokens": []}
+    sums: dict[str, list[float]] = {"correct": [], "kl": [], "entropy": [], "tokens": []}
     for batch in batches():
         repeated = [ids for ids in batch.prompt_ids for _ in range(SAMPLES)]
         sampler = TiltedSampler(batch.sampler, candidate.signal, beta)
@@ -84,7 +84,7 @@ def by_hand(models: dict[str, Any], candidate: Candidate, beta: float) -> dict[s
                 tilted += np.clip(logps[term.numerator] - logps[term.denominator], -term.clip, term.clip) / beta
             target = np.exp(tilted) / np.exp(tilted).sum(axis=1, keepdims=True)
             length = len(tokenizer.decode(ids, skip_special_tokens=True))
-            sums["right"].append(float(length != 1 and length % 2 == 0))
+            sums["correct"].append(float(length != 1 and length % 2 == 0))
             sums["kl"].append((target * (np.log(target) - logps["base"])).sum())
             sums["entropy"].append(-(target * np.log(target)).sum())
             sums["tokens"].append(len(ids))
@@ -110,7 +110,7 @@ def test_what_is_measured_is_what_was_decoded_from(
     assert candidate.beta is not None
     sums = by_hand(models, candidate, candidate.beta)
     samples = np.full(len(PROMPTS), SAMPLES)
-    assert (row.pass_at_1, row.pass_at_1_stderr) == pytest.approx(with_stderr(sums["right"], samples))
+    assert (row.pass_at_1, row.pass_at_1_stderr) == pytest.approx(with_stderr(sums["correct"], samples))
     assert (row.kl_per_token, row.kl_per_token_stderr) == pytest.approx(
         with_stderr(sums["kl"], sums["tokens"]), rel=1e-4
     )

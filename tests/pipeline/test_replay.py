@@ -1,4 +1,4 @@
-"""Rollouts of earlier rounds that are trained on again."""
+"""Replay: rollouts of earlier rounds that are trained on again."""
 
 import json
 from collections.abc import Sequence

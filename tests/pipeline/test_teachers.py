@@ -83,7 +83,7 @@ def test_the_weights_that_a_teacher_ends_with(folder: Path, keep: Any, sign: int
 
 
 @pytest.mark.parametrize(("threshold", "epochs"), [(0.05, 2), (0.06, 3), (0.4, 4), (9.0, 4)])
-def test_a_teacher_stops_where_its_kl_passes_a_threshold(folder: Path, threshold: float, epochs: int) -> None:
+def test_a_teacher_stops_where_its_kl_exceeds_a_threshold(folder: Path, threshold: float, epochs: int) -> None:
     _, weights = train(folder, stop_at_kl=threshold)
     assert len(weights.found) == epochs
 
@@ -163,11 +163,11 @@ def test_candidates_within_the_budget() -> None:
         candidates_within_budget(AutoSignal(teachers=["same"], denominators=["base"], themselves=[]), 0.05, scores)
 
 
-def row(name: str, *right: float) -> Preview:
-    """What a candidate showed that got so many of four responses to each prompt right."""
+def row(name: str, *correct: float) -> Preview:
+    """What a candidate showed that got so many of four responses to each prompt correct."""
     candidate = Candidate(name, Signal([Term()]), budget=0.1)
-    accuracy = sum(right) / len(right) / 4
-    return Preview(candidate, 1.0, 0.1, accuracy, 0.1, 0.1, 0.1, 0.5, 9.0, 16, right, (4.0,) * len(right))
+    accuracy = sum(correct) / len(correct) / 4
+    return Preview(candidate, 1.0, 0.1, accuracy, 0.1, 0.1, 0.1, 0.5, 9.0, 16, correct, (4.0,) * len(correct))
 
 
 def test_the_first_that_is_hardly_worse_than_the_best_is_chosen() -> None:
@@ -176,7 +176,7 @@ def test_the_first_that_is_hardly_worse_than_the_best_is_chosen() -> None:
     assert choose([surely, best, hardly]).candidate.name == "best"
     assert choose([surely, hardly, best]).candidate.name == "hardly"
     assert choose([row("same", 3, 2, 3, 2), best]).candidate.name == "same"
-    assert choose([row("one prompt", 1), row("right", 2)]).candidate.name == "right"
+    assert choose([row("one prompt", 1), row("correct", 2)]).candidate.name == "correct"
 
 
 # The chain

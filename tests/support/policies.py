@@ -108,7 +108,7 @@ def token_logps(model: Any, prompt: Sequence[int], response: Sequence[int], temp
 
 
 def make_rows(groups: int = 4, group_size: int = 4, seed: int = 0) -> list[dict[str, Any]]:
-    """Made-up rollouts of unequal length with log-probs of nobody; each group has right and wrong ones."""
+    """Made-up rollouts of unequal length with log-probs of nobody; each group has correct and incorrect ones."""
     generator = torch.Generator().manual_seed(seed)
 
     def draw(low: int, high: int, size: int = 1) -> list[int]:

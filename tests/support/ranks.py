@@ -63,7 +63,7 @@ class Watch(Callback):
     Attributes:
         gradients: As the optimizer gets them, flat.
         logged: The step's values, as loggers get them.
-        tokens: Of each micro-batch, 0 for a filler.
+        tokens: Of each micro-batch, 0 for a dummy.
     """
 
     def __init__(self) -> None:
@@ -185,11 +185,11 @@ def budgets(folder: Path, processes: int) -> dict[str, Any]:
             budget.reasons.append("exceeded")
         return trainer
 
-    watching, one = KLBudget(100.0, every_n_steps=2), OneSees(1.0, action="stop", every_n_steps=1)
-    fit(watching)
-    assert watching.last is not None
+    watched, one = KLBudget(100.0, every_n_steps=2), OneSees(1.0, action="stop", every_n_steps=1)
+    fit(watched)
+    assert watched.last is not None
     steps = fit(one).global_step
-    return {"measured": [watching.last.kl, watching.last.stderr], "steps": steps, "reasons": one.reasons}
+    return {"measured": [watched.last.kl, watched.last.stderr], "steps": steps, "reasons": one.reasons}
 
 
 def see(folder: Path, processes: int) -> dict[str, Any]:

@@ -122,11 +122,11 @@ def watch(
 STEPS: list[list[list[Batch]]] = [
     [
         [micro_batch(10 * step + 2 * rank, lengths[0]), micro_batch(10 * step + 2 * rank + 1, lengths[1])]
-        for rank, lengths in enumerate(shares)
+        for rank, lengths in enumerate(by_rank)
     ]
-    for step, shares in enumerate(
+    for step, by_rank in enumerate(
         [
-            [([4, 2], [1, 5, 3]), ([7, 1], [0, 0])],  # the last one is a filler
+            [([4, 2], [1, 5, 3]), ([7, 1], [0, 0])],  # the last one is a dummy micro-batch
             [([1, 1], [2, 2]), ([9, 8], [7])],
             [([3, 1], [0]), ([0, 0], [0])],  # one rank has no token at all
         ]
@@ -139,7 +139,7 @@ def uneven(processes: int) -> dict[str, Any]:
     """What is logged of `STEPS`, and the rows of the table."""
     monitor = CollapseMonitor()
     if processes == 1:
-        batches = [batch for step in STEPS for share in step for batch in share]
+        batches = [batch for step in STEPS for of_rank in step for batch in of_rank]
     else:
         batches = [batch for step in STEPS for batch in step[int(os.environ["LOCAL_RANK"])]]
     _, notes = watch(batches, monitor, processes=processes, accumulate=4 // processes)
