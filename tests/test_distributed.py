@@ -18,7 +18,7 @@ from erpd_lightning.data.samples import read_samples
 from support import ranks
 from support.chain import arguments
 from support.kills import CHECKPOINT, EVALUATION, Kill, written
-from support.policies import TASK, make_rows, save_policies, write_rollouts
+from support.policies import TASK, make_rows, save_policies, write_prompts, write_rollouts
 from support.processes import ENVIRONMENT, ROOT, start_ranks
 from support.runs import Runs, contents
 from support.trainers import score
@@ -37,8 +37,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     write_rollouts(folder / "rollouts", make_rows())
     for name, policy in save_policies(folder, "base", "teacher", "unlearned").items():
         score(data, name, policy)
-    rows = TASK.prompts(0)[0][:5]
-    (folder / "prompts.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    write_prompts(folder / "prompts.jsonl", [(row["prompt"], row["answer"]) for row in TASK.prompts(0)[0][:5]])
     return folder
 
 

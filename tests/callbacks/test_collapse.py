@@ -1,6 +1,5 @@
 """The monitor against NumPy, by hand, over two processes, and in the chain of stages."""
 
-import json
 import math
 import warnings
 from collections.abc import Sequence
@@ -24,7 +23,7 @@ from erpd_lightning.callbacks.collapse import (
 from erpd_lightning.modules.training import TrainingDiverged
 from support import monitoring
 from support.monitoring import Batch, micro_batch, watch
-from support.policies import make_rows, save_policy, write_rollouts
+from support.policies import make_rows, save_policy, write_prompts, write_rollouts
 from support.processes import start_ranks
 
 INTERVAL, TAIL = (0.8, 1.28), 10.0
@@ -169,7 +168,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("collapse")
     save_policy(folder / "base")
     write_rollouts(folder / "rollouts", make_rows())
-    (folder / "prompts.jsonl").write_text(json.dumps({"prompt": "1+1:", "answer": "2"}) + "\n")
+    write_prompts(folder / "prompts.jsonl", [("1+1:", "2")])
     return folder
 
 

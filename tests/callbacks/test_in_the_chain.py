@@ -3,6 +3,7 @@
 import json
 import shutil
 import warnings
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +12,7 @@ import pytest
 from erpd_lightning.cli.main import main
 from erpd_lightning.pipeline.records import round_summary
 from support.chain import arguments, parsers_built_once
+from support.command_line import printed, refusal
 
 # CollapseMonitor
 
@@ -69,21 +71,15 @@ def test_what_was_crossed_goes_to_the_summary(tmp_path: Path, monkeypatch: pytes
     assert len(round_summary(folder, 1, summary["policies"])["warnings"]) == 2  # of a run made before there were any
 
 
-def test_a_limit_that_is_refused_is_one_line(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_a_limit_that_is_refused_is_one_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     callback = {
         "class_path": "erpd_lightning.callbacks.CollapseMonitor",
         "init_args": {"limits": {"collapse/essence": {"max": 1.0}}},
     }
     option = f"--trainer.callbacks={json.dumps(callback)}"
-    monkeypatch.setattr("sys.argv", ["erpd_lightning", *arguments(tmp_path), option])
-    with parsers_built_once(), pytest.raises(SystemExit) as ended:
-        main()
-    (line,) = capsys.readouterr().err.strip().splitlines()
-    assert ended.value.code == 2
-    assert line.startswith("error: trainer.callbacks: limits: 'collapse/essence' is not monitored")
-    assert len(line) < 330
+    with parsers_built_once():
+        line = refusal(capsys, partial(printed, capsys), *arguments(tmp_path), option)
+    assert line.startswith("trainer.callbacks: limits: 'collapse/essence' is not monitored")
 
 
 # KLBudget

@@ -1,6 +1,5 @@
 """The KL budget as a contract, in plain trainers with a module that has a policy and nothing else of ours."""
 
-import json
 import math
 import re
 from pathlib import Path
@@ -19,7 +18,7 @@ from erpd_lightning.data.samplers import TransformersSampler
 from erpd_lightning.errors import UserError
 from erpd_lightning.models.policy import load_policy
 from support import trainers
-from support.policies import TASK, make_model, save_policy
+from support.policies import TASK, make_model, save_policy, write_prompts
 
 BUDGET = 0.05
 PROMPTS = [f"{a}+{b}" for a in range(10, 99, 3) for b in range(10, 99, 3)]  # of one length: no padding
@@ -30,8 +29,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A base policy and prompts."""
     folder = tmp_path_factory.mktemp("budget")
     save_policy(folder / "base", make_model(0))
-    lines = (json.dumps({"prompt": prompt, "answer": ""}) for prompt in PROMPTS)
-    (folder / "prompts.jsonl").write_text("\n".join(lines))
+    write_prompts(folder / "prompts.jsonl", [(prompt, "") for prompt in PROMPTS])
     return folder
 
 

@@ -1,6 +1,5 @@
 """Samples against slow references; text of odd characters; logged tables; training is not affected."""
 
-import json
 import math
 import random
 import re
@@ -29,7 +28,7 @@ from erpd_lightning.modules.eval_mode import eval_mode
 from erpd_lightning.modules.extreme_region import ExtremeRegionModule
 from erpd_lightning.text import aligned, visible, width, wrapped
 from support import monitoring
-from support.policies import TASK, make_model, make_rows, save_policy, token_logps, write_rollouts
+from support.policies import TASK, make_model, make_rows, save_policy, token_logps, write_prompts, write_rollouts
 from support.processes import start_ranks
 from support.trainers import make_trainer
 from support.verifiers import Short
@@ -42,8 +41,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     for seed, name in enumerate(("base", "student")):
         save_policy(folder / name, seed=seed)
     write_rollouts(folder / "rollouts", make_rows())
-    rows = TASK.prompts(0)[0][:5]
-    (folder / "prompts.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    write_prompts(folder / "prompts.jsonl", [(row["prompt"], row["answer"]) for row in TASK.prompts(0)[0][:5]])
     return folder
 
 

@@ -1,6 +1,5 @@
 """A policy or two, and a data module with prompts that are sampled, scored and trained on."""
 
-import json
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -9,7 +8,7 @@ import pytest
 
 from erpd_lightning.data.rollouts import RolloutDataModule
 from erpd_lightning.data.samplers import TransformersSampler
-from support.policies import save_policy
+from support.policies import save_policy, write_prompts
 from support.rollouts import GROUP_SIZE, PROMPTS
 from support.verifiers import EvenEnd
 
@@ -26,13 +25,12 @@ def other_policy(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture
 def make_data(tmp_path: Path, policy: Path) -> Callable[..., RolloutDataModule]:
-    lines = [json.dumps({"prompt": prompt, "answer": answer}) for prompt, answer in PROMPTS]
-    (tmp_path / "prompts.jsonl").write_text("\n".join(lines))
+    prompts = write_prompts(tmp_path / "prompts.jsonl", PROMPTS)
 
     def make(store: str = "rollouts", **settings: Any) -> RolloutDataModule:
         defaults: dict[str, Any] = {
             "tokenizer": policy,
-            "prompts": tmp_path / "prompts.jsonl",
+            "prompts": prompts,
             "sampler": TransformersSampler(8, batch_size=8),
             "verifier": EvenEnd(),
             "group_size": GROUP_SIZE,

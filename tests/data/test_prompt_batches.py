@@ -1,6 +1,5 @@
 """Which prompts are sampled and held out, and the batches in which ranks answer them."""
 
-import json
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -12,7 +11,7 @@ from erpd_lightning.data.rollouts import RolloutDataModule
 from erpd_lightning.errors import UserError
 from erpd_lightning.modules.evaluation import EvaluationModule
 from erpd_lightning.modules.extreme_region import ExtremeRegionModule
-from support.policies import TASK
+from support.policies import TASK, write_prompts
 from support.rollouts import PROMPTS, sample
 from support.trainers import fake_trainer, make_trainer
 
@@ -62,15 +61,15 @@ def test_a_prompt_too_long_for_the_context(
 ) -> None:
     assert TASK.context == 32
     # With 8 new tokens the second prompt just fits, the third does not.
-    rows = [{"prompt": "1+" * count + "1:", "answer": "1"} for count in (1, 11, 12)]
-    (tmp_path / "long.jsonl").write_text("\n".join(json.dumps(row) for row in rows))
+    rows = [("1+" * count + "1:", "1") for count in (1, 11, 12)]
+    write_prompts(tmp_path / "long.jsonl", rows)
     key = "prompts" if purpose == "rollouts" else "validation_prompts"
     data = make_data(**{key: tmp_path / "long.jsonl"})
     message = rf"^sampler.max_new_tokens is 8: with the 26 tokens of {purpose} prompt 3 .*context of {TASK.context}"
     run = make_trainer().predict if purpose == "rollouts" else make_trainer().test
     with pytest.raises(UserError, match=message):
         run(EvaluationModule(policy), datamodule=data.sampling() if purpose == "rollouts" else data)
-    (tmp_path / "long.jsonl").write_text("\n".join(json.dumps(row) for row in rows[:2]))
+    write_prompts(tmp_path / "long.jsonl", rows[:2])
     data = make_data(**{key: tmp_path / "long.jsonl"})
     run(EvaluationModule(policy), datamodule=data.sampling() if purpose == "rollouts" else data)
 

@@ -1,6 +1,5 @@
 """Policies, scored rollouts and prompts that tests of the modules share."""
 
-import json
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -10,7 +9,7 @@ import pytest
 from erpd_lightning.data.rollouts import RolloutDataModule
 from erpd_lightning.modules import scoring
 from support.modules import NAMES, PROMPTS, SAMPLES, Recorder, make_data
-from support.policies import make_rows, save_policies, write_rollouts
+from support.policies import make_rows, save_policies, write_prompts, write_rollouts
 from support.trainers import score
 from support.verifiers import EvenEnd
 
@@ -41,12 +40,11 @@ def scored(tmp_path_factory: pytest.TempPathFactory, rows: list[dict[str, Any]],
 
 @pytest.fixture
 def evaluation_data(tmp_path: Path, policies: dict[str, str]) -> Callable[..., RolloutDataModule]:
-    lines = [json.dumps({"prompt": prompt, "answer": "?"}) for prompt in PROMPTS]
-    (tmp_path / "prompts.jsonl").write_text("\n".join(lines))
+    prompts = write_prompts(tmp_path / "prompts.jsonl", [(prompt, "?") for prompt in PROMPTS])
 
     def make(folder: Path = tmp_path, **settings: Any) -> RolloutDataModule:
         defaults: dict[str, Any] = {
-            "validation_prompts": tmp_path / "prompts.jsonl",
+            "validation_prompts": prompts,
             "validation_samples": SAMPLES,
             "sampler": Recorder(),
             "verifier": EvenEnd(),

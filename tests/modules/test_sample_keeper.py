@@ -1,6 +1,5 @@
 """The responses that an evaluation keeps: their KL token by token, and what is kept of many."""
 
-import json
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -16,7 +15,7 @@ from erpd_lightning.data.samples import SAMPLES, read_samples, sample_table, wri
 from erpd_lightning.data.store import ROLLOUTS
 from erpd_lightning.errors import UserError
 from erpd_lightning.modules.evaluation import EvaluationWithSamples
-from support.policies import TASK, make_model, make_rows, save_policies, token_logps
+from support.policies import TASK, make_model, make_rows, save_policies, token_logps, write_prompts
 from support.trainers import make_trainer
 from support.verifiers import EvenEnd
 
@@ -31,12 +30,10 @@ def policies(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
 
 def keep(folder: Path, policies: dict[str, str]) -> tuple[list[dict[str, Any]], dict[str, float]]:
     """What a test keeps, and what it measured; prompts come in three batches, the last with one."""
-    lines = [json.dumps({"prompt": prompt, "answer": "?"}) for prompt in PROMPTS]
-    (folder / "prompts.jsonl").write_text("\n".join(lines))
     data = RolloutDataModule(
         folder / "rollouts",
         tokenizer=policies["base"],
-        validation_prompts=folder / "prompts.jsonl",
+        validation_prompts=write_prompts(folder / "prompts.jsonl", [(prompt, "?") for prompt in PROMPTS]),
         validation_samples=PER_PROMPT,
         sampler=TransformersSampler(6, batch_size=2 * PER_PROMPT),
         verifier=EvenEnd(),

@@ -26,7 +26,7 @@ from erpd_lightning.objectives.distillation import ClippedPolicyGradient, Tilted
 from support.chain import arguments
 from support.kills import CHECKPOINT, MODULE, Kill, after, written
 from support.modules import CLIP, NAMES
-from support.policies import make_model, make_rows, token_logps
+from support.policies import make_model, make_rows, token_logps, write_prompts
 from support.runs import Runs, contents
 from support.trainers import fake_trainer, make_trainer
 
@@ -41,15 +41,13 @@ def models() -> dict[str, Any]:
 
 @pytest.fixture
 def make_data(scored: Path, tmp_path: Path, policies: dict[str, str]) -> Callable[..., RolloutDataModule]:
-    (tmp_path / "prompts.jsonl").write_text(
-        "\n".join(json.dumps({"prompt": prompt, "answer": ""}) for prompt in PROMPTS)
-    )
+    prompts = write_prompts(tmp_path / "prompts.jsonl", [(prompt, "") for prompt in PROMPTS])
 
     def make(**settings: Any) -> RolloutDataModule:
         defaults: dict[str, Any] = {
             "scores": scored / "scores",
             "on_policy_store": tmp_path / "fresh",
-            "prompts": tmp_path / "prompts.jsonl",
+            "prompts": prompts,
             "sampler": TransformersSampler(6, batch_size=16),
             "group_size": 4,
             "batch_size": 100,
@@ -232,7 +230,7 @@ def test_old_logps_are_of_the_policy_as_the_iteration_began(
 def test_ranks_share_the_work_of_old_logps(
     make_data: Callable[..., RolloutDataModule], policies: dict[str, str]
 ) -> None:
-    """Each of three ranks asks about its rows, with a dummy micro-batch where they are too few; the sum is all of it."""
+    """Each of three ranks asks about its rows, with a dummy micro-batch where they are too few; the sum is all."""
     module = make_student(policies)
     module.configure_model()
     parts, seen = [], []

@@ -19,7 +19,7 @@ from erpd_lightning.errors import UserError
 from erpd_lightning.modules.extreme_region import ExtremeRegionModule
 from support.chain import arguments
 from support.kills import CHECKPOINT, MODULE, Kill, after, written
-from support.policies import save_policy, token_logps
+from support.policies import save_policy, token_logps, write_prompts
 from support.runs import Runs, contents
 from support.trainers import make_trainer
 from support.verifiers import Constant
@@ -58,13 +58,12 @@ def policy(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture
 def make_data(tmp_path: Path, policy: Path) -> Callable[..., RolloutDataModule]:
-    lines = [json.dumps({"prompt": prompt, "answer": ""}) for prompt in PROMPTS]
-    (tmp_path / "prompts.jsonl").write_text("\n".join(lines))
+    prompts = write_prompts(tmp_path / "prompts.jsonl", [(prompt, "") for prompt in PROMPTS])
 
     def make(**settings: Any) -> RolloutDataModule:
         defaults: dict[str, Any] = {
             "tokenizer": policy,
-            "prompts": tmp_path / "prompts.jsonl",
+            "prompts": prompts,
             "sampler": TransformersSampler(6, batch_size=16),
             "verifier": EvenSum(),
             "group_size": 8,

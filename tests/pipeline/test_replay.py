@@ -18,7 +18,7 @@ from erpd_lightning.errors import UserError
 from erpd_lightning.modules.extreme_region import ExtremeRegionModule
 from support.chain import arguments
 from support.kills import CHECKPOINT, MODULE, Kill, written
-from support.policies import make_rows, save_policy, write_rollouts
+from support.policies import make_rows, save_policy, write_prompts, write_rollouts
 from support.runs import Runs, contents
 from support.trainers import make_trainer
 
@@ -34,7 +34,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
         rows = make_rows(groups=2 + number, seed=number)
         rows[-1]["checked"] = number < 2
         write_rollouts(folder / name, rows)
-    (folder / "prompts.jsonl").write_text('{"prompt": "1+1:", "answer": "2"}\n{"prompt": "3-2:", "answer": "1"}\n')
+    write_prompts(folder / "prompts.jsonl", [("1+1:", "2"), ("3-2:", "1")])
     return folder
 
 

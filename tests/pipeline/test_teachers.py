@@ -19,7 +19,7 @@ from erpd_lightning.objectives.tilted_policy import UnreachableBudget, tilted_kl
 from erpd_lightning.pipeline.signal_search import Candidate, Preview, candidates_within_budget, choose
 from support.chain import arguments
 from support.kills import MODULE, Kill, after, written
-from support.policies import make_rows, save_policy, write_rollouts
+from support.policies import make_rows, save_policy, write_prompts, write_rollouts
 from support.runs import Runs, contents
 from support.trainers import make_trainer
 
@@ -54,7 +54,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("data")
     save_policy(folder / "base")
     write_rollouts(folder / "rollouts", make_rows())
-    (folder / "prompts.jsonl").write_text('{"prompt": "1+1:", "answer": "2"}\n')
+    write_prompts(folder / "prompts.jsonl", [("1+1:", "2")])
     return folder
 
 

@@ -1,6 +1,7 @@
 """Tiny policies and rollouts that several tests share, and what a policy says, the slow and obvious way."""
 
-from collections.abc import Callable, Sequence
+import json
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -107,6 +108,10 @@ def token_logps(model: Any, prompt: Sequence[int], response: Sequence[int], temp
     return logits[first : first + len(response)].log_softmax(-1)
 
 
+WITHOUT_TEXT: dict[str, Any] = {"finish_reason": "stop", "checked": True, "prompt": "", "response": "", "answer": ""}
+"""The rest of a made-up rollout, of which the token ids are all that counts."""
+
+
 def make_rows(groups: int = 4, group_size: int = 4, seed: int = 0) -> list[dict[str, Any]]:
     """Made-up rollouts of unequal length with log-probs of nobody; each group has correct and incorrect ones."""
     generator = torch.Generator().manual_seed(seed)
@@ -128,11 +133,7 @@ def make_rows(groups: int = 4, group_size: int = 4, seed: int = 0) -> list[dict[
                     "response_ids": response,
                     "logps": (-1.5 - 2 * noise).tolist(),
                     "reward": float(sample <= group % (group_size - 1)),
-                    "finish_reason": "stop",
-                    "checked": True,
-                    "prompt": "",
-                    "response": "",
-                    "answer": "",
+                    **WITHOUT_TEXT,
                 }
             )
     return rows
@@ -143,3 +144,9 @@ def write_rollouts(path: Path, rows: Sequence[dict[str, Any]]) -> Store:
     writer = StoreWriter(path, ROLLOUTS, {})
     writer.write_part(0, {name: [row[name] for row in rows] for name in ROLLOUTS.names})
     return writer.finish(1)
+
+
+def write_prompts(path: Path, prompts: Iterable[tuple[str, str]]) -> Path:
+    """A JSON Lines file of prompts and their answers."""
+    path.write_text("".join(json.dumps({"prompt": prompt, "answer": answer}) + "\n" for prompt, answer in prompts))
+    return path

@@ -9,6 +9,7 @@ from torch import Tensor
 
 from erpd_lightning.data.batching import RolloutBatch, RolloutTable, ScoreTable
 from erpd_lightning.data.store import ROLLOUTS, SCORES
+from support.policies import WITHOUT_TEXT
 
 POLICIES = ("base", "teacher", "unlearned")
 
@@ -31,11 +32,7 @@ def make_rows(count: int, longest: int = 9, seed: int = 0) -> list[dict[str, Any
                 "response_ids": [200 + x for x in draw(50, response)],
                 "logps": [-1 - x / 8 for x in draw(50, response)],
                 "reward": float(draw(2)[0]),
-                "finish_reason": "stop",
-                "checked": True,
-                "prompt": "",
-                "response": "",
-                "answer": "",
+                **WITHOUT_TEXT,
             }
         )
     return rows
