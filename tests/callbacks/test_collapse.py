@@ -23,7 +23,7 @@ from erpd_lightning.callbacks.collapse import (
 from erpd_lightning.modules.training import TrainingDiverged
 from support import monitoring
 from support.monitoring import Batch, micro_batch, watch
-from support.policies import make_rows, save_policy, write_prompts, write_rollouts
+from support.policies import write_round
 from support.processes import start_ranks
 
 INTERVAL, TAIL = (0.8, 1.28), 10.0
@@ -165,11 +165,7 @@ def test_its_cost_is_logged() -> None:
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A policy, rollouts and prompts."""
-    folder = tmp_path_factory.mktemp("collapse")
-    save_policy(folder / "base")
-    write_rollouts(folder / "rollouts", make_rows())
-    write_prompts(folder / "prompts.jsonl", [("1+1:", "2")])
-    return folder
+    return write_round(tmp_path_factory.mktemp("collapse"))
 
 
 class Outputs(Callback):

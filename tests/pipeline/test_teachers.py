@@ -19,7 +19,7 @@ from erpd_lightning.objectives.tilted_policy import UnreachableBudget, tilted_kl
 from erpd_lightning.pipeline.signal_search import Candidate, Preview, candidates_within_budget, choose
 from support.chain import arguments
 from support.kills import MODULE, Kill, after, written
-from support.policies import make_rows, save_policy, write_prompts, write_rollouts
+from support.policies import write_round
 from support.runs import Runs, contents
 from support.trainers import make_trainer
 
@@ -51,11 +51,8 @@ class Weights(Callback):
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("data")
-    save_policy(folder / "base")
-    write_rollouts(folder / "rollouts", make_rows())
-    write_prompts(folder / "prompts.jsonl", [("1+1:", "2")])
-    return folder
+    """A policy, rollouts and prompts."""
+    return write_round(tmp_path_factory.mktemp("data"))
 
 
 def train(folder: Path, validate: bool = True, epochs: int = 4, **settings: Any) -> tuple[Scripted, Weights]:

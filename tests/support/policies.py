@@ -150,3 +150,11 @@ def write_prompts(path: Path, prompts: Iterable[tuple[str, str]]) -> Path:
     """A JSON Lines file of prompts and their answers."""
     path.write_text("".join(json.dumps({"prompt": prompt, "answer": answer}) + "\n" for prompt, answer in prompts))
     return path
+
+
+def write_round(folder: Path) -> Path:
+    """A base policy, rollouts and a prompt in a folder; returns the folder."""
+    save_policy(folder / "base")
+    write_rollouts(folder / "rollouts", make_rows())
+    write_prompts(folder / "prompts.jsonl", [("1+1:", "2")])
+    return folder
