@@ -5,27 +5,25 @@ Nothing here runs several processes inside of pytest's: a subprocess does, which
 
 import csv
 import json
-import os
 import subprocess
 import sys
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from lightning.pytorch import Trainer
 
 from erpd_lightning.data.rollouts import RolloutDataModule
 from erpd_lightning.data.samples import read_samples
-from erpd_lightning.modules.policy_module import PolicyModule
 from support import ranks
 from support.chain import arguments
-from support.policies import TASK, make_rows, save_policy, write_rollouts
-from support.runs import CHECKPOINT, EVALUATION, ROOT, Kill, Runs, contents, written
+from support.kills import CHECKPOINT, EVALUATION, Kill, written
+from support.policies import TASK, make_rows, save_policies, write_prompts, write_rollouts
+from support.processes import ENVIRONMENT, ROOT, start_ranks
+from support.runs import Runs, contents
+from support.trainers import score
 
 UNCUT = next(iter(ranks.CUTS))
-ENVIRONMENT = {**os.environ, "PYTHONPATH": os.pathsep.join([str(ROOT), str(ROOT / "tests")])}
 
 
 # The same steps and the same validation.
@@ -35,15 +33,11 @@ ENVIRONMENT = {**os.environ, "PYTHONPATH": os.pathsep.join([str(ROOT), str(ROOT 
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Policies, rollouts of unequal length with scores, and prompts."""
     folder = tmp_path_factory.mktemp("distributed")
-    policies = [save_policy(folder / name, seed=n) for n, name in enumerate(("base", "teacher", "unlearned"))]
-    write_rollouts(folder / "rollouts", make_rows())
     data = RolloutDataModule(folder / "rollouts", folder / "base", scores=folder / "scores")
-    for policy in policies:
-        trainer = Trainer(accelerator="cpu", devices=1, logger=False, enable_progress_bar=False)
-        module = PolicyModule(policy, references={})
-        trainer.predict(module, datamodule=data.scoring(policy.name), return_predictions=False)
-    rows = TASK.prompts(0)[0][:5]
-    (folder / "prompts.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    write_rollouts(folder / "rollouts", make_rows())
+    for name, policy in save_policies(folder, "base", "teacher", "unlearned").items():
+        score(data, name, policy)
+    write_prompts(folder / "prompts.jsonl", [(row["prompt"], row["answer"]) for row in TASK.prompts(0)[0][:5]])
     return folder
 
 
@@ -56,10 +50,7 @@ def one(folder: Path) -> dict[str, Any]:
 @pytest.fixture(scope="module")
 def two(folder: Path, one: dict[str, Any]) -> list[dict[str, Any]]:
     """What each of two processes sees."""
-    command = [sys.executable, str(Path(ranks.__file__)), str(folder)]
-    done = subprocess.run(command, env=ENVIRONMENT, capture_output=True, text=True, timeout=240)
-    assert done.returncode == 0, done.stderr
-    return [torch.load(folder / f"rank-{rank}.pt", weights_only=True) for rank in range(2)]
+    return start_ranks(ranks.__file__, folder)
 
 
 @pytest.mark.parametrize("cut", ranks.CUTS)
@@ -80,18 +71,18 @@ def test_a_step_is_the_same_however_it_is_cut(
         assert seen["epoch"] == pytest.approx(whole["epoch"], rel=1e-6, abs=1e-6)
 
 
-def test_the_cuts_are_uneven_and_some_pieces_empty(one: dict[str, Any], two: list[dict[str, Any]]) -> None:
+def test_the_cuts_are_uneven_and_some_micro_batches_empty(one: dict[str, Any], two: list[dict[str, Any]]) -> None:
     """Without this the test above would prove little."""
     whole = one[f"sapo, {UNCUT}"]["tokens"]
     assert len(set(whole)) == len(whole) == 3
     for name, ranks_see in {cut: [rank[f"sapo, {cut}"]["tokens"] for rank in two] for cut in ranks.CUTS}.items():
         assert len(ranks_see[0]) == len(ranks_see[1]), name
-        pieces = len(ranks_see[0]) // 3
-        steps = [[sum(seen[n * pieces : (n + 1) * pieces]) for n in range(3)] for seen in ranks_see]
+        micro_batches = len(ranks_see[0]) // 3
+        steps = [[sum(seen[n * micro_batches : (n + 1) * micro_batches]) for n in range(3)] for seen in ranks_see]
         assert [a + b for a, b in zip(*steps, strict=True)] == whole
         assert all(a != b for a, b in zip(*steps, strict=True)), f"{name}: both processes have as many tokens"
-        if pieces > 1:
-            assert 0 in ranks_see[0][-pieces:] + ranks_see[1][-pieces:], f"{name}: no filler"
+        if micro_batches > 1:
+            assert 0 in ranks_see[0][-micro_batches:] + ranks_see[1][-micro_batches:], f"{name}: no dummy micro-batch"
 
 
 @pytest.mark.parametrize("batches", ranks.BATCHES)
@@ -160,13 +151,6 @@ def command(run_dir: Path, alone: Path) -> list[str]:
 
 
 @pytest.fixture(scope="module")
-def runs(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Runs]:
-    server = Runs(tmp_path_factory.mktemp("server"))
-    yield server
-    server.close()
-
-
-@pytest.fixture(scope="module")
 def alone(runs: Runs, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A run of one process."""
     run_dir = tmp_path_factory.mktemp("alone") / "run"
@@ -214,11 +198,10 @@ def test_two_processes_end_the_chain_like_one(alone: Path, together: Path) -> No
 
 def test_two_processes_that_are_killed_end_the_same(runs: Runs, alone: Path, together: Path, tmp_path: Path) -> None:
     run_dir = tmp_path / "run"
-    for kill in (
+    kills = (
         written(r"rollouts/part-00002\.parquet"),
         written(f"extreme_region/checkpoints/{CHECKPOINT}", count=2),
         Kill(f"{EVALUATION}.evaluate", count=2),
-    ):
-        runs.run(command(run_dir, alone), kill, processes=2)
-    runs.run(command(run_dir, alone), processes=2)
+    )
+    runs.run_killed(command(run_dir, alone), kills, processes=2)
     assert contents(run_dir) == contents(together)

@@ -22,7 +22,7 @@ EOS = 2
 LONGEST = 14
 SAMPLES = 16
 
-# A base policy that is right two times in five after ten seconds of training, and a mild teacher.
+# A base policy that is correct two times in five after ten seconds of training, and a mild teacher.
 OVERRIDES: dict[str, Any] = {
     "task.operations": 2,
     "task.train_prompts": 640,
@@ -84,7 +84,7 @@ def prompts(run_dir: Path) -> list[dict[str, str]]:
 class Samples:
     """What is known of the responses, `(prompts, samples)` each: sums over their tokens, in nats."""
 
-    right: Tensor
+    correct: Tensor
     kl: Tensor
     entropy: Tensor
     tokens: Tensor
@@ -123,11 +123,11 @@ def measure(
         skip_special_tokens=True,
     )
     answers = [row["answer"] for row in prompts for _ in range(SAMPLES)]
-    right = [text[-2:] == f"={answer}" for text, answer in zip(texts, answers, strict=True)]
+    correct = [text[-2:] == f"={answer}" for text, answer in zip(texts, answers, strict=True)]
     logps, base_logps = logps.double(), base_logps.double()
     kl = (logps.exp() * (logps - base_logps)).sum(-1)
     entropy = -(logps.exp() * logps).sum(-1)
-    columns = (torch.tensor(right).double(), (kl * mask).sum(1), (entropy * mask).sum(1), mask.sum(1))
+    columns = (torch.tensor(correct).double(), (kl * mask).sum(1), (entropy * mask).sum(1), mask.sum(1))
     return Samples(*(column.view(-1, SAMPLES) for column in columns))
 
 
@@ -194,10 +194,10 @@ def policy_samples(run_dir: Path, models: dict[str, Any], prompts: list[dict[str
 
 def test_the_student_does_what_its_target_does(target_samples: Samples, policy_samples: dict[str, Samples]) -> None:
     target, student, base = target_samples, policy_samples["student"], policy_samples["base"]
-    by_prompt = student.right.mean(1) - target.right.mean(1)
+    by_prompt = student.correct.mean(1) - target.correct.mean(1)
     bound = 4 * paired_stderr(by_prompt) + 0.03
     assert abs(float(by_prompt.mean())) < bound
-    gain = target.right.mean(1) - base.right.mean(1)
+    gain = target.correct.mean(1) - base.correct.mean(1)
     assert float(gain.mean()) > 4 * paired_stderr(gain), "a target like the base policy would show nothing"
 
     spent, wanted = student.rate(student.kl), target.rate(target.kl)
@@ -237,10 +237,10 @@ def test_the_student_is_closer_to_its_target_than_to_anything_else(
 def test_the_summary_holds_up(name: str, summary: dict[str, Any], policy_samples: dict[str, Samples]) -> None:
     reported, own = summary["policies"][name], policy_samples[name]
     count = reported["samples_per_prompt"]
-    assert (reported["prompts"], count) == (len(own.right), 8)
+    assert (reported["prompts"], count) == (len(own.correct), 8)
     ones = torch.ones_like(own.tokens)
     for key, values, per in (
-        ("pass@1", own.right, ones),
+        ("pass@1", own.correct, ones),
         ("kl_per_token", own.kl, own.tokens),
         ("kl_per_token_to_first", own.kl, own.tokens),
         ("kl_per_response", own.kl, ones),
@@ -250,9 +250,9 @@ def test_the_summary_holds_up(name: str, summary: dict[str, Any], policy_samples
         found = float(values.sum() / per.sum())
         stderr = (within_stderr(values, per, SAMPLES) ** 2 + within_stderr(values, per, count) ** 2) ** 0.5
         assert abs(reported[key] - found) < 4 * stderr + 1e-6, key
-    assert reported["pass@1_stderr"] == pytest.approx(paired_stderr(own.right.mean(1)), rel=0.25)
-    # Of 16 samples, more prompts have a right one than of 8.
-    assert reported["pass@1"] < reported["pass@k"] < float(own.right.amax(1).mean()) + 0.1
+    assert reported["pass@1_stderr"] == pytest.approx(paired_stderr(own.correct.mean(1)), rel=0.25)
+    # Of 16 samples, more prompts have a correct one than of 8.
+    assert reported["pass@1"] < reported["pass@k"] < float(own.correct.amax(1).mean()) + 0.1
 
 
 def test_what_was_spent_of_the_budget(summary: dict[str, Any]) -> None:

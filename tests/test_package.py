@@ -20,6 +20,7 @@ from torch.utils.data import DataLoader
 
 import erpd_lightning
 from erpd_lightning.callbacks import Throughput
+from support.trainers import make_trainer
 
 ROOT = Path(__file__).parents[1]
 
@@ -165,15 +166,7 @@ class Constant(LightningModule):
 
 
 def fit(folder: Path, *callbacks: Callback, epochs: int, resume: Path | None = None) -> Trainer:
-    trainer = Trainer(
-        accelerator="cpu",
-        callbacks=list(callbacks),
-        default_root_dir=folder,
-        enable_model_summary=False,
-        enable_progress_bar=False,
-        logger=False,
-        max_epochs=epochs,
-    )
+    trainer = make_trainer(*callbacks, default_root_dir=folder, max_epochs=epochs, num_sanity_val_steps=2)
     trainer.fit(Constant(), ckpt_path=resume)
     return trainer
 

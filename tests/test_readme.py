@@ -30,7 +30,7 @@ def test_the_python_section_makes_a_student(tmp_path: Path, monkeypatch: pytest.
         (tmp_path / f"{name}.jsonl").write_text("\n".join(lines))
     monkeypatch.chdir(tmp_path)
     section = python_section()
-    # What random weights say is never right; the last token's parity stands in for the answer.
+    # What random weights say is never correct; the last token's parity stands in for the answer.
     section = section.replace("group_size=8,", "group_size=8, sampler=SAMPLER, verifier=VERIFIER,")
     section = section.replace("max_epochs=6", "max_epochs=2").replace("max_epochs=4", "max_epochs=2")
     from erpd_lightning.data.samplers import TransformersSampler

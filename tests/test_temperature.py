@@ -23,7 +23,6 @@ from erpd_lightning.models.policy import Policy
 from erpd_lightning.modules.distill import DistillModule
 from erpd_lightning.modules.evaluation import prompt_sums
 from erpd_lightning.modules.extreme_region import ExtremeRegionModule
-from erpd_lightning.modules.policy_module import PolicyModule
 from erpd_lightning.objectives.clipped import PPOClip
 from support.policies import TASK, make_model, make_rows, save_policy, token_logps, write_rollouts
 from support.trainers import make_trainer, run_prediction
@@ -113,8 +112,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     write_rollouts(folder / "rollouts", rows)
     data = make_data(folder)
     for name in ("base", "teacher", "unlearned"):
-        module = PolicyModule(folder / name, references={})
-        run_prediction(data.scoring(name), module)
+        run_prediction(data.scoring(name), folder / name)
     return folder
 
 

@@ -1,6 +1,5 @@
 """The monitor against NumPy, by hand, over two processes, and in the chain of stages."""
 
-import json
 import math
 import warnings
 from collections.abc import Sequence
@@ -21,13 +20,11 @@ from erpd_lightning.callbacks.collapse import (
     token_quantities,
     token_sums,
 )
-from erpd_lightning.cli.main import main
 from erpd_lightning.modules.training import TrainingDiverged
-from erpd_lightning.pipeline.records import round_summary
-from support import watching
-from support.chain import arguments, parsers_built_once
-from support.policies import make_rows, save_policy, write_rollouts
-from support.watching import Batch, micro_batch, watch
+from support import monitoring
+from support.monitoring import Batch, micro_batch, watch
+from support.policies import write_round
+from support.processes import start_ranks
 
 INTERVAL, TAIL = (0.8, 1.28), 10.0
 
@@ -137,7 +134,7 @@ def test_quantities_without_tokens_are_absent() -> None:
 
 
 def test_a_step_is_logged_as_a_whole(tmp_path: Path) -> None:
-    batches = [batch for step in watching.STEPS for share in step for batch in share]
+    batches = [batch for step in monitoring.STEPS for of_rank in step for batch in of_rank]
     _, notes = watch(batches, CollapseMonitor(), accumulate=4)
     logged = notes.steps()
     assert [step for step, _ in logged] == [0, 1, 2]
@@ -168,11 +165,7 @@ def test_its_cost_is_logged() -> None:
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A policy, rollouts and prompts."""
-    folder = tmp_path_factory.mktemp("collapse")
-    save_policy(folder / "base")
-    write_rollouts(folder / "rollouts", make_rows())
-    (folder / "prompts.jsonl").write_text(json.dumps({"prompt": "1+1:", "answer": "2"}) + "\n")
-    return folder
+    return write_round(tmp_path_factory.mktemp("collapse"))
 
 
 class Outputs(Callback):
@@ -185,9 +178,9 @@ class Outputs(Callback):
         self.seen.append((outputs, float(trainer.callback_metrics["train/loss"])))
 
 
-def test_a_policy_module_hands_out_what_it_logs_and_no_graph(folder: Path) -> None:
-    outputs, monitor, notes = Outputs(), CollapseMonitor(), watching.Notes()
-    watching.fit(folder, monitor, outputs, epochs=1, logger=notes)
+def test_training_hands_out_what_it_logs_and_no_graph(folder: Path) -> None:
+    outputs, monitor, notes = Outputs(), CollapseMonitor(), monitoring.Notes()
+    monitoring.fit(folder, monitor, outputs, epochs=1, logger=notes)
     for handed, loss in outputs.seen:
         assert {"loss", "mask", "rewards", "log_ratio", "logp", "entropy"} <= handed.keys()
         assert not any(value.requires_grad for value in handed.values())
@@ -304,8 +297,8 @@ def test_a_run_that_goes_on_ends_like_one_that_was_not_killed(tmp_path: Path) ->
 def test_a_run_that_goes_on_within_an_epoch_counts_what_it_saw_before(folder: Path, tmp_path: Path) -> None:
     whole, resumed = CollapseMonitor(), CollapseMonitor()
     saver = ModelCheckpoint(dirpath=tmp_path, save_top_k=-1, every_n_train_steps=1, filename="{step}")
-    watching.fit(folder, whole, saver)
-    watching.fit(folder, resumed, ckpt_path=tmp_path / "step=5.ckpt")
+    monitoring.fit(folder, whole, saver)
+    monitoring.fit(folder, resumed, ckpt_path=tmp_path / "step=5.ckpt")
     assert [row["step"] for row in whole.rows] == [3, 6]
     assert resumed.rows == whole.rows
 
@@ -346,7 +339,7 @@ def test_no_checkpoint_lies_between_a_stop_and_its_validation(tmp_path: Path) ->
 
 
 def test_two_processes(tmp_path: Path) -> None:
-    one, two = watching.collapse(tmp_path, 1), watching.two_processes(tmp_path, "collapse")
+    one, two = monitoring.collapse(tmp_path, 1), start_ranks(monitoring.__file__, tmp_path, "collapse")
     assert len(one["uneven"]["logged"]) == 3
     for rank in two:
         assert len(rank["uneven"]["logged"]) == 3
@@ -393,77 +386,3 @@ def test_a_table_is_printed_when_training_ends(capsys: pytest.CaptureFixture[str
     assert lines[4:] == ["Limits of what was not measured: val/distinct"]
     watch([{"mask": torch.ones(1, 1, dtype=torch.bool)}], CollapseMonitor())
     assert capsys.readouterr().out == ""
-
-
-# The chain.
-
-CALLBACKS = """
-trainer:
-  callbacks:
-  - class_path: erpd_lightning.callbacks.CollapseMonitor
-    init_args:
-      every_n_steps: 2
-      interval: [0.5, 2.0]
-      limits:
-        collapse/entropy: {max: 0.001}
-  - class_path: erpd_lightning.callbacks.SampleTable
-    init_args: {every_n_validations: 1}
-distill_trainer:
-  callbacks:
-  - class_path: erpd_lightning.callbacks.CollapseMonitor
-    init_args:
-      limits:
-        val/entropy_per_token: {max: 0.001}
-  - class_path: erpd_lightning.callbacks.SampleTable
-"""
-
-
-def run_chain(monkeypatch: pytest.MonkeyPatch, run_dir: Path, *configs: Path) -> dict[str, Any]:
-    """What `summary.json` says of the one round."""
-    command, config, *others = arguments(run_dir)
-    given = [f"--config={path}" for path in configs]
-    monkeypatch.setattr("sys.argv", ["erpd_lightning", command, config, *given, *others])
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        main()
-    (summary,) = json.loads((run_dir / "summary.json").read_text())["rounds"]
-    return summary
-
-
-def test_what_was_crossed_goes_to_the_summary(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    (tmp_path / "watch.yaml").write_text(CALLBACKS)
-    with parsers_built_once():
-        summary = run_chain(monkeypatch, tmp_path / "run", tmp_path / "watch.yaml")
-        unmonitored = run_chain(monkeypatch, tmp_path / "unmonitored")
-    folder = tmp_path / "run" / "round-1"
-    stages = [warning.partition(":")[0] for warning in summary["warnings"]]
-    assert stages == ["extreme_region", "unlearned", "distill"]
-    assert all("optimiser step 2: collapse/entropy is" in warning for warning in summary["warnings"][:2])
-    assert "val/entropy_per_token is" in summary["warnings"][2]
-    record = json.loads((folder / "extreme_region" / "stage.json").read_text())
-    assert summary["warnings"][0] == f"extreme_region: {record['outcome']['warnings'][0]}"
-    assert round_summary(folder, 1, summary["policies"]) == {
-        key: value for key, value in summary.items() if key != "rollouts_total"
-    }
-    assert unmonitored["warnings"] == []
-    assert unmonitored["policies"] == summary["policies"]  # To the last bit: the monitor changes nothing.
-    del record["outcome"]["warnings"]
-    (folder / "extreme_region" / "stage.json").write_text(json.dumps(record))
-    assert len(round_summary(folder, 1, summary["policies"])["warnings"]) == 2  # of a run made before there were any
-
-
-def test_a_limit_that_is_refused_is_one_line(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
-    callback = {
-        "class_path": "erpd_lightning.callbacks.CollapseMonitor",
-        "init_args": {"limits": {"collapse/essence": {"max": 1.0}}},
-    }
-    option = f"--trainer.callbacks={json.dumps(callback)}"
-    monkeypatch.setattr("sys.argv", ["erpd_lightning", *arguments(tmp_path), option])
-    with parsers_built_once(), pytest.raises(SystemExit) as ended:
-        main()
-    (line,) = capsys.readouterr().err.strip().splitlines()
-    assert ended.value.code == 2
-    assert line.startswith("error: trainer.callbacks: limits: 'collapse/essence' is not monitored")
-    assert len(line) < 330

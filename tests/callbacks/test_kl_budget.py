@@ -1,10 +1,7 @@
 """The KL budget as a contract, in plain trainers with a module that has a policy and nothing else of ours."""
 
-import json
 import math
 import re
-import shutil
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -15,15 +12,13 @@ from torch import Tensor
 from torch.utils.data import DataLoader
 from transformers import AutoModelForCausalLM
 
-from erpd_lightning.budget.search import AlphaFit, Measurement, search_within_budget
+from erpd_lightning.budget.search import Measurement
 from erpd_lightning.callbacks import BudgetExceeded, KLBudget
-from erpd_lightning.cli.main import main
 from erpd_lightning.data.samplers import TransformersSampler
 from erpd_lightning.errors import UserError
 from erpd_lightning.models.policy import load_policy
 from support import trainers
-from support.chain import arguments
-from support.policies import TASK, make_model, save_policy
+from support.policies import TASK, make_model, save_policy, write_prompts
 
 BUDGET = 0.05
 PROMPTS = [f"{a}+{b}" for a in range(10, 99, 3) for b in range(10, 99, 3)]  # of one length: no padding
@@ -34,8 +29,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A base policy and prompts."""
     folder = tmp_path_factory.mktemp("budget")
     save_policy(folder / "base", make_model(0))
-    lines = (json.dumps({"prompt": prompt, "answer": ""}) for prompt in PROMPTS)
-    (folder / "prompts.jsonl").write_text("\n".join(lines))
+    write_prompts(folder / "prompts.jsonl", [(prompt, "") for prompt in PROMPTS])
     return folder
 
 
@@ -341,76 +335,6 @@ def test_a_kl_that_is_no_number_ends_training(folder: Path) -> None:
 
     with pytest.raises(UserError, match="optimiser step 4: a weight of the policy is not a number"):
         fit(Breaking(folder), make_budget(folder))
-
-
-# The search
-
-
-def test_going_back_by_hand() -> None:
-    """KL grows with the square: from 0 to 0.2, the middle of 95 to 100 % of 0.05 is at sqrt(0.04875 / 0.2)."""
-    places = []
-
-    def measure(share: float) -> Measurement:
-        places.append(share)
-        return Measurement(0.2 * share**2, 0.0)
-
-    fit = search_within_budget(measure, 0.05, inside=0.0, outside=0.2, margin=1.6)
-    assert places == [pytest.approx(math.sqrt(0.04875 / 0.2))]
-    assert fit.measured is not None
-    assert (fit.alpha, fit.measured.kl) == (places[0], pytest.approx(0.04875))
-
-
-@pytest.mark.parametrize("curve", [lambda s: 0.01 + 0.2 * s, lambda s: 0.2 * s**6, lambda s: 0.2 * math.sqrt(s)])
-def test_going_back_along_other_curves(curve: Callable[[float], float]) -> None:
-    fit = search_within_budget(
-        lambda s: Measurement(curve(s), 0.0005), 0.05, inside=curve(0.0), outside=curve(1.0), margin=1.6
-    )
-    assert fit.measured is not None
-    assert 0.0475 <= curve(fit.alpha) <= 0.05 - 1.6 * 0.0005
-
-
-def test_a_search_too_noisy_to_be_near_takes_what_is_surely_inside() -> None:
-    fit = search_within_budget(lambda s: Measurement(0.2 * s**2, 0.01 * s), 0.05, inside=0.0, outside=0.2, margin=1.6)
-    found = fit.measured
-    assert found is not None
-    assert found.kl + 1.6 * found.stderr <= 0.05
-    assert found.kl > 0.035
-
-
-def test_nothing_inside_is_the_beginning() -> None:
-    fit = search_within_budget(lambda s: Measurement(0.06, 0.0), 0.05, inside=0.04, outside=0.2, margin=1.6)
-    assert fit == AlphaFit(0.0, 0.04, None)
-
-
-# In the chain
-
-
-def test_in_the_chain(tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
-    """A student that overran does not leave the run; what its callbacks did is part of what a stage was made with."""
-
-    def run(action: str) -> int:
-        callback = {"class_path": "erpd_lightning.callbacks.KLBudget", "init_args": {"budget": 0.002, "action": action}}
-        own = json.dumps({"max_epochs": 2, "callbacks": [callback]})
-        argv = arguments(tmp_path / "run", **{"distill.calibrate": False, "distill.kl_budget": 0.05})
-        argv = [argument for argument in argv if not argument.startswith("--distill_trainer")]
-        monkeypatch.setattr("sys.argv", ["erpd_lightning", *argv, f"--distill_trainer={own}"])
-        try:
-            main()
-        except SystemExit as error:
-            return int(str(error.code))
-        return 0
-
-    distill = tmp_path / "run" / "round-1" / "distill"
-    assert run("stop") == 2
-    assert "error: KLBudget: training ended outside its budget: KL 0." in capsys.readouterr().err
-    assert not (distill / "student").exists()
-    assert run("search") == 2
-    assert "was made with distill_trainer.callbacks" in capsys.readouterr().err
-    shutil.rmtree(distill)
-    assert run("search") == 0
-    (entry,) = json.loads((tmp_path / "run" / "summary.json").read_text())["rounds"]
-    student = entry["policies"]["student"]
-    assert student["kl_per_token"] <= 0.002 + 3 * student["kl_per_token_stderr"]
 
 
 # The example in the documentation

@@ -1,11 +1,9 @@
-"""Samples against slow references; text of odd characters; logged tables; training is not affected."""
+"""Samples against slow references; logged tables; training is not affected."""
 
-import json
 import math
 import random
 import re
 import sys
-import unicodedata
 from collections.abc import Sequence
 from pathlib import Path
 from types import SimpleNamespace
@@ -14,7 +12,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from lightning.pytorch import LightningModule, Trainer
+from lightning.pytorch import LightningModule
 from lightning.pytorch.callbacks import Callback
 from lightning.pytorch.loggers import CSVLogger, MLFlowLogger, TensorBoardLogger, WandbLogger
 
@@ -27,21 +25,29 @@ from erpd_lightning.errors import UserError
 from erpd_lightning.models.policy import load_policy
 from erpd_lightning.modules.eval_mode import eval_mode
 from erpd_lightning.modules.extreme_region import ExtremeRegionModule
-from erpd_lightning.text import aligned, visible, width, wrapped
-from support import watching
-from support.policies import TASK, make_model, make_rows, save_policy, token_logps, write_rollouts
-from support.ranks import Short
+from erpd_lightning.text import width
+from support import monitoring
+from support.policies import (
+    TASK,
+    make_model,
+    make_rows,
+    save_policies,
+    token_logps,
+    write_prompts,
+    write_rollouts,
+)
+from support.processes import start_ranks
+from support.trainers import make_trainer
+from support.verifiers import Short
 
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Two policies, rollouts and prompts."""
     folder = tmp_path_factory.mktemp("samples")
-    for seed, name in enumerate(("base", "student")):
-        save_policy(folder / name, seed=seed)
+    save_policies(folder, "base", "student")
     write_rollouts(folder / "rollouts", make_rows())
-    rows = TASK.prompts(0)[0][:5]
-    (folder / "prompts.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    write_prompts(folder / "prompts.jsonl", [(row["prompt"], row["answer"]) for row in TASK.prompts(0)[0][:5]])
     return folder
 
 
@@ -116,63 +122,6 @@ def test_tokens_keep_their_spaces() -> None:
 
 # Text.
 
-ODD = [
-    "a\nb\r\tc\x1b[31m\x00\x7f\x9b",
-    "日本語ｗｉｄｅ🙂🙂",
-    "e\u0301 \u0301\u0302x\u20dd",
-    "\u05d0\u05d1\u202e\u2066abc\u2069 \u0627\u0644",
-    "half \ud83d\ude42 \udfff",
-    "\u200b\u200d\ufeff\u2028\u2029\ue000\U000e0001\u0378",
-    "",
-]
-
-
-def mixed(seed: int) -> str:
-    """Any code points at all, those with meaning to a terminal often."""
-    drawn = random.Random(seed)
-    pool = [*"".join(ODD), *(chr(drawn.randrange(sys.maxunicode + 1)) for _ in range(60))]
-    return "".join(drawn.choices(pool, k=80))
-
-
-TEXTS = [*ODD, *map(mixed, range(20))]
-
-
-@pytest.mark.parametrize("encoding", ["utf-8", "ascii", "latin-1", "cp1252"])
-def test_visible_text_is_safe(encoding: str) -> None:
-    for text in TEXTS:
-        shown = visible(text, encoding)
-        shown.encode(encoding)
-        categories = {unicodedata.category(char) for char in shown}
-        assert not categories & {"Cc", "Cf", "Cs", "Co", "Cn", "Zl", "Zp"}
-        assert not shown or unicodedata.category(shown[0]) not in ("Mn", "Me")
-
-
-def test_visible_text_by_hand() -> None:
-    assert visible("a\nb\x1b[0m") == r"a\nb\x1b[0m"
-    assert visible("\u202eevil \ud800") == r"\u202eevil \ud800"
-    assert visible("\u0301e\u0301\u0302") == "\\u0301e\u0301\u0302"
-    assert visible("\n\u0301") == r"\n\u0301"
-    assert visible("中é", "latin-1") == r"\u4e2dé"
-    assert visible("שלום 中") == "שלום 中"
-    assert width("中e\u0301x") == 4
-
-
-@pytest.mark.parametrize("columns", [2, 3, 7, 20, 80])
-def test_lines_are_as_wide_as_they_may_be_and_no_wider(columns: int) -> None:
-    for text in TEXTS:
-        pieces = [(visible(text[n : n + 3]), "+-."[n // 3 % 3]) for n in range(0, len(text), 3)]
-        lines = wrapped(pieces, columns)
-        for texts, marks in lines:
-            assert width("".join(part for part, _ in texts)) == len(marks) <= columns
-            assert marks == "".join(mark * width(part) for part, mark in texts)
-        for _, marks in lines[:-1]:
-            assert len(marks) >= columns - 1
-        assert "".join(part for texts, _ in lines for part, _ in texts) == "".join(part for part, _ in pieces)
-
-
-def test_columns_of_a_table_stand_below_one_another() -> None:
-    assert aligned([("a", "中文"), ("123", "x")]).splitlines() == ["  a  中文", "-------", "123     x"]
-
 
 def test_marks_by_hand() -> None:
     signal = [1.5, 1.0, 0.11, 0.1, -0.05, -0.1, -0.99, -1.0, -200.0, math.inf, math.nan]
@@ -235,7 +184,7 @@ def test_the_width_is_the_terminal_s(
     monkeypatch.delenv("NO_COLOR", raising=False)
     screen = Screen(is_terminal=True, encoding="ascii")
     monkeypatch.setattr(sys, "stdout", screen)
-    watching.fit(folder, SampleTable(), epochs=1)
+    monitoring.fit(folder, SampleTable(), epochs=1)
     monkeypatch.undo()
     assert "\033[" in screen.text
     lines = re.sub("\033\\[[0-9;]*m", "", screen.text).splitlines()
@@ -243,7 +192,7 @@ def test_the_width_is_the_terminal_s(
     screen = Screen(is_terminal=True)
     monkeypatch.setattr(sys, "stdout", screen)
     monkeypatch.setenv("NO_COLOR", "1")
-    watching.fit(folder, SampleTable(), epochs=1)
+    monitoring.fit(folder, SampleTable(), epochs=1)
     assert "\033[" not in screen.text
 
 
@@ -255,14 +204,14 @@ def titles(printed: str) -> list[int]:
 def test_every_so_many_validations_and_at_the_end(
     folder: Path, capsys: pytest.CaptureFixture[str], every: int, epochs: int, steps: list[int]
 ) -> None:
-    watching.fit(folder, SampleTable(prompts=2, samples=3, every_n_validations=every), epochs=epochs)
+    monitoring.fit(folder, SampleTable(prompts=2, samples=3, every_n_validations=every), epochs=epochs)
     printed = capsys.readouterr().out
     assert titles(printed) == steps
     assert printed.count("prompt: ") == 6 * len(steps)
 
 
 def test_the_draws_are_the_same_each_time(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    watching.fit(folder, SampleTable(every_n_validations=1), epochs=2, learning_rate=1e-30)
+    monitoring.fit(folder, SampleTable(every_n_validations=1), epochs=2, learning_rate=1e-30)
     first, second = capsys.readouterr().out.split("Samples after optimiser step")[1:]
     assert first.splitlines()[1:] == second.splitlines()[1:]
     assert "KL 0 nats" in first
@@ -270,21 +219,21 @@ def test_the_draws_are_the_same_each_time(folder: Path, capsys: pytest.CaptureFi
 
 def test_going_on_keeps_count(folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     saver = ResumeCheckpoint(tmp_path, every_n_steps=100)
-    watching.fit(folder, SampleTable(every_n_validations=3), saver, epochs=2)
+    monitoring.fit(folder, SampleTable(every_n_validations=3), saver, epochs=2)
     capsys.readouterr()
     table = SampleTable(every_n_validations=3)
-    watching.fit(folder, table, epochs=4, ckpt_path=saver.latest())
+    monitoring.fit(folder, table, epochs=4, ckpt_path=saver.latest())
     assert titles(capsys.readouterr().out) == [9, 12]
     assert table.validations == 4
 
 
 def test_without_held_out_prompts_nothing_is_shown(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    watching.fit(folder, SampleTable(), validated=False)
+    monitoring.fit(folder, SampleTable(), validated=False)
     assert capsys.readouterr().out == ""
 
 
 def test_without_a_base_policy_there_is_no_signal(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    watching.fit(folder, SampleTable(), epochs=1, references={})
+    monitoring.fit(folder, SampleTable(), epochs=1, references={})
     printed = capsys.readouterr().out
     assert printed.count("prompt: ") == 4
     assert "reward" in printed
@@ -293,8 +242,8 @@ def test_without_a_base_policy_there_is_no_signal(folder: Path, capsys: pytest.C
 
 
 def test_its_cost_is_logged(folder: Path) -> None:
-    notes, table = watching.Notes(), SampleTable(every_n_validations=1)
-    watching.fit(folder, table, logger=notes)
+    notes, table = monitoring.Notes(), SampleTable(every_n_validations=1)
+    monitoring.fit(folder, table, logger=notes)
     found = {step: logged["sample_table/seconds"] for step, logged in notes.logged if "sample_table/seconds" in logged}
     assert found.keys() == {2, 5}
     assert 0 < found[2] < found[5] == table.seconds
@@ -363,7 +312,7 @@ def test_weights_and_biases_gets_a_table() -> None:
 
 
 def test_others_get_the_seconds_alone(folder: Path, tmp_path: Path) -> None:
-    watching.fit(folder, SampleTable(), epochs=1, logger=CSVLogger(tmp_path, name="logs", version=0))
+    monitoring.fit(folder, SampleTable(), epochs=1, logger=CSVLogger(tmp_path, name="logs", version=0))
     header = (tmp_path / "logs" / "version_0" / "metrics.csv").read_text().splitlines()[0].split(",")
     assert [name for name in header if name.startswith("sample")] == ["sample_table/seconds"]
     assert not {"wandb", "mlflow"} & sys.modules.keys()
@@ -402,16 +351,16 @@ def test_a_run_with_it_ends_like_one_without(folder: Path) -> None:
         random.seed(1)
         np.random.seed(1)
         generators = Generators()
-        module = watching.fit(folder, *callbacks, generators, epochs=3, sampler=Rude(max_new_tokens=6))
-        ends.append((watching.weights(module), generators.seen))
-    assert not torch.equal(ends[0][0], watching.weights(watching.fit(folder, epochs=1)))
+        module = monitoring.fit(folder, *callbacks, generators, epochs=3, sampler=Rude(max_new_tokens=6))
+        ends.append((monitoring.weights(module), generators.seen))
+    assert not torch.equal(ends[0][0], monitoring.weights(monitoring.fit(folder, epochs=1)))
     for weights, seen in ends[1:]:
         assert torch.equal(weights, ends[0][0])
         assert seen == ends[0][1]
 
 
 def test_modes_and_generators_are_restored() -> None:
-    module, trainer = LightningModule(), Trainer(accelerator="cpu", devices=1, logger=False)
+    module, trainer = LightningModule(), make_trainer()
     module.inner = torch.nn.Sequential(torch.nn.Dropout(), torch.nn.Sequential(torch.nn.Dropout()))
     module.inner[1].eval()
     before = torch.get_rng_state()
@@ -423,8 +372,8 @@ def test_modes_and_generators_are_restored() -> None:
 
 
 def test_two_processes_show_the_same_once(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    one = watching.samples(folder, 1)
-    first, second = watching.two_processes(folder, "samples")
+    one = monitoring.samples(folder, 1)
+    first, second = start_ranks(monitoring.__file__, folder, "samples")
     assert second["printed"] == ""
     assert titles(first["printed"]) == titles(one["printed"]) == [3, 6]
     assert first["printed"].count("prompt: ") == 6
@@ -444,7 +393,7 @@ def test_no_other_policy_is_left_in_memory(folder: Path) -> None:
             self.left = bool(pl_module._references)
 
     frozen = Frozen()
-    watching.fit(folder, SampleTable(), frozen, epochs=1)
+    monitoring.fit(folder, SampleTable(), frozen, epochs=1)
     assert not frozen.left
 
 
@@ -463,4 +412,4 @@ def test_modules_and_data_that_are_refused(folder: Path) -> None:
         SampleTable().on_fit_start(trainer, ExtremeRegionModule(folder / "base"))
     trainer.datamodule = RolloutDataModule(folder / "rollouts", folder / "base")
     with pytest.raises(UserError, match="Scripted has none"):
-        SampleTable().on_fit_start(trainer, watching.Scripted())
+        SampleTable().on_fit_start(trainer, monitoring.Scripted())

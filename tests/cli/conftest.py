@@ -8,15 +8,16 @@ import shutil
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from erpd_lightning.cli.main import main
 from erpd_lightning.pipeline.rounds import Rounds
 from support.chain import arguments, parsers_built_once
-from support.command_line import ROOT, Run
+from support.command_line import Run, printed, refusal
+from support.processes import ROOT
 
 
 @pytest.fixture(autouse=True, scope="package")
@@ -26,33 +27,15 @@ def _parsers_are_built_once() -> Iterator[None]:
 
 
 @pytest.fixture
-def run(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Run:
+def run(capsys: pytest.CaptureFixture[str]) -> Run:
     """Calls `main` with arguments and returns what it printed."""
-
-    def call(*args: object) -> str:
-        monkeypatch.setattr(sys, "argv", ["erpd_lightning", *map(str, args)])
-        capsys.readouterr()
-        main()
-        return capsys.readouterr().out
-
-    return call
+    return partial(printed, capsys)
 
 
 @pytest.fixture
 def refused(run: Run, capsys: pytest.CaptureFixture[str]) -> Run:
     """Calls `main` with arguments that hold a mistake, and returns its one line about it."""
-
-    def call(*args: object) -> str:
-        with pytest.raises(SystemExit) as ended:
-            run(*args)
-        lines = capsys.readouterr().err.strip().splitlines()
-        assert ended.value.code == 2, lines
-        assert len(lines) == 1, lines
-        assert lines[0].startswith("error: "), lines
-        assert len(lines[0]) < 330, lines
-        return lines[0].removeprefix("error: ")
-
-    return call
+    return partial(refusal, capsys, run)
 
 
 @pytest.fixture

@@ -59,7 +59,7 @@ def test_a_policy_that_is_not_there(refused: Run, own_policy: Any, tmp_path: Pat
 
 @pytest.mark.parametrize(
     ("verifier", "share"),
-    [("--data.verifier.pattern=(never)", "0%"), ("--data.verifier=support.command_line.AlwaysRight", "100%")],
+    [("--data.verifier.pattern=(never)", "0%"), ("--data.verifier=support.verifiers.Constant", "100%")],
 )
 def test_no_group_with_variance(refused: Run, copy: Callable[..., Path], verifier: str, share: str) -> None:
     run_dir = copy(*STAGES[1:])

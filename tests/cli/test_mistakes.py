@@ -9,7 +9,8 @@ import pytest
 
 from erpd_lightning.pipeline.rounds import Rounds
 from support.chain import arguments
-from support.command_line import ROOT, Run, with_yaml
+from support.command_line import Run, with_yaml
+from support.processes import ROOT
 
 
 def test_a_mistake_in_a_process_of_its_own(tmp_path: Path) -> None:

@@ -98,7 +98,7 @@ def test_seeds_change_everything() -> None:
 
 
 @pytest.mark.parametrize(("share", "count"), [(0.6, 180), (0.0, 0), (1.0, 300)])
-def test_misconceptions_are_wrong(share: float, count: int) -> None:
+def test_misconceptions_are_incorrect(share: float, count: int) -> None:
     beliefs = Arithmetic(misconceived=share).misconceptions(3)
     assert len(beliefs) == count
     for fact, belief in beliefs.items():

@@ -21,7 +21,7 @@ ROUNDS = ("now", "before")
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Rollouts of two rounds, of 3 and 5 prompts: all answers to the first are wrong; one could not be checked."""
+    """Rollouts of two rounds, of 3 and 5 prompts: all answers to the first are incorrect; one could not be checked."""
     folder = tmp_path_factory.mktemp("baseline")
     save_policy(folder / "base")
     for number, name in enumerate(ROUNDS):
@@ -50,13 +50,13 @@ def test_advantages_over_the_batch_agree_with_reference(folder: Path) -> None:
 
 
 @pytest.mark.parametrize(("baseline", "responses"), [("group", 8), ("batch", 12)])
-def test_wrong_answers_alone_teach_beside_the_batch(folder: Path, baseline: Any, responses: int) -> None:
+def test_incorrect_answers_alone_teach_beside_the_batch(folder: Path, baseline: Any, responses: int) -> None:
     data = make_data(folder, baseline=baseline)
     assert (data.stored.advantages[:4] < 0).tolist() == [baseline == "batch"] * 4
     module = ExtremeRegionModule(folder / "base", learning_rate=0.01, warmup_steps=0)
     trainer = make_trainer(max_epochs=1)
     trainer.fit(module, datamodule=data)
-    assert sum(len(piece.rewards) for piece in data.train_dataloader()) == responses
+    assert sum(len(batch.rewards) for batch in data.train_dataloader()) == responses
 
 
 def test_one_response_to_a_prompt_takes_the_batch(folder: Path) -> None:
@@ -75,8 +75,8 @@ def test_another_value(folder: Path) -> None:
 
 
 def test_equal_rewards(folder: Path, tmp_path: Path) -> None:
-    write_rollouts(tmp_path / "wrong", [{**row, "reward": 0.0} for row in make_rows()])
-    data = RolloutDataModule(tmp_path / "wrong", tokenizer=folder / "base", baseline="batch")
+    write_rollouts(tmp_path / "incorrect", [{**row, "reward": 0.0} for row in make_rows()])
+    data = RolloutDataModule(tmp_path / "incorrect", tokenizer=folder / "base", baseline="batch")
     with pytest.raises(UserError, match=r"no batch has both correct and incorrect answers \(0% of 16 are correct\)"):
         make_trainer(max_epochs=1).fit(ExtremeRegionModule(folder / "base"), datamodule=data)
 

@@ -1,4 +1,4 @@
-"""Verifiers: right, wrong, and what could not be checked; a checker that hangs or dies is replaced."""
+"""Verifiers: correct, incorrect, and what could not be checked; a checker that hangs or dies is replaced."""
 
 import multiprocessing
 import os

@@ -140,7 +140,7 @@ def test_hidden_states_are_shared_between_questions(batch: RolloutBatch) -> None
     assert kl.abs().max() < 1e-6
 
 
-def test_padding_and_fillers_change_nothing(rows: list[dict[str, Any]], batch: RolloutBatch) -> None:
+def test_padding_and_dummies_change_nothing(rows: list[dict[str, Any]], batch: RolloutBatch) -> None:
     policy = Policy(make_model())
     together = policy.token_logps(batch).logps
     for number, row in enumerate(rows):

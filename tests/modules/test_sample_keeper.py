@@ -1,6 +1,5 @@
 """The responses that an evaluation keeps: their KL token by token, and what is kept of many."""
 
-import json
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -8,49 +7,39 @@ from typing import Any
 import pyarrow as pa
 import pytest
 import torch
-from lightning.pytorch import Trainer
 
 from erpd_lightning.data import samples
 from erpd_lightning.data.rollouts import RolloutDataModule
 from erpd_lightning.data.samplers import TransformersSampler
 from erpd_lightning.data.samples import SAMPLES, read_samples, sample_table, write_samples
 from erpd_lightning.data.store import ROLLOUTS
-from erpd_lightning.data.verifiers import Verifier
 from erpd_lightning.errors import UserError
 from erpd_lightning.modules.evaluation import EvaluationWithSamples
-from support.policies import TASK, make_model, make_rows, save_policy, token_logps
+from support.policies import TASK, make_model, make_rows, save_policies, token_logps, write_prompts
+from support.trainers import make_trainer
+from support.verifiers import EvenEnd
 
 PROMPTS = ["1+2*3:", "4-5:", "6*7-8+9:", "0:", "1-1:"]
 PER_PROMPT = 3
 
 
-class Even(Verifier):
-    """Rewards responses whose last character is even; what ends with a 9 cannot be checked."""
-
-    def __call__(self, responses: Sequence[str], answers: Sequence[str]) -> list[float | None]:
-        return [None if r.endswith("9") else float(r[-1:] in set("02468")) for r in responses]
-
-
 @pytest.fixture(scope="module")
 def policies(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
-    folder = tmp_path_factory.mktemp("policies")
-    return {name: str(save_policy(folder / name, seed=seed)) for seed, name in enumerate(("base", "student", "first"))}
+    return save_policies(tmp_path_factory.mktemp("policies"), "base", "student", "first")
 
 
 def keep(folder: Path, policies: dict[str, str]) -> tuple[list[dict[str, Any]], dict[str, float]]:
     """What a test keeps, and what it measured; prompts come in three batches, the last with one."""
-    lines = [json.dumps({"prompt": prompt, "answer": "?"}) for prompt in PROMPTS]
-    (folder / "prompts.jsonl").write_text("\n".join(lines))
     data = RolloutDataModule(
         folder / "rollouts",
         tokenizer=policies["base"],
-        validation_prompts=folder / "prompts.jsonl",
+        validation_prompts=write_prompts(folder / "prompts.jsonl", [(prompt, "?") for prompt in PROMPTS]),
         validation_samples=PER_PROMPT,
         sampler=TransformersSampler(6, batch_size=2 * PER_PROMPT),
-        verifier=Even(),
+        verifier=EvenEnd(),
         max_tokens=50,
     )
-    trainer = Trainer(accelerator="cpu", devices=1, logger=False, enable_progress_bar=False, enable_model_summary=False)
+    trainer = make_trainer()
     references = {"first": policies["first"], "base": policies["base"]}
     keeper = EvaluationWithSamples(policies["student"], references, folder / "new" / "samples.parquet")
     trainer.test(keeper, datamodule=data, verbose=False)

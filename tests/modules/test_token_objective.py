@@ -1,8 +1,8 @@
-"""Distillation by the signal of sampled tokens, stored or the student's own, against plain loops; and its anchor."""
+"""Distillation by the signal of sampled tokens, stored or the student's own, against plain loops; old log-probs."""
 
 import json
 import shutil
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +17,6 @@ from erpd_lightning.data.rollouts import RolloutDataModule
 from erpd_lightning.data.samplers import TransformersSampler
 from erpd_lightning.data.store import Store
 from erpd_lightning.errors import UserError
-from erpd_lightning.modules import scoring
 from erpd_lightning.modules.distill import DistillModule
 from erpd_lightning.modules.extreme_region import ExtremeRegionModule
 from erpd_lightning.modules.old_logps import OldLogps
@@ -25,52 +24,30 @@ from erpd_lightning.modules.policy_module import PolicyModule
 from erpd_lightning.objectives.clipped import PPOClip
 from erpd_lightning.objectives.distillation import ClippedPolicyGradient, TiltedTarget
 from support.chain import arguments
-from support.policies import make_model, make_rows, save_policy, token_logps, write_rollouts
-from support.runs import CHECKPOINT, MODULE, Kill, Runs, after, contents, written
-from support.trainers import fake_trainer, make_trainer, run_prediction
+from support.kills import CHECKPOINT, MODULE, Kill, after, written
+from support.modules import CLIP, NAMES
+from support.policies import make_model, make_rows, token_logps, write_prompts
+from support.runs import Runs, contents
+from support.trainers import fake_trainer, make_trainer
 
-NAMES = ("base", "teacher", "unlearned")
-CLIP, BETA, TRUNCATE = 3.0, 0.7, 2.0
+BETA, TRUNCATE = 0.7, 2.0
 PROMPTS = ["1+1=", "2*3-1=", "4-1=", "5*2+3=", "7+2="]
 
 
 @pytest.fixture(scope="module")
-def policies(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
-    folder = tmp_path_factory.mktemp("policies")
-    return {name: str(save_policy(folder / name, seed=seed)) for seed, name in enumerate([*NAMES, "student"])}
-
-
-@pytest.fixture(scope="module")
 def models() -> dict[str, Any]:
-    return {name: make_model(seed) for seed, name in enumerate(NAMES)}
-
-
-@pytest.fixture(scope="module")
-def scored(tmp_path_factory: pytest.TempPathFactory, policies: dict[str, str]) -> Path:
-    """A store and the scores of three policies on it, over almost all of the vocabulary."""
-    folder = tmp_path_factory.mktemp("scored")
-    write_rollouts(folder / "rollouts", make_rows())
-    data = RolloutDataModule(folder / "rollouts", policies["base"], scores=folder / "scores")
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(scoring, "SUPPORT_MASS", 1.0)
-        for name in NAMES:
-            module = PolicyModule(policies[name], references={})
-            module.configure_model()
-            run_prediction(data.scoring(name), module)
-    return folder
+    return {name: make_model(seed) for seed, name in enumerate(NAMES[:3])}
 
 
 @pytest.fixture
 def make_data(scored: Path, tmp_path: Path, policies: dict[str, str]) -> Callable[..., RolloutDataModule]:
-    (tmp_path / "prompts.jsonl").write_text(
-        "\n".join(json.dumps({"prompt": prompt, "answer": ""}) for prompt in PROMPTS)
-    )
+    prompts = write_prompts(tmp_path / "prompts.jsonl", [(prompt, "") for prompt in PROMPTS])
 
     def make(**settings: Any) -> RolloutDataModule:
         defaults: dict[str, Any] = {
             "scores": scored / "scores",
             "on_policy_store": tmp_path / "fresh",
-            "prompts": tmp_path / "prompts.jsonl",
+            "prompts": prompts,
             "sampler": TransformersSampler(6, batch_size=16),
             "group_size": 4,
             "batch_size": 100,
@@ -94,12 +71,12 @@ def make_student(folders: dict[str, str], /, start: str = "student", **settings:
 
 
 class Watch(Callback):
-    """Notes the first gradient, each step's batch and anchor, and what the weights were when each epoch began."""
+    """Notes the first gradient, each step's batch and old log-probs, and the weights when each epoch began."""
 
     def __init__(self) -> None:
         self.gradients: dict[str, Tensor] = {}
         self.began: list[dict[str, Tensor]] = []
-        self.anchors: list[tuple[int, RolloutBatch, Tensor]] = []
+        self.old_logps: list[tuple[int, RolloutBatch, Tensor]] = []
 
     def on_train_epoch_start(self, trainer: Any, module: Any) -> None:
         weights = module.policy.model.state_dict()
@@ -111,7 +88,7 @@ class Watch(Callback):
             self.gradients = {name: parameter.grad.clone() for name, parameter in named}
 
     def on_train_batch_end(self, trainer: Any, module: Any, outputs: Any, batch: Any, batch_idx: int) -> None:
-        self.anchors.append((trainer.current_epoch, batch, module._old_logps.logps(batch)))
+        self.old_logps.append((trainer.current_epoch, batch, module._old_logps.logps(batch)))
 
 
 def of_tokens(logps: Tensor, row: dict[str, Any]) -> Tensor:
@@ -154,7 +131,7 @@ def test_a_step_on_stored_rollouts(
     watch = Watch()
     trainer = make_trainer(watch, max_steps=1)
     trainer.fit(make_student(policies), datamodule=make_data(max_tokens=max_tokens))
-    weights = torch.cat([(old - batch.sampler_logps)[batch.mask].exp() for _, batch, old in watch.anchors])
+    weights = torch.cat([(old - batch.sampler_logps)[batch.mask].exp() for _, batch, old in watch.old_logps])
     assert (weights > TRUNCATE).any()
     assert (weights < TRUNCATE).any()
     check_first_step(watch, trainer, models, make_rows())
@@ -208,7 +185,7 @@ def test_beta_is_solved_on_the_stored_rollouts(
     assert stored.budget.solution == fresh.budget.solution
 
 
-# The anchor
+# Old log-probs
 
 
 def make_teacher(policies: dict[str, str], **settings: Any) -> ExtremeRegionModule:
@@ -222,11 +199,11 @@ CASES: dict[str, tuple[Callable[..., PolicyModule], dict[str, Any], list[int]]] 
     "own": (lambda p: make_student(p, iterations=2, policies=p), {}, [0, 0, 2, 2]),
     "extreme region": (make_teacher, {}, [0, 1, 2, 3]),
 }
-"""Who trains for four epochs, on what, and the epoch whose beginning is the anchor in each of them."""
+"""Who trains for four epochs, on what, and the epoch whose beginning the old log-probs are of in each of them."""
 
 
 @pytest.mark.parametrize("case", CASES)
-def test_the_anchor_is_the_policy_as_the_iteration_began(
+def test_old_logps_are_of_the_policy_as_the_iteration_began(
     case: str, make_data: Callable[..., RolloutDataModule], policies: dict[str, str]
 ) -> None:
     make, settings, begins = CASES[case]
@@ -234,7 +211,7 @@ def test_the_anchor_is_the_policy_as_the_iteration_began(
     module = make(policies)
     make_trainer(watch, max_epochs=4).fit(module, datamodule=data)
     moved = 0.0
-    for epoch, batch, found in watch.anchors:
+    for epoch, batch, found in watch.old_logps:
         for number in {begins[epoch], epoch}:
             module.policy.model.load_state_dict(watch.began[number])
             with torch.no_grad():
@@ -246,17 +223,17 @@ def test_the_anchor_is_the_policy_as_the_iteration_began(
         assert (found[~batch.mask] == 0).all()
     if case == "own":
         assert moved > 0.01
-    anchors = [found for epoch, _, found in watch.anchors if epoch == 0]
-    assert len(anchors) > 1
+    first = [found for epoch, _, found in watch.old_logps if epoch == 0]
+    assert len(first) > 1
 
 
-def test_ranks_share_the_work_of_an_anchor(
+def test_ranks_share_the_work_of_old_logps(
     make_data: Callable[..., RolloutDataModule], policies: dict[str, str]
 ) -> None:
-    """Each of three ranks asks about its share, with fillers where there are too few rows; the sum is all of it."""
+    """Each of three ranks asks about its rows, with a dummy micro-batch where they are too few; the sum is all."""
     module = make_student(policies)
     module.configure_model()
-    shares, seen = [], []
+    parts, seen = [], []
     whole = OldLogps()
     for world_size in (1, 3):
         for rank in range(world_size):
@@ -264,16 +241,16 @@ def test_ranks_share_the_work_of_an_anchor(
             data.trainer = fake_trainer(rank, world_size)
             data.train_dataloader()
             batches = list(data.iterate_once())
-            anchor = whole if world_size == 1 else OldLogps()
+            old_logps = whole if world_size == 1 else OldLogps()
             offsets = data.rollouts.response_offsets
-            anchor.take(module.policy, offsets, batches, torch.device("cpu"), lambda logps: logps)
+            old_logps.take(module.policy, offsets, batches, torch.device("cpu"), lambda logps: logps)
             if world_size > 1:
-                shares.append(anchor.state_dict()["logps"])
+                parts.append(old_logps.state_dict()["logps"])
                 seen.append(len(batches))
                 assert any(bool((batch.rows < 0).all()) for batch in batches) or rank == 0
     assert len(set(seen)) == 1
-    assert all(bool((a * b == 0).all()) for a, b in zip(shares, shares[1:] + shares[:1], strict=True))
-    torch.testing.assert_close(sum(shares), whole.state_dict()["logps"], atol=1e-5, rtol=1e-5)
+    assert all(bool((a * b == 0).all()) for a, b in zip(parts, parts[1:] + parts[:1], strict=True))
+    torch.testing.assert_close(sum(parts), whole.state_dict()["logps"], atol=1e-5, rtol=1e-5)
     assert (whole.state_dict()["logps"] < 0).all()
 
 
@@ -352,13 +329,6 @@ RUNS: dict[str, tuple[dict[str, Any], list[Kill]]] = {
 """What is run, and where its distillation is killed."""
 
 
-@pytest.fixture(scope="module")
-def runs(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Runs]:
-    server = Runs(tmp_path_factory.mktemp("server"))
-    yield server
-    server.close()
-
-
 @pytest.mark.parametrize("case", RUNS)
 def test_killed_at_any_point_it_ends_the_same(case: str, runs: Runs, tmp_path: Path) -> None:
     overrides, kills = RUNS[case]
@@ -380,7 +350,7 @@ def test_killed_at_any_point_it_ends_the_same(case: str, runs: Runs, tmp_path: P
 
 
 def test_two_processes(runs: Runs, tmp_path: Path) -> None:
-    """They share the work of the anchor and of the answers."""
+    """They share the work of the old log-probs and of the answers."""
     overrides, _ = RUNS["own"]
     two = {**overrides, "trainer.devices": 2, "trainer.strategy": "ddp"}
     runs.run(arguments(tmp_path / "two", **two), processes=2)

@@ -1,4 +1,4 @@
-"""A budget over all rounds beside the round's own: prices, loss and landing, from the stored scores alone."""
+"""A budget over all rounds beside the round's own: prices, loss and search, from the stored scores alone."""
 
 import math
 from pathlib import Path
@@ -13,13 +13,12 @@ from lightning.pytorch.callbacks import Callback
 from erpd_lightning.budget.interpolation import WeightInterpolation
 from erpd_lightning.data.predict_data import BatchList
 from erpd_lightning.data.rollouts import RolloutDataModule
-from erpd_lightning.data.store import Store
 from erpd_lightning.errors import UserError
 from erpd_lightning.metrics import ClusteredRatio
 from erpd_lightning.modules.distill import DistillModule
-from erpd_lightning.modules.policy_module import PolicyModule
+from support.modules import stored_logps
 from support.policies import make_model, make_rows, save_policy, write_rollouts
-from support.trainers import make_trainer, run_prediction
+from support.trainers import make_trainer, score
 
 BUDGET = 0.05
 
@@ -39,9 +38,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     write_rollouts(folder / "rollouts", make_rows(groups=4, group_size=4))
     for name, model in models.items():
         save_policy(folder / name, model)
-        module = PolicyModule(folder / name, references={})
-        module.configure_model()
-        run_prediction(make_data(folder).scoring(name), module)
+        score(make_data(folder), name, folder / name)
     return folder
 
 
@@ -77,22 +74,14 @@ def fit(module: DistillModule, data: RolloutDataModule, **settings: Any) -> list
 
 def own(folder: Path, beta_base: float, beta_first: float) -> tuple[float, float, float]:
     """Mean KL of the target to base, to first, and of base to the target, over the stored states' support."""
-    tables = {path.name: Store.open(path).table().to_pylist() for path in (folder / "scores").iterdir()}
     found = []
-    for row in range(len(tables["base"])):
-        entry = 0
-        for t, size in enumerate(tables["base"][row]["support_size"]):
-            logps = {
-                name: np.array([*table[row]["support_logps"][entry : entry + size], table[row]["tail_logps"][t]])
-                for name, table in tables.items()
-            }
-            entry += size
-            signal = np.clip(logps["teacher"] - logps["unlearned"], -3, 3)
-            log_target = (beta_base * logps["base"] + beta_first * logps["first"] + signal) / (beta_base + beta_first)
-            log_target -= np.log(np.exp(log_target).sum())
-            target, base = np.exp(log_target), np.exp(logps["base"])
-            kls = [float((target * (log_target - logps[name])).sum()) for name in ("base", "first")]
-            found.append((*kls, float((base * (logps["base"] - log_target)).sum())))
+    for logps in stored_logps(folder / "scores"):
+        signal = np.clip(logps["teacher"] - logps["unlearned"], -3, 3)
+        log_target = (beta_base * logps["base"] + beta_first * logps["first"] + signal) / (beta_base + beta_first)
+        log_target -= np.log(np.exp(log_target).sum())
+        target, base = np.exp(log_target), np.exp(logps["base"])
+        kls = [float((target * (log_target - logps[name])).sum()) for name in ("base", "first")]
+        found.append((*kls, float((base * (logps["base"] - log_target)).sum())))
     to_base, to_first, from_base = np.mean(found, axis=0)
     return float(to_base), float(to_first), float(from_base)
 
@@ -112,7 +101,7 @@ def test_both_budgets_bind(folder: Path) -> None:
     to_base, to_first, from_base = own(folder, *prices)
     assert to_base == pytest.approx(BUDGET, rel=2e-3)
     assert to_first == pytest.approx(total, rel=2e-3)
-    # The student is still the base policy: the loss is the KL of it to the target between the two anchors.
+    # The student is still the base policy: the loss is the KL of it to the target between the two references.
     assert loss == pytest.approx(from_base, rel=1e-3)
 
 
@@ -124,7 +113,7 @@ def test_a_total_budget_that_is_not_spent_changes_nothing(folder: Path) -> None:
     assert two.budget.solution.beta_first == 0
 
 
-def test_landing_keeps_to_the_tighter_budget(folder: Path) -> None:
+def test_the_search_keeps_to_the_tighter_budget(folder: Path) -> None:
     """Twice the total budget is spent where the round's is just spent: the search is told of twice the round's."""
     module, spent = make_student(folder, 0.2), {"base": BUDGET, "first": 0.4}
     data = make_data(folder)

@@ -2,7 +2,7 @@
 
 import copy
 import json
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -18,9 +18,11 @@ from erpd_lightning.data.verifiers import Verifier
 from erpd_lightning.errors import UserError
 from erpd_lightning.modules.extreme_region import ExtremeRegionModule
 from support.chain import arguments
-from support.policies import save_policy, token_logps
-from support.runs import CHECKPOINT, MODULE, Kill, Runs, after, contents, written
+from support.kills import CHECKPOINT, MODULE, Kill, after, written
+from support.policies import save_policy, token_logps, write_prompts
+from support.runs import Runs, contents
 from support.trainers import make_trainer
+from support.verifiers import Constant
 
 PROMPTS = ["1+1=", "2*3-1=", "4-1=", "5*2+3=", "7+2="]
 ITERATIONS = 3
@@ -29,17 +31,10 @@ ROUNDED = (0, 1, 3, 5)
 
 
 class EvenSum(Verifier):
-    """Right is what has an even sum of characters: a coin flip for a policy that knows nothing."""
+    """Correct is what has an even sum of characters: a coin flip for a policy that knows nothing."""
 
     def __call__(self, responses: Any, answers: Any) -> list[float | None]:
         return [float(sum(map(ord, response)) % 2 == 0) for response in responses]
-
-
-class Nothing(Verifier):
-    """Everything is wrong."""
-
-    def __call__(self, responses: Any, answers: Any) -> list[float | None]:
-        return [0.0 for _ in responses]
 
 
 class Watch(Callback):
@@ -63,13 +58,12 @@ def policy(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture
 def make_data(tmp_path: Path, policy: Path) -> Callable[..., RolloutDataModule]:
-    lines = [json.dumps({"prompt": prompt, "answer": ""}) for prompt in PROMPTS]
-    (tmp_path / "prompts.jsonl").write_text("\n".join(lines))
+    prompts = write_prompts(tmp_path / "prompts.jsonl", [(prompt, "") for prompt in PROMPTS])
 
     def make(**settings: Any) -> RolloutDataModule:
         defaults: dict[str, Any] = {
             "tokenizer": policy,
-            "prompts": tmp_path / "prompts.jsonl",
+            "prompts": prompts,
             "sampler": TransformersSampler(6, batch_size=16),
             "verifier": EvenSum(),
             "group_size": 8,
@@ -134,7 +128,7 @@ def test_each_part_is_trained_on_for_as_many_epochs(policy: Path, make_data: Cal
 def test_a_part_that_teaches_nothing_is_a_step_all_the_same(
     policy: Path, make_data: Callable[..., RolloutDataModule]
 ) -> None:
-    watch = fit(policy, make_data(verifier=Nothing()), max_epochs=ITERATIONS)
+    watch = fit(policy, make_data(verifier=Constant(0.0)), max_epochs=ITERATIONS)
     assert len(watch.steps) == ITERATIONS
     assert all(torch.equal(value, watch.weights[0][name]) for name, value in watch.weights[-1].items())
 
@@ -172,20 +166,11 @@ KILLS = [
 ]
 
 
-@pytest.fixture(scope="module")
-def runs(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Runs]:
-    server = Runs(tmp_path_factory.mktemp("server"))
-    yield server
-    server.close()
-
-
 def test_killed_at_any_point_it_ends_the_same(runs: Runs, tmp_path: Path) -> None:
     alone, killed = tmp_path / "alone", tmp_path / "killed"
     steps, printed = runs.run(arguments(alone, **OVERRIDES))
     assert "training the student on its own fresh rollouts" in printed
-    for kill in KILLS:
-        runs.run(arguments(killed, **OVERRIDES), kill)
-    runs.run(arguments(killed, **OVERRIDES))
+    runs.run_killed(arguments(killed, **OVERRIDES), KILLS)
     assert contents(killed) == contents(alone)
     assert len(set(steps)) > 8
     (entry,) = json.loads((alone / "summary.json").read_text())["rounds"]

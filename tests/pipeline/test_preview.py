@@ -1,11 +1,11 @@
 """Candidates for the target, measured the slow way too, and the command that previews a run's budgets."""
 
-import hashlib
 import json
 import re
 import shutil
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 import torch
 
-from erpd_lightning.cli.main import ERPDCLI, main
+from erpd_lightning.cli.main import ERPDCLI
 from erpd_lightning.data.prompt_batches import PromptBatch
 from erpd_lightning.data.prompts import Prompt
 from erpd_lightning.data.samplers import TransformersSampler
@@ -23,6 +23,7 @@ from erpd_lightning.objectives.signal import Signal, Term
 from erpd_lightning.objectives.tilted_policy import UnreachableBudget
 from erpd_lightning.pipeline.signal_search import Candidate, preview, solve
 from support.chain import arguments, parsers_built_once
+from support.command_line import Run, digests, printed, refusal
 from support.policies import TASK, make_model, token_logps
 
 SIGNAL = Signal([Term("teacher", "unlearned", 1.0, 2.0)])
@@ -36,13 +37,6 @@ class Even(Verifier):
 
     def __call__(self, responses: Any, answers: Any) -> list[float | None]:
         return [None if len(text) == 1 else float(len(text) % 2 == 0) for text in responses]
-
-
-class AlwaysRight(Verifier):
-    """Rewards everything."""
-
-    def __call__(self, responses: Any, answers: Any) -> list[float | None]:
-        return [1.0 for _ in responses]
 
 
 @pytest.fixture
@@ -78,7 +72,7 @@ def batches(prompts: list[list[int]] = PROMPTS, per_batch: int = 2) -> list[Prom
 def by_hand(models: dict[str, Any], candidate: Candidate, beta: float) -> dict[str, np.ndarray]:
     """Sums over each prompt's responses, `(prompts,)`, from the probabilities of each prefix by itself."""
     tokenizer = TASK.tokenizer()
-    sums: dict[str, list[float]] = {"right": [], "kl": [], "entropy": [], "tokens": []}
+    sums: dict[str, list[float]] = {"correct": [], "kl": [], "entropy": [], "tokens": []}
     for batch in batches():
         repeated = [ids for ids in batch.prompt_ids for _ in range(SAMPLES)]
         sampler = TiltedSampler(batch.sampler, candidate.signal, beta)
@@ -91,7 +85,7 @@ def by_hand(models: dict[str, Any], candidate: Candidate, beta: float) -> dict[s
                 tilted += np.clip(logps[term.numerator] - logps[term.denominator], -term.clip, term.clip) / beta
             target = np.exp(tilted) / np.exp(tilted).sum(axis=1, keepdims=True)
             length = len(tokenizer.decode(ids, skip_special_tokens=True))
-            sums["right"].append(float(length != 1 and length % 2 == 0))
+            sums["correct"].append(float(length != 1 and length % 2 == 0))
             sums["kl"].append((target * (np.log(target) - logps["base"])).sum())
             sums["entropy"].append(-(target * np.log(target)).sum())
             sums["tokens"].append(len(ids))
@@ -117,7 +111,7 @@ def test_what_is_measured_is_what_was_decoded_from(
     assert candidate.beta is not None
     sums = by_hand(models, candidate, candidate.beta)
     samples = np.full(len(PROMPTS), SAMPLES)
-    assert (row.pass_at_1, row.pass_at_1_stderr) == pytest.approx(with_stderr(sums["right"], samples))
+    assert (row.pass_at_1, row.pass_at_1_stderr) == pytest.approx(with_stderr(sums["correct"], samples))
     assert (row.kl_per_token, row.kl_per_token_stderr) == pytest.approx(
         with_stderr(sums["kl"], sums["tokens"]), rel=1e-4
     )
@@ -214,45 +208,19 @@ def run_dir(finished: Path, tmp_path: Path) -> Path:
     return tmp_path / "run"
 
 
-Command = Callable[..., str]
-
-
 @pytest.fixture
-def command(run_dir: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Command:
+def command(run_dir: Path, capsys: pytest.CaptureFixture[str]) -> Run:
     """Previews the copied run with more arguments, and returns what it printed."""
-
-    def call(*args: object) -> str:
-        given = ["preview", f"--config={run_dir / 'config.yaml'}", f"--run_dir={run_dir}", *map(str, args)]
-        monkeypatch.setattr(sys, "argv", ["erpd_lightning", *given])
-        capsys.readouterr()
-        main()
-        return capsys.readouterr().out
-
-    return call
+    return partial(printed, capsys, "preview", f"--config={run_dir / 'config.yaml'}", f"--run_dir={run_dir}")
 
 
 @pytest.fixture
-def refused(command: Command, capsys: pytest.CaptureFixture[str]) -> Command:
+def refused(command: Run, capsys: pytest.CaptureFixture[str]) -> Run:
     """The one line about a mistake, with exit code 2."""
-
-    def call(*args: object) -> str:
-        with pytest.raises(SystemExit) as ended:
-            command(*args)
-        lines = capsys.readouterr().err.strip().splitlines()
-        assert ended.value.code == 2, lines
-        (line,) = lines
-        assert line.startswith("error: ")
-        return line.removeprefix("error: ")
-
-    return call
+    return partial(refusal, capsys, command)
 
 
-def digests(folder: Path) -> dict[str, str]:
-    files = (path for path in sorted(folder.rglob("*")) if path.is_file())
-    return {str(path.relative_to(folder)): hashlib.sha256(path.read_bytes()).hexdigest() for path in files}
-
-
-def test_a_preview_adds_two_files_and_changes_nothing(command: Command, run_dir: Path) -> None:
+def test_a_preview_adds_two_files_and_changes_nothing(command: Run, run_dir: Path) -> None:
     before = digests(run_dir)
     out = command()
     made = digests(run_dir)
@@ -285,12 +253,12 @@ def test_a_preview_adds_two_files_and_changes_nothing(command: Command, run_dir:
     assert json.loads((run_dir / "round-1" / "preview.json").read_text())["previews"] != rows
 
 
-def test_budgets_verifier_and_precision_are_the_users(command: Command, run_dir: Path) -> None:
+def test_budgets_verifier_and_precision_are_the_users(command: Run, run_dir: Path) -> None:
     out = command(
         "--budgets=[0.03]",
         "--round=1",
         "--data.validation_samples=3",
-        "--data.verifier=test_preview.AlwaysRight",
+        "--data.verifier=support.verifiers.Constant",
         "--trainer.precision=bf16-true",
     )
     content = json.loads((run_dir / "round-1" / "preview.json").read_text())
@@ -299,14 +267,14 @@ def test_budgets_verifier_and_precision_are_the_users(command: Command, run_dir:
     assert "1.000 ± 0.000" in out
 
 
-def test_around_a_given_beta(command: Command, run_dir: Path) -> None:
+def test_around_a_given_beta(command: Run, run_dir: Path) -> None:
     command("--distill.kl_budget=null", "--distill.beta=4.0")
     rows = json.loads((run_dir / "round-1" / "preview.json").read_text())["previews"]
     assert rows[1]["beta"] == pytest.approx(4.0, rel=1e-3)
     assert rows[2]["budget"] == pytest.approx(3 * rows[0]["budget"])
 
 
-def test_all_that_a_signal_is_to_be_chosen_from(command: Command, run_dir: Path) -> None:
+def test_all_that_a_signal_is_to_be_chosen_from(command: Run, run_dir: Path) -> None:
     auto = '{"class_path": "erpd_lightning.AutoSignal", "init_args": {"prompts": 4}}'
     command(f"--distill.signal={auto}", "--budgets=[0.005, 0.02]")
     rows = json.loads((run_dir / "round-1" / "preview.json").read_text())["previews"]
@@ -316,7 +284,7 @@ def test_all_that_a_signal_is_to_be_chosen_from(command: Command, run_dir: Path)
         assert {("teacher/unlearned", budget), ("teacher/base", budget)} <= set(kinds)
 
 
-def test_before_any_student_is_there(command: Command, run_dir: Path) -> None:
+def test_before_any_student_is_there(command: Run, run_dir: Path) -> None:
     for stage in ("distill", "evaluation"):
         shutil.rmtree(run_dir / "round-1" / stage)
     command("--budgets=[0.01]")
@@ -324,7 +292,7 @@ def test_before_any_student_is_there(command: Command, run_dir: Path) -> None:
 
 
 def test_without_matplotlib_there_is_still_the_table(
-    command: Command, run_dir: Path, monkeypatch: pytest.MonkeyPatch
+    command: Run, run_dir: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setitem(sys.modules, "matplotlib", None)
     monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
@@ -350,20 +318,20 @@ def test_without_matplotlib_there_is_still_the_table(
         (["--data.max_validation_prompts=0"], r"data\.max_validation_prompts is 0"),
     ],
 )
-def test_mistakes(refused: Command, run_dir: Path, given: list[str], message: str) -> None:
+def test_mistakes(refused: Run, run_dir: Path, given: list[str], message: str) -> None:
     before = digests(run_dir)
     assert re.match(message, refused(*given))
     assert digests(run_dir) == before
 
 
-def test_a_run_that_has_nothing_to_preview(refused: Command, run_dir: Path, tmp_path: Path) -> None:
+def test_a_run_that_has_nothing_to_preview(refused: Run, run_dir: Path, tmp_path: Path) -> None:
     assert "no round of" in refused(f"--run_dir={tmp_path / 'none'}")
     assert not (tmp_path / "none").exists()
     shutil.rmtree(run_dir / "round-1" / "scoring" / "unlearned")
     assert "uses the policies unlearned, which are not scored" in refused()
 
 
-def test_policies_that_changed_since_they_were_scored(refused: Command, run_dir: Path) -> None:
+def test_policies_that_changed_since_they_were_scored(refused: Run, run_dir: Path) -> None:
     teacher = run_dir / "round-1" / "extreme_region" / "teacher"
     shutil.rmtree(teacher)
     shutil.copytree(run_dir / "base", teacher)

@@ -1,7 +1,7 @@
-"""Rollouts of earlier rounds that are trained on again."""
+"""Replay: rollouts of earlier rounds that are trained on again."""
 
 import json
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -17,8 +17,9 @@ from erpd_lightning.data.store import Store
 from erpd_lightning.errors import UserError
 from erpd_lightning.modules.extreme_region import ExtremeRegionModule
 from support.chain import arguments
-from support.policies import make_rows, save_policy, write_rollouts
-from support.runs import MODULE, Kill, Runs, contents, written
+from support.kills import CHECKPOINT, MODULE, Kill, written
+from support.policies import make_rows, save_policy, write_prompts, write_rollouts
+from support.runs import Runs, contents
 from support.trainers import make_trainer
 
 ROUNDS = ("now", "before", "first")
@@ -33,7 +34,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
         rows = make_rows(groups=2 + number, seed=number)
         rows[-1]["checked"] = number < 2
         write_rollouts(folder / name, rows)
-    (folder / "prompts.jsonl").write_text('{"prompt": "1+1:", "answer": "2"}\n{"prompt": "3-2:", "answer": "1"}\n')
+    write_prompts(folder / "prompts.jsonl", [("1+1:", "2"), ("3-2:", "1")])
     return folder
 
 
@@ -116,25 +117,17 @@ def test_an_estimate_of_the_kl_from_the_samples_of_others(folder: Path) -> None:
         module.check_rollouts(make_data(folder, replay=1))
 
 
-@pytest.fixture(scope="module")
-def runs(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Runs]:
-    server = Runs(tmp_path_factory.mktemp("server"))
-    yield server
-    server.close()
-
-
 def test_in_the_chain(runs: Runs, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """It costs no rollouts, each round replays those before it, and a killed run ends with the same weights."""
     extra = {"rounds": 2, "data.replay": 3}
     alone, killed = (arguments(tmp_path / name, **extra) for name in ("alone", "killed"))
     runs.run(alone)
-    for kill in (
+    kills = (
         Kill(f"{MODULE}.export", count=4),  # the base policy's, and the three of the first round
-        written("round-2/extreme_region/checkpoints/" + r"step=\d+\.ckpt", count=2),
+        written(f"round-2/extreme_region/checkpoints/{CHECKPOINT}", count=2),
         written("round-2/unlearned/stage.json"),
-    ):
-        runs.run(killed, kill)
-    runs.run(killed)
+    )
+    runs.run_killed(killed, kills)
     assert contents(tmp_path / "killed") == contents(tmp_path / "alone")
     records = {
         (number, stage): json.loads((tmp_path / "alone" / f"round-{number}" / stage / "stage.json").read_text())

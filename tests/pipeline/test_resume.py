@@ -13,7 +13,8 @@ from pathlib import Path
 import pytest
 
 from support.chain import arguments
-from support.runs import CHECKPOINT, EVALUATION, MODULE, Kill, Runs, after, contents, without_seconds, written
+from support.kills import CHECKPOINT, EVALUATION, MODULE, Kill, after, written
+from support.runs import Runs, contents, without_seconds
 
 STAGES = {
     "base": "prepare",

@@ -1,7 +1,6 @@
 """Which weights a teacher ends with, several teachers in a round, and a signal chosen among candidates."""
 
 import json
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -19,8 +18,9 @@ from erpd_lightning.objectives.signal import AutoSignal, Signal, Term
 from erpd_lightning.objectives.tilted_policy import UnreachableBudget, tilted_kl
 from erpd_lightning.pipeline.signal_search import Candidate, Preview, candidates_within_budget, choose
 from support.chain import arguments
-from support.policies import make_rows, save_policy, write_rollouts
-from support.runs import MODULE, Kill, Runs, after, contents, written
+from support.kills import MODULE, Kill, after, written
+from support.policies import write_round
+from support.runs import Runs, contents
 from support.trainers import make_trainer
 
 ACCURACY = [0.1, 0.5, 0.3, 0.5]
@@ -51,11 +51,8 @@ class Weights(Callback):
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("data")
-    save_policy(folder / "base")
-    write_rollouts(folder / "rollouts", make_rows())
-    (folder / "prompts.jsonl").write_text('{"prompt": "1+1:", "answer": "2"}\n')
-    return folder
+    """A policy, rollouts and prompts."""
+    return write_round(tmp_path_factory.mktemp("data"))
 
 
 def train(folder: Path, validate: bool = True, epochs: int = 4, **settings: Any) -> tuple[Scripted, Weights]:
@@ -83,7 +80,7 @@ def test_the_weights_that_a_teacher_ends_with(folder: Path, keep: Any, sign: int
 
 
 @pytest.mark.parametrize(("threshold", "epochs"), [(0.05, 2), (0.06, 3), (0.4, 4), (9.0, 4)])
-def test_a_teacher_stops_where_its_kl_passes_a_threshold(folder: Path, threshold: float, epochs: int) -> None:
+def test_a_teacher_stops_where_its_kl_exceeds_a_threshold(folder: Path, threshold: float, epochs: int) -> None:
     _, weights = train(folder, stop_at_kl=threshold)
     assert len(weights.found) == epochs
 
@@ -163,11 +160,11 @@ def test_candidates_within_the_budget() -> None:
         candidates_within_budget(AutoSignal(teachers=["same"], denominators=["base"], themselves=[]), 0.05, scores)
 
 
-def row(name: str, *right: float) -> Preview:
-    """What a candidate showed that got so many of four responses to each prompt right."""
+def row(name: str, *correct: float) -> Preview:
+    """What a candidate showed that got so many of four responses to each prompt correct."""
     candidate = Candidate(name, Signal([Term()]), budget=0.1)
-    accuracy = sum(right) / len(right) / 4
-    return Preview(candidate, 1.0, 0.1, accuracy, 0.1, 0.1, 0.1, 0.5, 9.0, 16, right, (4.0,) * len(right))
+    accuracy = sum(correct) / len(correct) / 4
+    return Preview(candidate, 1.0, 0.1, accuracy, 0.1, 0.1, 0.1, 0.5, 9.0, 16, correct, (4.0,) * len(correct))
 
 
 def test_the_first_that_is_hardly_worse_than_the_best_is_chosen() -> None:
@@ -176,7 +173,7 @@ def test_the_first_that_is_hardly_worse_than_the_best_is_chosen() -> None:
     assert choose([surely, best, hardly]).candidate.name == "best"
     assert choose([surely, hardly, best]).candidate.name == "hardly"
     assert choose([row("same", 3, 2, 3, 2), best]).candidate.name == "same"
-    assert choose([row("one prompt", 1), row("right", 2)]).candidate.name == "right"
+    assert choose([row("one prompt", 1), row("correct", 2)]).candidate.name == "correct"
 
 
 # The chain
@@ -220,24 +217,16 @@ def test_a_round_of_several_teachers_and_a_choice(options: list[str], tmp_path: 
     assert signs["mild"]["settings"]["teachers.mild.trainer"]["max_epochs"] == 1
 
 
-@pytest.fixture(scope="module")
-def runs(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Runs]:
-    server = Runs(tmp_path_factory.mktemp("server"))
-    yield server
-    server.close()
-
-
 def test_killed_at_any_point_it_ends_the_same(runs: Runs, options: list[str], tmp_path: Path) -> None:
     extra = {"extreme_region.stop_at_kl": 1e-6, "extreme_region_trainer.max_epochs": 3}
     alone, killed = ([*arguments(tmp_path / name, **extra), *options] for name in ("alone", "killed"))
     runs.run(alone)
-    for kill in (
+    kills = (
         Kill(f"{MODULE}.export", count=2),  # after the base policy's; training was stopped by the KL
         written("teachers/wrong/stage.json"),
         Kill("erpd_lightning.data.samplers.tilted:TiltedSampler.sample", count=2),
         written("signal_selection/stage.json"),
         after(written("signal_selection/stage.json")),
-    ):
-        runs.run(killed, kill)
-    runs.run(killed)
+    )
+    runs.run_killed(killed, kills)
     assert contents(tmp_path / "killed") == contents(tmp_path / "alone")

@@ -1,8 +1,8 @@
 """The smallest run of the whole chain: what it overrides in configs/demo.yaml, as command-line arguments.
 
 One round with every stage, of a few optimiser steps each, on prompts of one operation: about 5 s after the imports
-on one thread. The base policy has learned the format and little else, which is enough for groups with right and
-wrong answers.
+on one thread. The base policy has learned the format and little else, which is enough for groups with correct and
+incorrect answers.
 """
 
 from collections.abc import Iterator

@@ -1,28 +1,44 @@
-"""What tests of the command line share: a verifier, arguments, and what a run directory holds."""
+"""What tests of the command line share: calls of `main`, arguments, and what a run directory holds."""
 
 import hashlib
-from collections.abc import Callable, Sequence
+import sys
+from collections.abc import Callable
 from pathlib import Path
 
-from erpd_lightning.data.verifiers import Verifier
+import pytest
+
 from erpd_lightning.models.policy import policy_fingerprint
 from erpd_lightning.pipeline.rounds import STAGES as ALL_STAGES
 from support.chain import arguments
-
-ROOT = Path(__file__).parents[2]
 
 STAGES = [stage for stage in ALL_STAGES if stage != "signal_selection"]
 """Those of a run whose signal is given."""
 
 
-class AlwaysRight(Verifier):
-    """Rewards everything."""
-
-    def __call__(self, responses: Sequence[str], answers: Sequence[str]) -> list[float | None]:
-        return [1.0 for _ in responses]
-
-
 Run = Callable[..., str]
+
+
+def printed(capsys: pytest.CaptureFixture[str], *args: object) -> str:
+    """Call `main` with arguments in this process; returns what it printed."""
+    from erpd_lightning.cli.main import main
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(sys, "argv", ["erpd_lightning", *map(str, args)])
+        capsys.readouterr()
+        main()
+    return capsys.readouterr().out
+
+
+def refusal(capsys: pytest.CaptureFixture[str], run: Run, *args: object) -> str:
+    """Run with arguments that hold a mistake; returns the one line about it, without `error: `."""
+    with pytest.raises(SystemExit) as ended:
+        run(*args)
+    lines = capsys.readouterr().err.strip().splitlines()
+    assert ended.value.code == 2, lines
+    assert len(lines) == 1, lines
+    assert lines[0].startswith("error: "), lines
+    assert len(lines[0]) < 330, lines
+    return lines[0].removeprefix("error: ")
 
 
 def digests(folder: Path) -> dict[str, str]:

@@ -1,79 +1,22 @@
-"""The command line in forked children that are killed where a test says so; `test_resume` starts it.
+"""The command line in forked children that are killed where a test says so; `Runs` in `runs.py` starts this file.
 
 Importing takes longer than a tiny run, so one process imports everything and forks a child for each run. It reads
 a JSON object a line: `argv`, the file `output` for what the child prints, the file `steps` for the optimiser
-steps that it trains, and `kill`, which is null or one of
-
-- `{"event": NAME, "path": PATTERN, "count": N}`: just before the N-th audit event of that name (`open`,
-  `os.rename`, ...) one of whose arguments the pattern is found in; with `"after": true` at the event that follows;
-- `{"call": "module:Class.method", "count": N}`: just before the N-th call.
+steps that it trains, the number of `processes`, and `kill`, the fields of a `Kill` or null.
 
 With `processes` above 1 there are as many children of a run, and `kill` and `steps` are the first one's; once it has
 failed, the others are killed too. The answer is the exit code, negative for a signal.
 """
 
 import functools
-import importlib
 import json
 import os
-import re
 import signal
-import socket
 import sys
-import traceback
-from collections.abc import Callable
 from typing import Any
 
-
-def kill_self() -> None:
-    """No `finally`, no `atexit`, no flush."""
-    os.kill(os.getpid(), signal.SIGKILL)
-
-
-def kill_at_event(name: str, pattern: str, count: int, after: bool) -> None:
-    """Watch what Python reports of itself (`sys.addaudithook`)."""
-    seen = 0
-
-    def watch(event: str, arguments: tuple[Any, ...]) -> None:
-        nonlocal seen
-        if event == "os.kill":  # Its own.
-            return
-        if seen == count:
-            kill_self()
-        if event == name and any(re.search(pattern, str(argument)) for argument in arguments):
-            seen += 1
-            if seen == count and not after:
-                kill_self()
-
-    sys.addaudithook(watch)
-
-
-def before_call(target: str, act: Callable[..., None]) -> None:
-    """Run `act` with the arguments of every call of a method, first."""
-    module, _, path = target.partition(":")
-    owner, name = path.split(".")
-    cls = getattr(importlib.import_module(module), owner)
-    original = getattr(cls, name)
-
-    @functools.wraps(original)
-    def wrapped(*args: Any, **kwargs: Any) -> Any:
-        act(*args)
-        return original(*args, **kwargs)
-
-    setattr(cls, name, wrapped)
-
-
-def kill_at_call(target: str, count: int) -> None:
-    """Count calls."""
-    left = count
-
-    def act(*_: Any) -> None:
-        nonlocal left
-        left -= 1
-        if left == 0:
-            kill_self()
-
-    before_call(target, act)
+from support.kills import MODULE, Kill, before_call
+from support.processes import exit_code, fork, rank_environments
 
 
 def run(case: dict[str, Any]) -> None:
@@ -81,68 +24,27 @@ def run(case: dict[str, Any]) -> None:
     output = os.open(case["output"], os.O_CREAT | os.O_WRONLY | os.O_APPEND)
     os.dup2(output, 1)
     os.dup2(output, 2)
-    kill = case["kill"]
-    if kill is None:
-        pass
-    elif "event" in kill:
-        kill_at_event(kill["event"], kill["path"], kill["count"], kill.get("after", False))
-    else:
-        kill_at_call(kill["call"], kill["count"])
+    if case["kill"] is not None:
+        Kill(**case["kill"]).arm()
 
     def note_step(module: Any, *_: Any) -> None:
         with open(case["steps"], "a") as file:
             print(module.global_step, file=file)
 
-    before_call("erpd_lightning.modules.training:TrainingModule.training_step", note_step)
+    before_call(f"{MODULE}.training_step", note_step)
     sys.argv = ["erpd_lightning", *case["argv"]]
     from erpd_lightning.cli.main import main
 
     main()
 
 
-def fork(case: dict[str, Any], environment: dict[str, str]) -> int:
-    """Run a case in a child; returns its process id."""
-    child = os.fork()
-    if child != 0:
-        return child
-    code = 1
-    signal.alarm(300)  # A rank that waits for ever ends by this signal.
-    try:
-        os.environ.update(environment)
-        run(case)
-        code = 0
-    except SystemExit as error:
-        code = error.code if isinstance(error.code, int) else 1
-    except BaseException:
-        traceback.print_exc()
-    finally:
-        sys.stdout.flush()
-        sys.stderr.flush()
-        os._exit(code)
-
-
-def exit_code(child: int) -> int:
-    """Wait for a child to end."""
-    _, status = os.waitpid(child, 0)
-    return os.waitstatus_to_exitcode(status)
-
-
-def meeting_place() -> dict[str, str]:
-    """What the processes of a group find one another by."""
-    with socket.socket() as listener:
-        listener.bind(("127.0.0.1", 0))
-        port = listener.getsockname()[1]
-    return {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "NODE_RANK": "0"}
-
-
 def start(case: dict[str, Any]) -> list[int]:
     """Run a case in one process or, as `torchrun` starts them, in several; returns their ids."""
     if case["processes"] == 1:
-        return [fork(case, {})]
-    place = meeting_place()
-    first = fork(case, {**place, "LOCAL_RANK": "0"})
+        return [fork(functools.partial(run, case))]
+    first, *others = rank_environments(case["processes"])
     other = {**case, "kill": None, "steps": os.devnull}
-    return [first, *(fork(other, {**place, "LOCAL_RANK": str(rank)}) for rank in range(1, case["processes"]))]
+    return [fork(functools.partial(run, case), first), *(fork(functools.partial(run, other), rank) for rank in others)]
 
 
 def serve(part_tokens: int | None) -> None:

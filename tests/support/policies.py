@@ -1,6 +1,7 @@
 """Tiny policies and rollouts that several tests share, and what a policy says, the slow and obvious way."""
 
-from collections.abc import Callable, Sequence
+import json
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -94,6 +95,11 @@ def save_policy(path: Path, model: Any = None, seed: int = 0) -> Path:
     return path
 
 
+def save_policies(folder: Path, *names: str) -> dict[str, str]:
+    """Policies of the seeds 0, 1, ... by name, as folders below one."""
+    return {name: str(save_policy(folder / name, seed=seed)) for seed, name in enumerate(names)}
+
+
 def token_logps(model: Any, prompt: Sequence[int], response: Sequence[int], temperature: float = 1.0) -> Tensor:
     """Log-probs over the vocabulary at each response token, `(T, V)`: one sequence, no padding, all logits."""
     ids = torch.tensor([[*prompt, *response]])
@@ -102,8 +108,12 @@ def token_logps(model: Any, prompt: Sequence[int], response: Sequence[int], temp
     return logits[first : first + len(response)].log_softmax(-1)
 
 
+WITHOUT_TEXT: dict[str, Any] = {"finish_reason": "stop", "checked": True, "prompt": "", "response": "", "answer": ""}
+"""The rest of a made-up rollout, of which the token ids are all that counts."""
+
+
 def make_rows(groups: int = 4, group_size: int = 4, seed: int = 0) -> list[dict[str, Any]]:
-    """Made-up rollouts of unequal length with log-probs of nobody; each group has right and wrong ones."""
+    """Made-up rollouts of unequal length with log-probs of nobody; each group has correct and incorrect ones."""
     generator = torch.Generator().manual_seed(seed)
 
     def draw(low: int, high: int, size: int = 1) -> list[int]:
@@ -124,11 +134,7 @@ def make_rows(groups: int = 4, group_size: int = 4, seed: int = 0) -> list[dict[
                     "logps": (-1.5 - 2 * noise).tolist(),
                     "temperature": 1.0,
                     "reward": float(sample <= group % (group_size - 1)),
-                    "finish_reason": "stop",
-                    "checked": True,
-                    "prompt": "",
-                    "response": "",
-                    "answer": "",
+                    **WITHOUT_TEXT,
                 }
             )
     return rows
@@ -139,3 +145,17 @@ def write_rollouts(path: Path, rows: Sequence[dict[str, Any]]) -> Store:
     writer = StoreWriter(path, ROLLOUTS, {})
     writer.write_part(0, {name: [row[name] for row in rows] for name in ROLLOUTS.names})
     return writer.finish(1)
+
+
+def write_prompts(path: Path, prompts: Iterable[tuple[str, str]]) -> Path:
+    """A JSON Lines file of prompts and their answers."""
+    path.write_text("".join(json.dumps({"prompt": prompt, "answer": answer}) + "\n" for prompt, answer in prompts))
+    return path
+
+
+def write_round(folder: Path) -> Path:
+    """A base policy, rollouts and a prompt in a folder; returns the folder."""
+    save_policy(folder / "base")
+    write_rollouts(folder / "rollouts", make_rows())
+    write_prompts(folder / "prompts.jsonl", [("1+1:", "2")])
+    return folder

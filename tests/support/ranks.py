@@ -1,15 +1,12 @@
 """What each of two processes sees of training steps, validation and a gradient that is not finite.
 
-`test_distributed` starts this file (`python ranks.py FOLDER`), and calls the same functions itself for what one
-process sees. The processes are forked once everything is imported, and meet as `torchrun` would have them.
+`test_distributed` starts this file (see `processes.py`), and calls the same functions itself for what one process
+sees.
 """
 
 import math
-import os
-import signal
 import sys
-import traceback
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +19,6 @@ from erpd_lightning.callbacks import BudgetExceeded, KLBudget
 from erpd_lightning.data.batching import RolloutBatch
 from erpd_lightning.data.rollouts import RolloutDataModule
 from erpd_lightning.data.samplers import TransformersSampler
-from erpd_lightning.data.verifiers import Verifier
 from erpd_lightning.modules.distill import DistillModule
 from erpd_lightning.modules.evaluation import EvaluationModule, EvaluationWithSamples
 from erpd_lightning.modules.extreme_region import ExtremeRegionModule
@@ -30,7 +26,9 @@ from erpd_lightning.modules.policy_module import PolicyModule
 from erpd_lightning.modules.training import TrainingDiverged
 from erpd_lightning.objectives.extreme import CrossEntropy
 from erpd_lightning.objectives.regression import SquaredError
-from support.fork_server import exit_code, meeting_place
+from support import trainers
+from support.processes import fork_ranks
+from support.verifiers import Short
 
 STILL: dict[str, Any] = {"learning_rate": 1e-30, "warmup_steps": 0}
 """Weights that do not move, so that every step compares with the same step elsewhere."""
@@ -65,7 +63,7 @@ class Watch(Callback):
     Attributes:
         gradients: As the optimizer gets them, flat.
         logged: The step's values, as loggers get them.
-        tokens: Of each micro-batch, 0 for a filler.
+        tokens: Of each micro-batch, 0 for a dummy.
     """
 
     def __init__(self) -> None:
@@ -83,20 +81,10 @@ class Watch(Callback):
             self.logged.append({name: float(value) for name, value in metrics if name.startswith("train/")})
 
 
-def make_trainer(processes: int, *callbacks: Callback, accumulate: int = 1) -> Trainer:
+def make_trainer(processes: int, *callbacks: Callback, **settings: Any) -> Trainer:
     """A trainer that does nothing beyond one epoch."""
-    return Trainer(
-        max_epochs=1,
-        accelerator="cpu",
-        devices=processes,
-        strategy="ddp" if processes > 1 else "auto",
-        callbacks=list(callbacks),
-        accumulate_grad_batches=accumulate,
-        logger=False,
-        enable_checkpointing=False,
-        enable_progress_bar=False,
-        enable_model_summary=False,
-        limit_val_batches=0,
+    return trainers.make_trainer(
+        *callbacks, processes=processes, **{"max_epochs": 1, "limit_val_batches": 0, **settings}
     )
 
 
@@ -110,17 +98,10 @@ def steps(folder: Path, module: PolicyModule, processes: int, accumulate: int, m
         max_tokens=max_tokens,
     )
     watch = Watch()
-    trainer = make_trainer(processes, watch, accumulate=accumulate)
+    trainer = make_trainer(processes, watch, accumulate_grad_batches=accumulate)
     trainer.fit(module, datamodule=data)
     epoch = {name: float(value) for name, value in trainer.callback_metrics.items()}
     return {"gradients": watch.gradients, "logged": watch.logged, "tokens": watch.tokens, "epoch": epoch}
-
-
-class Short(Verifier):
-    """What random weights write is never right; that it is short will do."""
-
-    def __call__(self, responses: Sequence[str], answers: Sequence[str]) -> list[float | None]:
-        return [float(len(response) < 6) for response in responses]
 
 
 def held_out(folder: Path, batch_size: int) -> RolloutDataModule:
@@ -138,8 +119,7 @@ def held_out(folder: Path, batch_size: int) -> RolloutDataModule:
 def validation(folder: Path, processes: int, batch_size: int) -> dict[str, float]:
     """What validation says of a policy that is far from its base."""
     module = EvaluationModule(folder / "teacher", references={"base": str(folder / "base")})
-    trainer = make_trainer(processes)
-    trainer.limit_val_batches = 1.0
+    trainer = make_trainer(processes, limit_val_batches=1.0)
     trainer.validate(module, datamodule=held_out(folder, batch_size), verbose=False)
     return {name: float(value) for name, value in trainer.callback_metrics.items()}
 
@@ -205,11 +185,11 @@ def budgets(folder: Path, processes: int) -> dict[str, Any]:
             budget.reasons.append("exceeded")
         return trainer
 
-    watching, one = KLBudget(100.0, every_n_steps=2), OneSees(1.0, action="stop", every_n_steps=1)
-    fit(watching)
-    assert watching.last is not None
+    watched, one = KLBudget(100.0, every_n_steps=2), OneSees(1.0, action="stop", every_n_steps=1)
+    fit(watched)
+    assert watched.last is not None
     steps = fit(one).global_step
-    return {"measured": [watching.last.kl, watching.last.stderr], "steps": steps, "reasons": one.reasons}
+    return {"measured": [watched.last.kl, watched.last.stderr], "steps": steps, "reasons": one.reasons}
 
 
 def see(folder: Path, processes: int) -> dict[str, Any]:
@@ -228,28 +208,5 @@ def see(folder: Path, processes: int) -> dict[str, Any]:
     return seen
 
 
-def main(folder: Path, processes: int = 2, see: Callable[[Path, int], dict[str, Any]] = see) -> int:
-    """Fork the processes, which write what they `see`; returns 0 if all of them did."""
-    torch.set_num_threads(1)
-    place = meeting_place()
-    children = []
-    for rank in range(processes):
-        child = os.fork()
-        if child == 0:
-            code = 1
-            signal.alarm(200)  # A rank that waits for ever ends by this signal.
-            try:
-                os.environ.update({**place, "LOCAL_RANK": str(rank)})
-                torch.save(see(folder, processes), folder / f"rank-{rank}.pt")
-                code = 0
-            except BaseException:
-                traceback.print_exc()
-            finally:
-                sys.stderr.flush()
-                os._exit(code)
-        children.append(child)
-    return max(abs(exit_code(child)) for child in children)
-
-
 if __name__ == "__main__":
-    sys.exit(main(Path(sys.argv[1])))
+    sys.exit(fork_ranks(see, Path(sys.argv[1])))

@@ -345,20 +345,10 @@ def support_logps(logits: Any, ids: Any, log_zero: float = -100.0) -> Array:
 # --- metrics --------------------------------------------------------------------------------
 
 
-def share_of_subsets_with_a_right_one(correct: int, samples: int, k: int) -> float:
+def share_of_subsets_with_a_correct_one(correct: int, samples: int, k: int) -> float:
     """pass@k by enumeration."""
     subsets = list(combinations([i < correct for i in range(samples)], k))
     return sum(any(subset) for subset in subsets) / len(subsets)
-
-
-def majority(answers: Any, right: int) -> float:
-    """Chance that a draw among the most frequent answers of one prompt is right; -1 is none."""
-    votes: dict[int, int] = {}
-    for answer in np.asarray(answers):
-        if answer != -1:
-            votes[int(answer)] = votes.get(int(answer), 0) + 1
-    leaders = [answer for answer in votes if all(votes[answer] >= other for other in votes.values())]
-    return leaders.count(right) / len(leaders) if leaders else 0.0
 
 
 def ratio_by_prompts(x: Sequence[float], y: Sequence[float]) -> list[float]:
@@ -370,25 +360,6 @@ def ratio_by_prompts(x: Sequence[float], y: Sequence[float]) -> list[float]:
         return [ratio, math.nan]
     residuals = np.array([a - ratio * b for a, b in zip(x, y, strict=True)])
     return [ratio, float(np.std(residuals, ddof=1) / np.sqrt(len(x)) / abs(np.mean(y)))]
-
-
-def ratio_over_responses(numerators: Sequence[float], denominators: Sequence[float], prompts: Any) -> list[float]:
-    """The same from numbers of each response; a row whose denominator is 0 is no response."""
-    numbers = sorted({int(prompt) for prompt, y in zip(prompts, denominators, strict=True) if y})
-    x, y = [0.0] * len(numbers), [0.0] * len(numbers)
-    for i, prompt in enumerate(prompts):
-        if denominators[i]:
-            x[numbers.index(int(prompt))] += numerators[i]
-            y[numbers.index(int(prompt))] += denominators[i]
-    return ratio_by_prompts(x, y)
-
-
-def kl_estimate(p: float, q: float, estimator: str, sampler: float | None = None, most: float | None = None) -> float:
-    """Of one token, from its log-probs; weighted by `min(p / sampler, most)`."""
-    weight = 1.0 if sampler is None else math.exp(p) / math.exp(sampler)
-    weight = weight if most is None else min(weight, most)
-    k1 = math.log(math.exp(p) / math.exp(q))
-    return weight * {"k1": k1, "k2": k1 * k1 / 2, "k3": math.exp(q) / math.exp(p) - 1 + k1}[estimator]
 
 
 def effective_share(log_ratios: Any) -> float:

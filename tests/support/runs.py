@@ -2,54 +2,17 @@
 
 import hashlib
 import json
-import os
 import re
 import signal
 import subprocess
 import sys
-from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Iterable, Sequence
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-ROOT = Path(__file__).parents[2]
-
-MODULE = "erpd_lightning.modules.training:TrainingModule"
-EVALUATION = "erpd_lightning.modules.evaluation:EvaluationModule"
-CHECKPOINT = r"step=\d+\.ckpt"
-
-
-@dataclass(frozen=True)
-class Kill:
-    """Where a run is killed, as `fork_server` takes it.
-
-    Attributes:
-        what: Name of an audit event or, with a colon, of a method.
-        path: Pattern of the event's file.
-        count: Which of the events or calls it is.
-        after: Kill right after the event instead of right before.
-        trains: Whether the next run goes on in the middle of training, from a checkpoint.
-    """
-
-    what: str
-    path: str = ""
-    count: int = 1
-    after: bool = False
-    trains: bool = False
-
-    def spec(self) -> dict[str, Any]:
-        name = "call" if ":" in self.what else "event"
-        return {name: self.what, "path": self.path, "count": self.count, "after": self.after}
-
-
-def written(path: str, count: int = 1, trains: bool = False) -> Kill:
-    """Right before a file appears under its name: all of its content lies beside it."""
-    return Kill("os.rename", f"{path}$", count, trains=trains)
-
-
-def after(kill: Kill) -> Kill:
-    """Right after instead."""
-    return replace(kill, after=True)
+from support.kills import Kill
+from support.processes import ENVIRONMENT, ROOT
 
 
 class Runs:
@@ -63,14 +26,13 @@ class Runs:
 
     def __init__(self, folder: Path, part_tokens: int | None = None) -> None:
         self.folder = folder
-        path = os.pathsep.join([str(ROOT), *sys.path])
         options = [] if part_tokens is None else [part_tokens]
         self.server = subprocess.Popen(
             [sys.executable, str(ROOT / "tests" / "support" / "fork_server.py"), *map(str, options)],
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             text=True,
-            env={**os.environ, "PYTHONPATH": path},
+            env=ENVIRONMENT,
         )
 
     def run(self, argv: Sequence[str], kill: Kill | None = None, processes: int = 1) -> tuple[list[int], str]:
@@ -86,7 +48,7 @@ class Runs:
             "processes": processes,
             "steps": str(steps),
             "output": str(output),
-            "kill": None if kill is None else kill.spec(),
+            "kill": None if kill is None else asdict(kill),
         }
         assert self.server.stdin is not None
         assert self.server.stdout is not None
@@ -95,6 +57,12 @@ class Runs:
         printed = output.read_text()
         assert code == (0 if kill is None else -signal.SIGKILL), f"{kill}: exit code {code}\n{printed}"
         return [int(step) for step in steps.read_text().split()], printed
+
+    def run_killed(self, argv: Sequence[str], kills: Iterable[Kill], processes: int = 1) -> tuple[list[int], str]:
+        """The same of a run that is killed at one place after the other, each time started again, and then ends."""
+        for kill in kills:
+            self.run(argv, kill, processes)
+        return self.run(argv, processes=processes)
 
     def close(self) -> None:
         """The server ends with its input."""

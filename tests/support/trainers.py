@@ -1,20 +1,26 @@
 """Trainers for tests: a quiet one, and as much of one as predictions and data loaders ask for."""
 
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
 from lightning.pytorch import Callback, Trainer
+from lightning.pytorch.callbacks import Checkpoint
 
 from erpd_lightning.data.predict_data import PredictToStore, predict_to_store
+from erpd_lightning.data.rollouts import RolloutDataModule
+from erpd_lightning.data.store import Store
+from erpd_lightning.modules.policy_module import PolicyModule
 
 
-def make_trainer(*callbacks: Callback, **settings: Any) -> Trainer:
-    """A real one on the CPU that writes nothing, neither to the disk nor to the terminal."""
+def make_trainer(*callbacks: Callback, processes: int = 1, **settings: Any) -> Trainer:
+    """A real one on the CPU that writes nothing beyond its callbacks, neither to the disk nor to the terminal."""
     defaults: dict[str, Any] = {
         "accelerator": "cpu",
-        "devices": 1,
+        "devices": processes,
+        "strategy": "ddp" if processes > 1 else "auto",
         "logger": False,
-        "enable_checkpointing": False,
+        "enable_checkpointing": any(isinstance(callback, Checkpoint) for callback in callbacks),
         "enable_progress_bar": False,
         "enable_model_summary": False,
         "num_sanity_val_steps": 0,
@@ -37,11 +43,25 @@ def fake_trainer(rank: int = 0, world_size: int = 1) -> Any:
     )
 
 
-def run_prediction(data: PredictToStore, module: Any, rank: int = 0, world_size: int = 1) -> None:
-    """Write this rank's parts of a store, and finish it on rank 0."""
-    module.configure_model()
+def run_prediction(data: PredictToStore, policy: Path | str, rank: int = 0, world_size: int = 1) -> None:
+    """Let a policy write this rank's parts of a store, and finish it on rank 0."""
+    module = make_predictor(policy)
 
     def predict(batch: Any) -> Any:
         return module.predict_step(batch.to(module.device), 0)
 
     predict_to_store(data, module, predict, fake_trainer(rank, world_size))
+
+
+def make_predictor(policy: Path | str) -> PolicyModule:
+    """A module with its policy, for predictions."""
+    module = PolicyModule(policy, references={})
+    module.configure_model()
+    return module
+
+
+def score(data: RolloutDataModule, name: str, policy: Path | str) -> Store:
+    """Let a policy score the stored rollouts under a name; returns the finished store."""
+    run_prediction(data.scoring(name), policy)
+    assert data.scores is not None
+    return Store.open(data.scores / name)

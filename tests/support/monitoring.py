@@ -1,13 +1,12 @@
 """What each of two processes sees of the callbacks that watch a run.
 
-`test_collapse` and `test_sample_table` start this file (`python watching.py FOLDER collapse`), and call the same
+`test_collapse` and `test_sample_table` start this file with a key of `SEEN` (see `processes.py`), and call the same
 functions themselves for what one process sees.
 """
 
 import contextlib
 import io
 import os
-import subprocess
 import sys
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
@@ -15,7 +14,6 @@ from typing import Any
 
 import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
-from lightning.pytorch.callbacks import Checkpoint
 from lightning.pytorch.loggers.logger import DummyLogger, Logger
 from torch import Tensor
 from torch.utils.data import DataLoader
@@ -25,8 +23,9 @@ from erpd_lightning.data.rollouts import RolloutDataModule
 from erpd_lightning.data.samplers import TransformersSampler
 from erpd_lightning.modules.extreme_region import ExtremeRegionModule
 from erpd_lightning.modules.training import TrainingDiverged
-from support import ranks
-from support.runs import ROOT
+from support.processes import See, fork_ranks
+from support.trainers import make_trainer
+from support.verifiers import Short
 
 Batch = dict[str, Tensor]
 
@@ -105,20 +104,14 @@ def watch(
 ) -> tuple[Trainer, Notes]:
     """Train a `Scripted` module on micro-batches in their order."""
     notes = Notes()
-    trainer = Trainer(
+    trainer = make_trainer(
+        *callbacks,
+        processes=processes,
         max_epochs=epochs,
-        accelerator="cpu",
-        devices=processes,
-        strategy="ddp" if processes > 1 else "auto",
-        callbacks=list(callbacks),
         accumulate_grad_batches=accumulate,
         logger=notes,
         log_every_n_steps=1,
-        enable_checkpointing=any(isinstance(callback, Checkpoint) for callback in callbacks),
-        enable_progress_bar=False,
-        enable_model_summary=False,
         use_distributed_sampler=False,
-        num_sanity_val_steps=0,
     )
     loader: Any = DataLoader(list(batches), batch_size=None)  # type: ignore[arg-type]
     empty: Any = DataLoader([0], batch_size=None)  # type: ignore[arg-type]
@@ -129,11 +122,11 @@ def watch(
 STEPS: list[list[list[Batch]]] = [
     [
         [micro_batch(10 * step + 2 * rank, lengths[0]), micro_batch(10 * step + 2 * rank + 1, lengths[1])]
-        for rank, lengths in enumerate(shares)
+        for rank, lengths in enumerate(by_rank)
     ]
-    for step, shares in enumerate(
+    for step, by_rank in enumerate(
         [
-            [([4, 2], [1, 5, 3]), ([7, 1], [0, 0])],  # the last one is a filler
+            [([4, 2], [1, 5, 3]), ([7, 1], [0, 0])],  # the last one is a dummy micro-batch
             [([1, 1], [2, 2]), ([9, 8], [7])],
             [([3, 1], [0]), ([0, 0], [0])],  # one rank has no token at all
         ]
@@ -146,7 +139,7 @@ def uneven(processes: int) -> dict[str, Any]:
     """What is logged of `STEPS`, and the rows of the table."""
     monitor = CollapseMonitor()
     if processes == 1:
-        batches = [batch for step in STEPS for share in step for batch in share]
+        batches = [batch for step in STEPS for of_rank in step for batch in of_rank]
     else:
         batches = [batch for step in STEPS for batch in step[int(os.environ["LOCAL_RANK"])]]
     _, notes = watch(batches, monitor, processes=processes, accumulate=4 // processes)
@@ -202,24 +195,12 @@ def fit(
         folder / "base",
         validation_prompts=folder / "prompts.jsonl" if validated else None,
         sampler=sampler or TransformersSampler(max_new_tokens=6, batch_size=4),
-        verifier=ranks.Short(),
+        verifier=Short(),
         validation_samples=2,
         batch_size=7,
     )
     module = ExtremeRegionModule(folder / "base", **{"learning_rate": 1e-3, "warmup_steps": 0, **settings})
-    trainer = Trainer(
-        max_epochs=epochs,
-        accelerator="cpu",
-        devices=processes,
-        strategy="ddp" if processes > 1 else "auto",
-        callbacks=list(callbacks),
-        logger=logger,
-        enable_checkpointing=any(isinstance(callback, Checkpoint) for callback in callbacks),
-        enable_progress_bar=False,
-        enable_model_summary=False,
-        num_sanity_val_steps=0,
-        log_every_n_steps=1,
-    )
+    trainer = make_trainer(*callbacks, processes=processes, max_epochs=epochs, logger=logger, log_every_n_steps=1)
     trainer.fit(module, datamodule=data, ckpt_path=ckpt_path, weights_only=True)
     return module
 
@@ -243,17 +224,8 @@ def samples(folder: Path, processes: int) -> dict[str, Any]:
     return {"printed": printed.getvalue(), "with": weights(shown), "without": weights(fit(folder, processes=processes))}
 
 
-SEEN = {"collapse": collapse, "samples": samples}
-
-
-def two_processes(folder: Path, what: str) -> list[dict[str, Any]]:
-    """What each of two processes sees."""
-    environment = {**os.environ, "PYTHONPATH": os.pathsep.join([str(ROOT), str(ROOT / "tests")])}
-    command = [sys.executable, __file__, str(folder), what]
-    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=240)
-    assert done.returncode == 0, done.stderr
-    return [torch.load(folder / f"rank-{rank}.pt", weights_only=True) for rank in range(2)]
+SEEN: dict[str, See] = {"collapse": collapse, "samples": samples}
 
 
 if __name__ == "__main__":
-    sys.exit(ranks.main(Path(sys.argv[1]), see=SEEN[sys.argv[2]]))
+    sys.exit(fork_ranks(SEEN[sys.argv[2]], Path(sys.argv[1])))

@@ -1,0 +1,1 @@
+"""Tests of the data, with fixtures that they share."""

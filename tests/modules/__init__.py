@@ -1,0 +1,1 @@
+"""Tests of the modules, with fixtures that they share."""
