@@ -12,14 +12,13 @@ from lightning.pytorch.trainer.states import TrainerFn
 from torch import Tensor
 
 from ..errors import InvalidArgument, UserError
-from ..files import sha256_file
 from ..models.loading import context_length, load_tokenizer
 from ..seeds import derive_seed
 from .batching import RolloutTable
 from .loader import StepLoader
 from .predict_data import BatchList, PolicySource, SamplingData, ScoringData, predict_to_store
 from .prompt_batches import PromptBatch, PromptBatcher
-from .prompts import PromptPlan, PromptSet, tokenize
+from .prompts import PromptPlan, PromptSet, check_sources, prompts_fingerprint, tokenize
 from .ranks import ranks
 from .samplers import Sampler, TransformersSampler
 from .store import Store
@@ -71,8 +70,9 @@ class RolloutDataModule(LightningDataModule):
         store: Directory of the rollout store.
         tokenizer: Folder or hub name of the tokenizer: that of the base policy.
         prompts: JSONL file or data set of prompts to sample from, with `prompt` and `answer`; not needed where
-            the store is complete.
-        validation_prompts: Held-out prompts in the same format; None for no validation.
+            the store is complete. A data set is a folder or hub name, of which configuration and split can be named as
+            in `openai/gsm8k?config=main&split=test`; without, its split is `train`.
+        validation_prompts: Held-out prompts in the same format, of another split; None for no validation.
         scores: Directory with the stored scores of policies on the rollouts, for distillation.
         replay_stores: Rollout stores of the rounds before, the latest first.
         replay: How many of them are trained on again beside the round's own, each response with the log-probs of the
@@ -162,6 +162,7 @@ class RolloutDataModule(LightningDataModule):
                 f"is {replay}, but iterations ({iterations}) is above 1: what is trained on-policy takes no earlier "
                 "rollouts",
             )
+        check_sources(prompts, validation_prompts)
         self.root = Path(store)
         self.tokenizer_path = tokenizer
         self.prompts = prompts
@@ -310,7 +311,7 @@ class RolloutDataModule(LightningDataModule):
             return list(self._batcher(verifier).batches(prompts, self.group_size, purpose))
 
         settings = {
-            "prompts": sha256_file(source) if Path(source).is_file() else str(source),
+            "prompts": prompts_fingerprint(source),
             "prompts_per_round": self.prompts_per_round,
             "round": self.round,
             "iteration": iteration,
