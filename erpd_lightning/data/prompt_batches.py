@@ -2,16 +2,21 @@
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from numbers import Real
 from typing import Any
 
+import numpy as np
 import pyarrow as pa
 
-from ..errors import InvalidArgument
+from ..errors import InvalidArgument, UserError
 from ..seeds import derive_seed
 from .prompts import Prompt, PromptSet, as_text
 from .samplers import Response, Sampler
 from .store import ROLLOUTS
 from .verifiers import Verifier
+
+MAX_REWARD = float(np.finfo(np.float32).max)
+"""The largest number that a store can hold."""
 
 
 @dataclass(frozen=True)
@@ -29,6 +34,7 @@ class PromptBatch:
         tokenizer: The policy's tokenizer.
         sampler: Draws the responses.
         verifier: Checks them.
+        correct_threshold: Reward from which a response counts as correct.
     """
 
     index: int
@@ -41,6 +47,7 @@ class PromptBatch:
     tokenizer: Any
     sampler: Sampler
     verifier: Verifier
+    correct_threshold: float = 1.0
 
     def to(self, device: Any) -> "PromptBatch":
         """Itself: the prompts move to the policy's device when they are padded."""
@@ -52,6 +59,9 @@ class PromptBatch:
         Args:
             model: The language model to sample from.
             seed: Another seed than the batch's own.
+
+        Raises:
+            UserError: If the verifier gives a reward that is no finite number.
         """
         if not self.prompts:
             return ROLLOUTS.empty_table()
@@ -63,8 +73,16 @@ class PromptBatch:
             self.seed if seed is None else seed,
         )
         texts = self.tokenizer.batch_decode([r.ids for r in responses], skip_special_tokens=True)
-        rewards = self.verifier(texts, [self.prompts[i].answer for i in repeated])
+        rewards = self.verify(texts, [self.prompts[i].answer for i in repeated])
         return self._table(repeated, responses, texts, rewards)
+
+    def verify(self, texts: Sequence[str], answers: Sequence[str]) -> list[float | None]:
+        """The reward of each response, any finite number; None for what could not be checked.
+
+        Raises:
+            UserError: For another reward, naming the verifier's class and the reward.
+        """
+        return [_checked_reward(reward, self.verifier) for reward in self.verifier(texts, answers)]
 
     def _table(
         self,
@@ -80,7 +98,7 @@ class PromptBatch:
             "prompt_ids": [self.prompt_ids[i] for i in repeated],
             "response_ids": [r.ids for r in responses],
             "logps": [r.logps for r in responses],
-            "reward": [reward or 0.0 for reward in rewards],
+            "reward": [0.0 if reward is None else reward for reward in rewards],
             "finish_reason": [r.finish_reason for r in responses],
             "checked": [reward is not None for reward in rewards],
             "prompt": [as_text(self.prompts[i].prompt) for i in repeated],
@@ -101,6 +119,7 @@ class PromptBatcher:
         max_tokens: Padded tokens that may be run through a policy at a time.
         context: Tokens that the policy can attend to, or None where nobody says.
         seed: Seed of all draws.
+        correct_threshold: Reward from which a response counts as correct.
     """
 
     tokenizer: Any
@@ -109,6 +128,7 @@ class PromptBatcher:
     max_tokens: int
     context: int | None
     seed: int
+    correct_threshold: float = 1.0
 
     def batches(
         self, prompts: PromptSet, samples: int, purpose: str, rank: int = 0, world_size: int = 1
@@ -143,6 +163,7 @@ class PromptBatcher:
                 tokenizer=self.tokenizer,
                 sampler=self.sampler,
                 verifier=self.verifier,
+                correct_threshold=self.correct_threshold,
             )
 
     def _check_context(self, token_ids: Sequence[Sequence[int]], purpose: str) -> None:
@@ -154,3 +175,16 @@ class PromptBatcher:
                 f"is {self.sampler.max_new_tokens}: with the {longest} tokens of {purpose} prompt {number} that is "
                 f"more than the policy's context of {self.context}",
             )
+
+
+def _checked_reward(reward: Any, verifier: Verifier) -> float | None:
+    """A reward as a number that float32, in which it is stored, can hold; None stays None."""
+    if reward is None:
+        return None
+    if isinstance(reward, Real) and -MAX_REWARD <= reward <= MAX_REWARD:
+        return float(reward)
+    shown = " ".join(repr(reward).split())[:60]
+    raise UserError(
+        f"verifier {type(verifier).__name__} gave the reward {shown}: it must be a finite number, such as 1.0 for a "
+        "correct response and 0.0 for an incorrect one, or None for what could not be checked"
+    )

@@ -10,7 +10,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any, overload
 
-from lightning.pytorch.utilities.rank_zero import rank_zero_warn
+from lightning.pytorch.utilities import rank_zero_warn
 
 from ..errors import InvalidArgument, UserError, first_line
 from ..files import sha256_file

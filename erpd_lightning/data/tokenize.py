@@ -3,7 +3,7 @@
 import json
 from typing import Any
 
-from lightning.pytorch.utilities.rank_zero import rank_zero_warn
+from lightning.pytorch.utilities import rank_zero_warn
 
 from ..errors import UserError, first_line
 from ..models.loading import eos_token_ids

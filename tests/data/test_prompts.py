@@ -384,8 +384,8 @@ def test_turns_that_end_with_a_token_at_which_nothing_stops(tmp_path: Path, recw
     tokenize(tokenizer, message)
     tokenizer.chat_template = "{% for m in messages %}{{ m.content }};{% endfor %}"
     tokenize(tokenizer, message)
-    (path / "generation_config.json").write_text('{"eos_token_id": [2, 1]}')
-    tokenizer.chat_template = "{% for m in messages %}{{ m.content }}<bos>:{% endfor %}"
+    (path / "generation_config.json").write_text('{"eos_token_id": [2, 0]}')
+    tokenizer.chat_template = "{% for m in messages %}{{ m.content }}<pad>:{% endfor %}"
     tokenize(tokenizer, message)
     assert not _warned(recwarn)
 
