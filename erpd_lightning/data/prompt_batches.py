@@ -1,6 +1,7 @@
 """Prompts in batches, with all that it takes to sample and verify responses to them."""
 
 from collections.abc import Iterator, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from numbers import Real
 from typing import Any
@@ -181,8 +182,10 @@ def _checked_reward(reward: Any, verifier: Verifier) -> float | None:
     """A reward as a number that float32, in which it is stored, can hold; None stays None."""
     if reward is None:
         return None
-    if isinstance(reward, Real) and -MAX_REWARD <= reward <= MAX_REWARD:
-        return float(reward)
+    if isinstance(reward, Real):
+        with suppress(OverflowError):  # of an integer that is larger still
+            if abs(number := float(reward)) <= MAX_REWARD:
+                return number
     shown = " ".join(repr(reward).split())[:60]
     raise UserError(
         f"verifier {type(verifier).__name__} gave the reward {shown}: it must be a finite number, such as 1.0 for a "

@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
@@ -528,6 +529,34 @@ def test_responses_become_rows() -> None:
     batch.respond(None, seed=12)
     assert sampler.seeds == [11, 12]
     assert batch.to(torch.device("cpu")) is batch
+
+
+def test_rewards_are_finite_numbers() -> None:
+    chat = [Prompt("4:", "4"), Prompt("5:", "5")]
+    rewards: list[Any] = [np.float32(0.5), -1, True, 2.5]
+    table = make_batch(chat, Scripted(), Table(*rewards)).respond(None)
+    assert table["reward"].to_pylist() == [0.5, -1.0, 1.0, 2.5]
+    assert table["checked"].to_pylist() == [True] * 4
+
+
+@pytest.mark.parametrize(
+    ("reward", "shown"),
+    [
+        (float("nan"), "nan"),
+        (float("-inf"), "-inf"),
+        (1e39, r"1e\+39"),
+        (10**400, "1000"),
+        ("1", "'1'"),
+        (torch.tensor(1.0), r"tensor\(1.\)"),
+        ([1.0], r"\[1.0\]"),
+        (1j, "1j"),
+    ],
+)
+def test_other_rewards_are_refused(reward: Any, shown: str) -> None:
+    batch = make_batch([Prompt("4:", "4")], Scripted(), Table(1.0, reward))
+    with pytest.raises(UserError, match=f"^verifier Table gave the reward {shown}") as error:
+        batch.respond(None)
+    assert len(message_of(error)) < 250
 
 
 def test_no_prompts_give_no_rows() -> None:
