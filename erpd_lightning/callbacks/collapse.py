@@ -82,8 +82,8 @@ class CollapseMonitor(Callback):
       `(sum r)^2 / (n sum r^2)` (Kong 1992), computed from logarithms;
     - `max_log_ratio`: the largest log-ratio, nats; `tail_share`: share of the tokens with a ratio above `tail`;
     - `clipped_share`: share of the tokens with a ratio outside `interval`;
-    - `entropy`, `logp_correct`, `logp_incorrect`: means over their tokens, nats per token; a response is correct if
-      its reward is 1;
+    - `entropy`, `logp_correct`, `logp_incorrect`: means over their tokens, nats per token; what a correct
+      response is says `correct`, or else a reward of at least 1;
     - `seconds`: time that the monitor has taken so far, the mean of the ranks. On an accelerator this includes what
       the device had still to do for the step.
 
@@ -95,7 +95,7 @@ class CollapseMonitor(Callback):
     - `mask`: `(B, T)` bool, the response tokens that count, and any of
     - `log_ratio`: `(B, T)`, log-prob minus the old log-prob, that of the importance ratio's denominator, nats;
     - `entropy`: `(B, T)`, nats;
-    - `logp`: `(B, T)`, nats, with `rewards`: `(B,)`.
+    - `logp`: `(B, T)`, nats, with `correct`: `(B,)` bool, or `rewards`: `(B,)`.
 
     What is outside the mask does not count. What a module does not return is not monitored.
 
@@ -274,8 +274,9 @@ def token_sums(outputs: Any, interval: tuple[float, float], tail: float) -> Tens
     averaged: dict[str, tuple[Tensor, Tensor]] = {}
     if "entropy" in outputs:
         averaged["entropy"] = outputs["entropy"], mask
-    if "logp" in outputs and "rewards" in outputs:
-        is_correct = (outputs["rewards"] == 1)[:, None]
+    if "logp" in outputs and ("correct" in outputs or "rewards" in outputs):
+        correct = outputs["correct"] if "correct" in outputs else outputs["rewards"] >= 1
+        is_correct = correct[:, None]
         averaged["logp_correct"] = outputs["logp"], mask & is_correct
         averaged["logp_incorrect"] = outputs["logp"], mask & ~is_correct
     for name, (values, tokens) in averaged.items():

@@ -42,7 +42,7 @@ MONITORING_CALLBACKS = {
 ROLLOUT_DATA_KEYS = ("sampler", "verifier", "group_size", "prompts_per_round")
 """What of `data` the rollouts depend on."""
 
-ADVANTAGE_DATA_KEYS = ("replay", "baseline")
+ADVANTAGE_DATA_KEYS = ("replay", "baseline", "correct_threshold")
 """What of `data` teacher and unlearned policy depend on besides the rollouts."""
 
 ON_POLICY_DATA_KEYS = ("sampler", "group_size", "prompts_per_round")
@@ -52,7 +52,7 @@ INFERENCE_STAGE_KEYS: dict[str, tuple[tuple[str, ...], tuple[str, ...]]] = {
     "rollouts": (ROLLOUT_DATA_KEYS, ("precision",)),
     "scoring": ((), ("precision",)),
     "evaluation": (
-        ("sampler", "verifier", "validation_samples", "max_validation_prompts"),
+        ("sampler", "verifier", "correct_threshold", "validation_samples", "max_validation_prompts"),
         ("precision", "limit_test_batches", "fast_dev_run"),
     ),
 }
@@ -65,7 +65,7 @@ CALIBRATION_KEYS = {
 """What a student depends on that other trained policies do not: beta is corrected in validation."""
 
 
-SIGNAL_SELECTION_KEYS = {"data": ("sampler", "verifier"), "distill": ("signal", "kl_budget")}
+SIGNAL_SELECTION_KEYS = {"data": ("sampler", "verifier", "correct_threshold"), "distill": ("signal", "kl_budget")}
 """What of `data` and of `distill` the choice of a signal depends on."""
 
 

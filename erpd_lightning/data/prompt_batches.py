@@ -1,17 +1,23 @@
 """Prompts in batches, with all that it takes to sample and verify responses to them."""
 
 from collections.abc import Iterator, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
+from numbers import Real
 from typing import Any
 
+import numpy as np
 import pyarrow as pa
 
-from ..errors import InvalidArgument
+from ..errors import InvalidArgument, UserError
 from ..seeds import derive_seed
 from .prompts import Prompt, PromptSet, as_text
 from .samplers import Response, Sampler
 from .store import ROLLOUTS
 from .verifiers import Verifier
+
+MAX_REWARD = float(np.finfo(np.float32).max)
+"""The largest number that a store can hold."""
 
 
 @dataclass(frozen=True)
@@ -29,6 +35,7 @@ class PromptBatch:
         tokenizer: The policy's tokenizer.
         sampler: Draws the responses.
         verifier: Checks them.
+        correct_threshold: Reward from which a response counts as correct.
     """
 
     index: int
@@ -41,6 +48,7 @@ class PromptBatch:
     tokenizer: Any
     sampler: Sampler
     verifier: Verifier
+    correct_threshold: float = 1.0
 
     def to(self, device: Any) -> "PromptBatch":
         """Itself: the prompts move to the policy's device when they are padded."""
@@ -52,6 +60,9 @@ class PromptBatch:
         Args:
             model: The language model to sample from.
             seed: Another seed than the batch's own.
+
+        Raises:
+            UserError: If the verifier gives a reward that is no finite number.
         """
         if not self.prompts:
             return ROLLOUTS.empty_table()
@@ -63,8 +74,16 @@ class PromptBatch:
             self.seed if seed is None else seed,
         )
         texts = self.tokenizer.batch_decode([r.ids for r in responses], skip_special_tokens=True)
-        rewards = self.verifier(texts, [self.prompts[i].answer for i in repeated])
+        rewards = self.verify(texts, [self.prompts[i].answer for i in repeated])
         return self._table(repeated, responses, texts, rewards)
+
+    def verify(self, texts: Sequence[str], answers: Sequence[str]) -> list[float | None]:
+        """The reward of each response, any finite number; None for what could not be checked.
+
+        Raises:
+            UserError: For another reward, naming the verifier's class and the reward.
+        """
+        return [_checked_reward(reward, self.verifier) for reward in self.verifier(texts, answers)]
 
     def _table(
         self,
@@ -81,7 +100,7 @@ class PromptBatch:
             "response_ids": [r.ids for r in responses],
             "logps": [r.logps for r in responses],
             "temperature": [self.sampler.temperature] * len(responses),
-            "reward": [reward or 0.0 for reward in rewards],
+            "reward": [0.0 if reward is None else reward for reward in rewards],
             "finish_reason": [r.finish_reason for r in responses],
             "checked": [reward is not None for reward in rewards],
             "prompt": [as_text(self.prompts[i].prompt) for i in repeated],
@@ -102,6 +121,7 @@ class PromptBatcher:
         max_tokens: Padded tokens that may be run through a policy at a time.
         context: Tokens that the policy can attend to, or None where nobody says.
         seed: Seed of all draws.
+        correct_threshold: Reward from which a response counts as correct.
     """
 
     tokenizer: Any
@@ -110,6 +130,7 @@ class PromptBatcher:
     max_tokens: int
     context: int | None
     seed: int
+    correct_threshold: float = 1.0
 
     def batches(
         self, prompts: PromptSet, samples: int, purpose: str, rank: int = 0, world_size: int = 1
@@ -144,6 +165,7 @@ class PromptBatcher:
                 tokenizer=self.tokenizer,
                 sampler=self.sampler,
                 verifier=self.verifier,
+                correct_threshold=self.correct_threshold,
             )
 
     def _check_context(self, token_ids: Sequence[Sequence[int]], purpose: str) -> None:
@@ -155,3 +177,18 @@ class PromptBatcher:
                 f"is {self.sampler.max_new_tokens}: with the {longest} tokens of {purpose} prompt {number} that is "
                 f"more than the policy's context of {self.context}",
             )
+
+
+def _checked_reward(reward: Any, verifier: Verifier) -> float | None:
+    """A reward as a number that float32, in which it is stored, can hold; None stays None."""
+    if reward is None:
+        return None
+    if isinstance(reward, Real):
+        with suppress(OverflowError):  # of an integer that is larger still
+            if abs(number := float(reward)) <= MAX_REWARD:
+                return number
+    shown = " ".join(repr(reward).split())[:60]
+    raise UserError(
+        f"verifier {type(verifier).__name__} gave the reward {shown}: it must be a finite number, such as 1.0 for a "
+        "correct response and 0.0 for an incorrect one, or None for what could not be checked"
+    )

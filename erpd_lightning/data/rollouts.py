@@ -1,5 +1,6 @@
 """`RolloutDataModule`: rollouts sampled once, kept in a store, and read again in every epoch."""
 
+import math
 from collections.abc import Sequence
 from functools import cached_property
 from pathlib import Path
@@ -12,14 +13,13 @@ from lightning.pytorch.trainer.states import TrainerFn
 from torch import Tensor
 
 from ..errors import InvalidArgument, UserError
-from ..files import sha256_file
 from ..models.loading import context_length, load_tokenizer
 from ..seeds import derive_seed
 from .batching import RolloutTable
 from .loader import StepLoader
 from .predict_data import BatchList, PolicySource, SamplingData, ScoringData, predict_to_store
 from .prompt_batches import PromptBatch, PromptBatcher
-from .prompts import PromptPlan, PromptSet, tokenize
+from .prompts import PromptPlan, PromptSet, check_sources, prompts_fingerprint, tokenize
 from .ranks import ranks
 from .samplers import Sampler, TransformersSampler
 from .store import Store
@@ -71,8 +71,9 @@ class RolloutDataModule(LightningDataModule):
         store: Directory of the rollout store.
         tokenizer: Folder or hub name of the tokenizer: that of the base policy.
         prompts: JSONL file or data set of prompts to sample from, with `prompt` and `answer`; not needed where
-            the store is complete.
-        validation_prompts: Held-out prompts in the same format; None for no validation.
+            the store is complete. A data set is a folder or hub name, of which configuration and split can be named as
+            in `openai/gsm8k?config=main&split=test`; without, its split is `train`.
+        validation_prompts: Held-out prompts in the same format, of another split; None for no validation.
         scores: Directory with the stored scores of policies on the rollouts, for distillation.
         replay_stores: Rollout stores of the rounds before, the latest first.
         replay: How many of them are trained on again beside the round's own, each response with the log-probs of the
@@ -86,6 +87,8 @@ class RolloutDataModule(LightningDataModule):
         baseline: What the reward of a response is compared with to give its advantage: the rewards of its `group`, as
             in GRPO, or those of its `batch`, as in REINFORCE++: of all rollouts of its round, or of its iteration. In
             a group of incorrect responses alone there is nothing to learn by comparison; beside the batch there is.
+        correct_threshold: Reward from which a response counts as correct, in pass@k, in logged means and for objectives
+            that tell correct responses from incorrect ones; advantages are of the rewards as they are.
         prompts_per_round: Prompts to sample from in a round; None for all of them. Each round takes the next ones.
         round: The round, from 1, that says which prompts are next.
         preview_prompts: The last of the round's prompts, on which signals are previewed: no rollouts are sampled
@@ -119,6 +122,7 @@ class RolloutDataModule(LightningDataModule):
         verifier: Verifier | None = None,
         group_size: int = 16,
         baseline: Baseline = "group",
+        correct_threshold: float = 1.0,
         prompts_per_round: int | None = None,
         round: int = 1,
         preview_prompts: int = 0,
@@ -156,12 +160,15 @@ class RolloutDataModule(LightningDataModule):
                 raise InvalidArgument(name, f"is {count}: it must be at least 0")
         if baseline not in ("group", "batch"):
             raise InvalidArgument("baseline", f"is {baseline!r}: it must be 'group' or 'batch'")
+        if not math.isfinite(correct_threshold):
+            raise InvalidArgument("correct_threshold", f"is {correct_threshold}: it must be a finite reward")
         if replay and iterations > 1:
             raise InvalidArgument(
                 "replay",
                 f"is {replay}, but iterations ({iterations}) is above 1: what is trained on-policy takes no earlier "
                 "rollouts",
             )
+        check_sources(prompts, validation_prompts)
         self.root = Path(store)
         self.tokenizer_path = tokenizer
         self.prompts = prompts
@@ -174,6 +181,7 @@ class RolloutDataModule(LightningDataModule):
         self.verifier = verifier or ExactMatch()
         self.group_size = group_size
         self.baseline = baseline
+        self.correct_threshold = correct_threshold
         self.prompts_per_round = prompts_per_round
         self.round = round
         self.preview_prompts = preview_prompts
@@ -198,10 +206,10 @@ class RolloutDataModule(LightningDataModule):
     def _stored_rollouts(self) -> TrainRollouts:
         """The rollouts of the data module's own policy: fixed ones, or those of its iterations."""
         if self.iterations > 1:
-            return OnPolicyRollouts(self.root, self.iterations, self.baseline)
+            return OnPolicyRollouts(self.root, self.iterations, self.baseline, self.correct_threshold)
         # What the scores are of is the round's own rollouts alone.
         replayed = self.replay_stores[: self.replay] if self.scores is None else []
-        return TrainRollouts([self.root, *replayed], self.scores, self.baseline)
+        return TrainRollouts([self.root, *replayed], self.scores, self.baseline, self.correct_threshold)
 
     @property
     def store(self) -> Path:
@@ -230,7 +238,9 @@ class RolloutDataModule(LightningDataModule):
                     f"iterations is {learner.iterations}: RolloutDataModule(on_policy_store=…) has to say where the "
                     "student's rollouts are to be kept"
                 )
-            self.train_data = OnPolicyRollouts(self.on_policy_store, learner.iterations, self.baseline)
+            self.train_data = OnPolicyRollouts(
+                self.on_policy_store, learner.iterations, self.baseline, self.correct_threshold
+            )
         if isinstance(self.train_data, OnPolicyRollouts):
             self._share_out(self.train_data)
 
@@ -310,7 +320,7 @@ class RolloutDataModule(LightningDataModule):
             return list(self._batcher(verifier).batches(prompts, self.group_size, purpose))
 
         settings = {
-            "prompts": sha256_file(source) if Path(source).is_file() else str(source),
+            "prompts": prompts_fingerprint(source),
             "prompts_per_round": self.prompts_per_round,
             "round": self.round,
             "iteration": iteration,
@@ -441,6 +451,7 @@ class RolloutDataModule(LightningDataModule):
             max_tokens=self.max_tokens,
             context=context_length(self.tokenizer_path),
             seed=self.seed,
+            correct_threshold=self.correct_threshold,
         )
 
     @cached_property

@@ -1,6 +1,7 @@
 """The stored rollouts that are trained on: fixed ones, or those of iterations of the policy itself."""
 
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from functools import cached_property, partial
 from pathlib import Path
 from typing import Literal
@@ -29,6 +30,7 @@ class TrainRollouts:
         stores: Directories of the stores, the round's own first.
         scores: Directory with the scores of policies on them; None for none.
         baseline: What a reward is compared with: those of its group, or of all rollouts of its store.
+        correct_threshold: Reward from which a response counts as correct.
     """
 
     iterations = 1
@@ -36,10 +38,13 @@ class TrainRollouts:
     iteration = 1
     """The part whose rollouts are trained on, from 1."""
 
-    def __init__(self, stores: Sequence[Path], scores: Path | None, baseline: Baseline) -> None:
+    def __init__(
+        self, stores: Sequence[Path], scores: Path | None, baseline: Baseline, correct_threshold: float = 1.0
+    ) -> None:
         self.stores = list(stores)
         self.scores = scores
         self.baseline = baseline
+        self.correct_threshold = correct_threshold
 
     @property
     def store(self) -> Path:
@@ -112,6 +117,8 @@ class TrainRollouts:
         table = self.table
         # Neither correct nor incorrect: a flipped reward must not turn what could not be checked into either.
         rewards = table.rewards.where(self.checked, torch.nan)
+        if self.correct_threshold <= 0:  # What could not be checked is stored as 0, and never correct.
+            table = replace(table, rewards=table.rewards.where(self.checked, self.correct_threshold - 1))
         rows = select(rewards, self.advantages).nonzero()[:, 0]
         if len(rows) == 0:
             rows = self._rows_without_any()
@@ -131,13 +138,23 @@ class TrainRollouts:
 
     def _rows_without_any(self) -> Tensor:
         """What is trained on where no response enters the loss."""
-        rewards = self.table.rewards
-        correct = float((rewards == 1).float().mean())
-        raise UserError(
-            f"{self.store}: no response enters the loss, no {self.baseline} has both correct and incorrect answers "
-            f"({correct:.0%} of {len(rewards)} are correct); "
-            "sample other prompts, or more responses to each (group_size)"
-        )
+        rewards, responses = self.table.rewards[self.checked], len(self.checked)
+        correct = int((rewards >= self.correct_threshold).sum())
+        counted = f"{responses} responses"
+        if 0 < len(rewards) < responses:
+            counted = f"{len(rewards)} responses that could be checked, of {responses},"
+        if len(rewards) == 0:
+            problem = f"none of {counted} could be checked; look at the answers and the verifier"
+        elif correct == 0:
+            problem = f"none of {counted} is correct; sample easier prompts, or more responses to each (group_size)"
+        elif correct == len(rewards):
+            problem = f"all of {counted} are correct; sample harder prompts"
+        else:
+            problem = (
+                f"no {self.baseline} has both correct and incorrect answers ({correct / len(rewards):.0%} of "
+                f"{counted} are correct); sample other prompts, or more responses to each (group_size)"
+            )
+        raise UserError(f"{self.store}: no response enters the loss: {problem}")
 
     def _read_scores(self, folder: Path, fingerprint: str) -> dict[str, ScoreTable]:
         tables = {}
@@ -162,11 +179,12 @@ class OnPolicyRollouts(TrainRollouts):
         root: Directory of the stores, one an iteration.
         iterations: Parts of the prompts.
         baseline: What a reward is compared with: those of its group, or of all rollouts of its iteration.
+        correct_threshold: Reward from which a response counts as correct.
     """
 
-    def __init__(self, root: Path, iterations: int, baseline: Baseline) -> None:
+    def __init__(self, root: Path, iterations: int, baseline: Baseline, correct_threshold: float = 1.0) -> None:
         numbers = range(1, iterations + 1)
-        super().__init__([root / f"iteration-{number:04}" for number in numbers], None, baseline)
+        super().__init__([root / f"iteration-{number:04}" for number in numbers], None, baseline, correct_threshold)
         self.iterations = iterations
         self._epochs_per_iteration = 1
 

@@ -164,7 +164,7 @@ def add_metrics(metrics: Any, k: int, references: Iterable[str]) -> None:
         references: Names of the policies that the KL is measured to.
     """
     metrics["pass_at_k"] = PassAtK(k)
-    ratios = ["pass_at_1", "entropy_per_token", "mean_length", "truncated", "distinct"]
+    ratios = ["pass_at_1", "mean_reward", "unchecked", "entropy_per_token", "mean_length", "truncated", "distinct"]
     for name in references:
         ratios += [f"kl_per_token/{name}", f"kl_per_response/{name}"]
     for name in ratios:
@@ -183,6 +183,8 @@ def update_metrics(metrics: Any, sums: dict[str, Tensor], samples: int, referenc
     number = torch.full_like(sums["correct"], samples)
     metrics["pass_at_1"].update(sums["correct"], number)
     metrics["pass_at_k"].update(sums["correct"].long(), number.long())
+    metrics["mean_reward"].update(sums["reward"], number - sums["unchecked"])
+    metrics["unchecked"].update(sums["unchecked"], number)
     metrics["entropy_per_token"].update(sums["entropy"], sums["tokens"])
     metrics["mean_length"].update(sums["tokens"], number)
     metrics["truncated"].update(sums["truncated"], number)
@@ -200,9 +202,10 @@ def prompt_sums(
     prompts: PromptBatch,
     collect: Collector | None = None,
 ) -> dict[str, Tensor]:
-    """Sums over each prompt's responses, `(prompts,)` each: KL, entropy, tokens, correct, truncated, distinct ones.
+    """Sums over each prompt's responses, `(prompts,)` each.
 
-    KL and entropy are exact over the vocabulary, in nats.
+    `correct`, `unchecked`, `truncated` and `distinct` count responses. `reward` is of those that could be checked:
+    what could not is never correct, and has no reward. KL and entropy are exact over the vocabulary, in nats.
 
     Args:
         policy: The policy that responded.
@@ -217,7 +220,11 @@ def prompt_sums(
     sums: dict[str, Tensor] = defaultdict(lambda: torch.zeros(len(prompts.prompts), dtype=torch.float64))
     reasons = table["finish_reason"].to_numpy(zero_copy_only=False)
     truncated = torch.tensor(reasons == "length").double()
-    sums["correct"].index_add_(0, rollouts.groups - first, rollouts.rewards.double())
+    checked = torch.tensor(table["checked"].to_numpy(zero_copy_only=False))
+    correct = checked & (rollouts.rewards >= prompts.correct_threshold)
+    sums["correct"].index_add_(0, rollouts.groups - first, correct.double())
+    sums["reward"].index_add_(0, rollouts.groups - first, rollouts.rewards.double().where(checked, 0.0))
+    sums["unchecked"].index_add_(0, rollouts.groups - first, (~checked).double())
     sums["truncated"].index_add_(0, rollouts.groups - first, truncated)
     sums["distinct"] = distinct_responses(table["response"].to_pylist(), rollouts.groups)
     for batch in micro_batches(rollouts, prompts.max_tokens):

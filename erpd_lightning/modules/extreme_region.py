@@ -121,6 +121,8 @@ class ExtremeRegionModule(TrainingModule):
     def setup(self, stage: str) -> None:
         """Refuse rollouts that the loss would take for what they are not."""
         super().setup(stage)
+        if getattr(self.objective, "correct_threshold", 1.0) != self.correct_threshold:
+            self.objective.correct_threshold = self.correct_threshold
         if stage == "fit" and self._rollout_data is not None:
             self.check_rollouts(self._rollout_data)
 
@@ -220,4 +222,6 @@ class ExtremeRegionModule(TrainingModule):
             )
 
     def _outcomes(self, rewards: Tensor, advantages: Tensor) -> tuple[Tensor, Tensor]:
-        return (rewards, advantages) if self.sign == 1 else flip_outcomes(rewards, advantages)
+        if self.sign == 1:
+            return rewards, advantages
+        return flip_outcomes(rewards, advantages, self.correct_threshold)

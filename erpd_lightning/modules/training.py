@@ -114,6 +114,12 @@ class TrainingModule(EvaluationModule):
         data: Any = getattr(self.trainer, "datamodule", None)
         return data if isinstance(data, RolloutDataModule) else None
 
+    @property
+    def correct_threshold(self) -> float:
+        """Reward from which a response counts as correct: that of the data, 1 where these are of another kind."""
+        data = None if self._trainer is None else self._rollout_data
+        return 1.0 if data is None else data.correct_threshold
+
     def configure_optimizers(self) -> Any:
         """AdamW and a scheduler of `transformers`, stepped after every optimiser step.
 
@@ -188,8 +194,8 @@ class TrainingModule(EvaluationModule):
     def training_step(self, batch: RolloutBatch, batch_idx: int) -> dict[str, Tensor]:
         """The micro-batch's share of the step's loss, per response token or per response of the step, as `loss`.
 
-        With it goes what callbacks may ask of a micro-batch, detached: `mask` `(B, T)`, `rewards` `(B,)`, and the
-        values `(B, T)` of `batch_loss` by their names.
+        With it goes what callbacks may ask of a micro-batch, detached: `mask` `(B, T)`, `rewards` `(B,)`, `correct`
+        `(B,)` bool, and the values `(B, T)` of `batch_loss` by their names.
 
         Lightning divides by the micro-batches of a step and averages gradients over ranks; both are undone here,
         so that the gradient is that of the sum over the step divided by its tokens or responses, however it was
@@ -205,6 +211,7 @@ class TrainingModule(EvaluationModule):
             **{name: value.detach() for name, value in values.items()},
             "mask": batch.mask,
             "rewards": batch.rewards,
+            "correct": batch.rewards >= self.correct_threshold,
             "loss": loss * (self.trainer.accumulate_grad_batches * self._data_parallel_size),
         }
 
@@ -311,8 +318,8 @@ class TrainingModule(EvaluationModule):
         if "logp" not in values:
             return
         logps = values["logp"].detach()
-        correct = mask & (batch.rewards == 1)[:, None]
-        incorrect = mask & (batch.rewards != 1)[:, None]
+        is_correct = (batch.rewards >= self.correct_threshold)[:, None]
+        correct, incorrect = mask & is_correct, mask & ~is_correct
         _add(
             self._epoch_sums,
             {

@@ -18,16 +18,24 @@ from .shapes import check_shape
 MAX_LOG_RATIO = 80.0
 
 
-def flip_outcomes(rewards: Tensor, advantages: Tensor) -> tuple[Tensor, Tensor]:
-    """Rewards `1 - R` and advantages `-A`, `(N,)` each, which make the unlearned policy.
+def flip_outcomes(rewards: Tensor, advantages: Tensor, correct_threshold: float = 1.0) -> tuple[Tensor, Tensor]:
+    """Rewards and advantages `-A`, `(N,)` each, which make the unlearned policy.
 
-    A correct response (reward 1) counts as an incorrect one (reward 0), and the other way round.
+    A correct response (a reward of at least the threshold) counts as an incorrect one, and the other way round: of the
+    rewards, graded ones too, the threshold is made where the response is incorrect, and 1 less where it is correct.
+    With rewards 1 and 0 that is `1 - R`. A reward of NaN, of what could not be checked, stays NaN.
+
+    Args:
+        rewards: `(N,)`.
+        advantages: `(N,)`.
+        correct_threshold: Reward from which a response counts as correct.
 
     Example:
         >>> flip_outcomes(torch.tensor([1.0, 0.0]), torch.tensor([0.5, -0.5]))
         (tensor([0., 1.]), tensor([-0.5000,  0.5000]))
     """
-    return 1 - rewards, -advantages
+    flipped = torch.where(rewards < correct_threshold, correct_threshold, correct_threshold - 1).to(rewards.dtype)
+    return torch.where(rewards.isnan(), rewards, flipped), -advantages
 
 
 def check_batch(logps: Tensor, old_logps: Tensor, mask: Tensor, rewards: Tensor, advantages: Tensor) -> None:
@@ -54,6 +62,8 @@ class ExtremeObjective(ABC):
         needs_groups: Whether it compares the responses to one prompt, so that one response alone is of no use.
         per: What the loss is given for, and what its sum is divided by: the response tokens of the whole optimiser
             step, or its responses.
+        correct_threshold: Reward from which a response counts as correct. The module that is trained sets it to that
+            of its data.
 
     Example:
         >>> class SignedLogp(ExtremeObjective):
@@ -67,10 +77,14 @@ class ExtremeObjective(ABC):
 
     needs_groups: bool = True
     per: Literal["token", "response"] = "token"
+    correct_threshold: float = 1.0
 
     @abstractmethod
     def select(self, rewards: Tensor, advantages: Tensor) -> Tensor:
-        """Responses that enter the loss at all: `(N,)` rewards and advantages to bool `(N,)`."""
+        """Responses that enter the loss at all: `(N,)` rewards and advantages to bool `(N,)`.
+
+        The reward of what could not be checked is NaN, its advantage 0.
+        """
 
     @abstractmethod
     def __call__(self, logps: Tensor, old_logps: Tensor, mask: Tensor, rewards: Tensor, advantages: Tensor) -> Tensor:
@@ -83,7 +97,7 @@ class ExtremeObjective(ABC):
             logps: `(B, T)` log-probs of the policy that is trained, in nats.
             old_logps: `(B, T)` log-probs of pi_old, which the importance ratio divides by, in nats.
             mask: `(B, T)` bool, True on response tokens; all False in a row of a dummy micro-batch.
-            rewards: `(B,)`.
+            rewards: `(B,)`, any finite numbers.
             advantages: `(B,)`.
 
         Raises:
@@ -143,7 +157,9 @@ class SAPO(AdvantageObjective):
 
 @dataclass
 class CrossEntropy(ExtremeObjective):
-    """Rejection-sampling fine-tuning, per token: `-log pi` on the responses with reward 1.
+    """Rejection-sampling fine-tuning, per token: `-log pi` on the correct responses.
+
+    Correct is a reward of at least `correct_threshold`, 1 unless the data say otherwise.
 
     Example:
         >>> logps, mask = torch.tensor([[-1.0, -2.0], [-3.0, -4.0]]), torch.ones(2, 2).bool()
@@ -155,10 +171,10 @@ class CrossEntropy(ExtremeObjective):
     needs_groups = False
 
     def select(self, rewards: Tensor, advantages: Tensor) -> Tensor:
-        """Responses with reward 1: bool `(N,)`."""
-        return rewards == 1
+        """Correct responses: bool `(N,)`."""
+        return rewards >= self.correct_threshold
 
     def __call__(self, logps: Tensor, old_logps: Tensor, mask: Tensor, rewards: Tensor, advantages: Tensor) -> Tensor:
-        """Per-token loss `(B, T)` in nats: 0 in the rows whose reward is not 1."""
+        """Per-token loss `(B, T)` in nats: 0 in the rows that are not correct."""
         check_batch(logps, old_logps, mask, rewards, advantages)
-        return torch.where((rewards == 1)[:, None], -logps, 0.0)
+        return torch.where((rewards >= self.correct_threshold)[:, None], -logps, 0.0)

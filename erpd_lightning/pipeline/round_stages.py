@@ -4,9 +4,8 @@ import hashlib
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
-import torch
+import numpy as np
 
-from ..data.batching import RolloutTable
 from ..data.samples import SAMPLES_FILE
 from ..data.store import Store
 from ..errors import UserError
@@ -18,7 +17,7 @@ from ..objectives.tilted_policy import UnreachableBudget
 from .records import Record
 from .run import Run
 from .signal_search import candidates_within_budget, choose, load_models, preview
-from .stages import Stages
+from .stages import Stages, say
 
 
 @dataclass
@@ -190,12 +189,17 @@ class RoundStages:
 
 def _outcome(stores: list[Store]) -> Record:
     """What a record says of rollouts."""
-    rewards = torch.cat([RolloutTable.from_arrow(store.table()).rewards for store in stores])
+    tables = [store.table().select(["reward", "checked"]) for store in stores]
+    reward, checked = (np.concatenate([table[name].to_numpy() for table in tables]) for name in ("reward", "checked"))
     prints = [store.fingerprint for store in stores]
+    unchecked = int((~checked).sum())
+    if unchecked:
+        say(f"{unchecked} of {len(checked)} responses could not be checked: they are neither correct nor incorrect")
     return {
         "fingerprint": prints[0] if len(prints) == 1 else _together(prints),
-        "rollouts": len(rewards),
-        "mean_reward": float(rewards.mean()),
+        "rollouts": len(checked),
+        "unchecked": unchecked,
+        "mean_reward": float(reward[checked].mean()) if checked.any() else None,
     }
 
 

@@ -5,8 +5,8 @@ from functools import cached_property
 from pathlib import Path
 
 from ..data.arithmetic import Arithmetic
+from ..data.prompts import prompts_fingerprint
 from ..data.rollouts import RolloutDataModule
-from ..files import sha256_file
 from ..modules.distill import DistillModule
 from ..objectives.signal import AutoSignal
 from ..seeds import derive_seed
@@ -112,10 +112,7 @@ class Run:
         return self.builder.data(store="", tokenizer="").iterations > 1
 
     def prompt_files(self) -> dict[str, str]:
-        """Fingerprints of the prompts' files."""
+        """Fingerprints of the prompts, of what is in their files or data sets."""
         data = self.data(1)
-        files = {"prompts": data.prompts, "validation_prompts": data.validation_prompts}
-        return {
-            name: sha256_file(path) if path is not None and Path(path).is_file() else str(path)
-            for name, path in files.items()
-        }
+        sources = {"prompts": data.prompts, "validation_prompts": data.validation_prompts}
+        return {name: str(prompts_fingerprint(source)) for name, source in sources.items()}

@@ -219,9 +219,10 @@ def _prompt_sums(sampler: TiltedSampler, models: Mapping[str, Any], batch: Promp
     repeated = [i for i in range(len(batch.prompts)) for _ in range(batch.samples)]
     drawn = sampler.sample(models, batch.tokenizer, [batch.prompt_ids[i] for i in repeated], batch.seed)
     texts = batch.tokenizer.batch_decode([row.response.ids for row in drawn], skip_special_tokens=True)
-    rewards = batch.verifier(texts, [batch.prompts[i].answer for i in repeated])
+    rewards = batch.verify(texts, [batch.prompts[i].answer for i in repeated])
     columns = {
-        "correct": [reward or 0.0 for reward in rewards],  # What could not be checked is not rewarded.
+        # What could not be checked is not correct.
+        "correct": [float(reward is not None and reward >= batch.correct_threshold) for reward in rewards],
         "kl": [sum(row.kl) for row in drawn],
         "entropy": [sum(row.entropy) for row in drawn],
         "tokens": [float(len(row.response.ids)) for row in drawn],

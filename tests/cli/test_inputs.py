@@ -58,11 +58,14 @@ def test_a_policy_that_is_not_there(refused: Run, own_policy: Any, tmp_path: Pat
 
 
 @pytest.mark.parametrize(
-    ("verifier", "share"),
-    [("--data.verifier.pattern=(never)", "0%"), ("--data.verifier=support.verifiers.Constant", "100%")],
+    ("verifier", "problem"),
+    [
+        ("--data.verifier.pattern=(never)", "none of 128 responses is correct"),
+        ("--data.verifier=support.verifiers.Constant", "all of 128 responses are correct"),
+    ],
 )
-def test_no_group_with_variance(refused: Run, copy: Callable[..., Path], verifier: str, share: str) -> None:
+def test_no_group_with_variance(refused: Run, copy: Callable[..., Path], verifier: str, problem: str) -> None:
     run_dir = copy(*STAGES[1:])
     message = refused(*arguments(run_dir), verifier)
     assert message.startswith(f"{run_dir / 'round-1' / 'rollouts'}: no response enters the loss")
-    assert f"({share} of 128 are correct)" in message
+    assert problem in message

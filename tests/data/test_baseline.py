@@ -77,7 +77,7 @@ def test_another_value(folder: Path) -> None:
 def test_equal_rewards(folder: Path, tmp_path: Path) -> None:
     write_rollouts(tmp_path / "incorrect", [{**row, "reward": 0.0} for row in make_rows()])
     data = RolloutDataModule(tmp_path / "incorrect", tokenizer=folder / "base", baseline="batch")
-    with pytest.raises(UserError, match=r"no batch has both correct and incorrect answers \(0% of 16 are correct\)"):
+    with pytest.raises(UserError, match=r"no response enters the loss: none of 16 responses is correct"):
         make_trainer(max_epochs=1).fit(ExtremeRegionModule(folder / "base"), datamodule=data)
 
 

@@ -7,15 +7,26 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 import torch
 
 from erpd_lightning.data.prompt_batches import PromptBatch
-from erpd_lightning.data.prompts import Prompt, as_text, read_prompts, tokenize
+from erpd_lightning.data.prompts import (
+    DataSetSource,
+    Prompt,
+    PromptPlan,
+    as_text,
+    check_sources,
+    prompts_fingerprint,
+    read_prompts,
+    tokenize,
+)
 from erpd_lightning.data.samplers import Response, Sampler
 from erpd_lightning.data.store import ROLLOUTS
+from erpd_lightning.data.tokenize import _rendered
 from erpd_lightning.data.verifiers import Verifier
 from erpd_lightning.errors import UserError
 from erpd_lightning.models.loading import context_length, load_tokenizer
@@ -50,6 +61,9 @@ def test_a_file_of_prompts(tmp_path: Path, end: str) -> None:
         {"prompt": "1+2:", "answer": "3"},
         {"prompt": MESSAGES, "answer": 5, "source": "elsewhere"},
         {"prompt": "half?", "answer": 0.5},
+        {"prompt": "36 / 2", "answer": 18.0},
+        {"prompt": "0 * -1", "answer": -0.0},
+        {"prompt": "a googol", "answer": 1e100},
         {"prompt": "line\nline\u2028line\x85line\x0cline", "answer": "ä"},
     ]
     lines = [json.dumps(rows[0]), "", *(json.dumps(row, ensure_ascii=False) for row in rows[1:]), " "]
@@ -58,6 +72,9 @@ def test_a_file_of_prompts(tmp_path: Path, end: str) -> None:
         Prompt("1+2:", "3"),
         Prompt(MESSAGES, "5"),
         Prompt("half?", "0.5"),
+        Prompt("36 / 2", "18"),
+        Prompt("0 * -1", "0"),
+        Prompt("a googol", "1e+100"),
         Prompt("line\nline\u2028line\x85line\x0cline", "ä"),
     ]
     assert read_prompts(str(path)) == read_prompts(path)
@@ -85,7 +102,15 @@ def test_a_file_by_another_name(tmp_path: Path) -> None:
         ('{"prompt": ["1"], "answer": "2"}', "prompt must be"),
         ('{"prompt": "1", "answer": null}', "answer must be"),
         ('{"prompt": "1", "answer": true}', "answer must be"),
+        ('{"prompt": "1", "answer": false}', "answer must be"),
         ('{"prompt": "1", "answer": ["2"]}', "answer must be"),
+        ('{"prompt": "1", "answer": NaN}', "answer must be"),
+        ('{"prompt": "1", "answer": Infinity}', "answer must be"),
+        ('{"prompt": "1", "answer": -1e999}', "answer must be"),
+        (r'{"prompt": "1 \ud83d", "answer": "2"}', r"prompt has half a character, '\\ud83d'"),
+        (r'{"prompt": [{"role": "user", "content": "\udc00"}], "answer": "2"}', "prompt has half a character"),
+        (r'{"prompt": "1", "answer": "\ud800"}', "answer has half a character"),
+        ("[" * 200_000, "nested too deeply"),
     ],
 )
 def test_a_bad_line_is_named(tmp_path: Path, line: str, complaint: str) -> None:
@@ -94,6 +119,12 @@ def test_a_bad_line_is_named(tmp_path: Path, line: str, complaint: str) -> None:
     with pytest.raises(UserError, match=complaint) as error:
         read_prompts(path)
     assert message_of(error).startswith(f"{path}, line 3")
+
+
+def test_a_byte_order_mark_and_whole_emoji_are_read(tmp_path: Path) -> None:
+    path = tmp_path / "windows.jsonl"
+    path.write_bytes('{"prompt": "1+1=", "answer": "\\ud83d\\ude00"}\r\n'.encode("utf-8-sig"))
+    assert read_prompts(path) == [Prompt("1+1=", "\U0001f600")]
 
 
 def test_files_that_hold_no_prompts(tmp_path: Path) -> None:
@@ -161,6 +192,97 @@ def test_data_sets_that_cannot_be_loaded(tmp_path: Path, monkeypatch: pytest.Mon
     assert not (tmp_path / "ran").exists()
 
 
+@pytest.fixture
+def splits(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A data set with the splits train and test."""
+    monkeypatch.setattr("datasets.config.HF_DATASETS_CACHE", tmp_path / "cache")
+    folder = tmp_path / "mine"
+    folder.mkdir()
+    for split, answers in (("train", "123"), ("test", "34")):
+        rows = [json.dumps({"prompt": f"{answer}=", "answer": answer}) for answer in answers]
+        write_lines(folder / f"{split}.jsonl", *rows)
+    return folder
+
+
+def test_a_split_of_a_data_set(splits: Path) -> None:
+    assert [row.answer for row in read_prompts(splits)] == ["1", "2", "3"]
+    assert [row.answer for row in read_prompts(f"{splits}?split=test")] == ["3", "4"]
+    assert [row.answer for row in read_prompts(f"{splits}?config=default&split=train[:1]+test[1:]")] == ["1", "4"]
+    with pytest.raises(UserError, match="neither a JSONL file nor a data set") as error:
+        read_prompts(f"{splits}?split=held_out")
+    assert "split held_out" in message_of(error)
+
+
+@pytest.mark.parametrize("options", ["test", "splits=test", "split=", "split=a&split=b", "", "split=test&"])
+def test_options_that_no_data_set_has(options: str) -> None:
+    with pytest.raises(UserError, match="is no option of a data set") as error:
+        read_prompts(f"some/data?{options}")
+    assert message_of(error).startswith(f"some/data?{options}: ")
+
+
+def test_a_folder_with_a_question_mark_in_its_name(splits: Path) -> None:
+    odd = splits.rename(splits.with_name("mine?split=test"))
+    assert DataSetSource.parse(odd) == DataSetSource(str(odd))
+
+
+def test_one_split_for_training_and_validation_is_refused(splits: Path) -> None:
+    (splits.parent / "p.jsonl").write_text("")
+    check_sources(splits, f"{splits}?split=test")
+    check_sources(splits, None)
+    check_sources(splits.parent / "p.jsonl", splits.parent / "p.jsonl")
+    for other in (splits, f"{splits}/", f"{splits}?split=train"):
+        with pytest.raises(UserError, match="whose split train is what prompts names too") as error:
+            check_sources(splits, other)
+        assert message_of(error).startswith("validation_prompts ")
+
+
+def test_a_fingerprint_is_of_the_rows(splits: Path) -> None:
+    path = write_lines(splits.parent / "prompts.jsonl", '{"prompt": "1", "answer": "2"}')
+    before = [prompts_fingerprint(source) for source in (path, splits, f"{splits}?split=test")]
+    assert before == [prompts_fingerprint(source) for source in (path, splits, f"{splits}?split=test")]
+    assert len(set(before)) == 3
+    write_lines(path, '{"prompt": "1", "answer": "3"}')
+    write_lines(splits / "train.jsonl", *(f'{{"prompt": "{n}=", "answer": "0"}}' for n in (1, 2, 3)))
+    after = [prompts_fingerprint(source) for source in (path, splits, f"{splits}?split=test")]
+    assert [old == new for old, new in zip(before, after, strict=True)] == [False, False, True]
+    moved = splits.rename(splits.with_name("elsewhere"))
+    assert prompts_fingerprint(moved) == after[1]
+    assert prompts_fingerprint(None) is None
+    with pytest.raises(UserError, match="is missing"):
+        prompts_fingerprint(splits.parent / "none.jsonl")
+
+
+def make_plan(train: Path | str, validation: Path | str | None, max_validation: int | None = None) -> PromptPlan:
+    return PromptPlan(train, validation, lambda _: [1], None, 1, 0, max_validation, 0)
+
+
+@pytest.mark.parametrize("train_first", [True, False])
+def test_prompts_of_both_training_and_validation_are_counted(
+    splits: Path, train_first: bool, recwarn: pytest.WarningsRecorder
+) -> None:
+    plan = make_plan(splits, f"{splits}?split=test")
+    read = [lambda: len(plan.sampled()), lambda: len(plan.held_out)]
+    assert read[not train_first]() > 0
+    assert not _warned(recwarn)
+    for _ in range(2):
+        assert read[train_first]() > 0
+    (message,) = _warned(recwarn)
+    assert message.startswith(f"1 of the 2 held-out prompts in {splits}?split=test are training prompts of {splits}")
+
+
+def test_prompts_that_are_not_used_are_not_counted(splits: Path, recwarn: pytest.WarningsRecorder) -> None:
+    plan = make_plan(f"{splits}?split=test", splits, max_validation=2)
+    assert (len(plan.sampled()), len(plan.held_out)) == (2, 2)
+    plan = make_plan(splits, None)
+    assert (len(plan.sampled()), len(plan.held_out)) == (3, 0)
+    assert not _warned(recwarn)
+
+
+def _warned(record: pytest.WarningsRecorder) -> list[str]:
+    """Messages about prompts; libraries warn of other things."""
+    return [text for each in record if "prompts" in (text := str(each.message)) or "template" in text]
+
+
 # Tokens
 
 
@@ -180,6 +302,93 @@ def test_a_template_writes_its_own_special_tokens() -> None:
     # Once, by the tokenizer for a plain prompt, by the template for a chat.
     assert tokenize(tokenizer, "2")[:2] == [1, 5]
     assert tokenize(tokenizer, [{"role": "user", "content": "2"}])[:3] == [1, 15, 5]
+
+
+@pytest.mark.parametrize("bos", ["<bos>", "<eos>"])
+def test_special_tokens_around_a_plain_prompt(bos: str) -> None:
+    from tokenizers.processors import TemplateProcessing
+
+    tokenizer = TASK.tokenizer()
+    first = tokenizer.convert_tokens_to_ids(bos)
+    tokenizer.bos_token = bos
+    tokenizer.chat_template = "{{ bos_token }}" + TEMPLATE
+    tokenizer.backend_tokenizer.post_processor = TemplateProcessing(
+        single=f"{bos} <pad> $A <eos>", special_tokens=[(bos, first), ("<pad>", 0), ("<eos>", 2)]
+    )
+    # What the tokenizer puts in front stays, what it puts behind does not.
+    assert tokenize(tokenizer, "2+3:") == [first, 0, 5, 13, 6, 18]
+    # A prompt that was rendered before begins with it already, and ends with what its author wrote.
+    assert tokenize(tokenizer, f"{bos}<pad>2<eos>") == [first, 0, 5, 2]
+    tokenizer.backend_tokenizer.post_processor = TemplateProcessing(single=f"{bos} $A", special_tokens=[(bos, first)])
+    rendered = tokenizer.apply_chat_template(MESSAGES, tokenize=False, add_generation_prompt=True)
+    assert tokenize(tokenizer, rendered) == tokenize(tokenizer, MESSAGES)
+    assert tokenize(tokenizer, MESSAGES)[:2] != [first, first]
+
+
+ROLES = ("user", "assistant", "user")
+TURNS = (
+    "{% for m in messages %}{{ '+*' if m.role == 'user' else '=*' }}{{ m.content }}{{ eos_token }}{% endfor %}"
+    "{% if add_generation_prompt %}=*{% endif %}"
+)
+
+
+@pytest.mark.parametrize(
+    ("turns", "expected"),
+    [
+        (["1+1", "=2;"], "+*1+1<eos>=*=2;"),
+        (["1+1", "=2", "+1"], "+*1+1<eos>=*=2<eos>+*+1<eos>=*"),
+        (["1+1", ""], "+*1+1<eos>=*"),
+    ],
+)
+def test_an_answer_that_was_begun_is_continued(turns: list[str], expected: str) -> None:
+    tokenizer = TASK.tokenizer()
+    tokenizer.chat_template = TURNS
+    messages = [{"role": role, "content": text} for role, text in zip(ROLES, turns, strict=False)]
+    assert tokenize(tokenizer, messages) == tokenizer(expected).input_ids
+
+
+CLOCK = (
+    "\n  {%- if strftime_now is defined %}{% set day = strftime_now('%Y-%m-%d') %}"
+    "{% else %}{% set day = '0' %}{% endif %}"
+    "{% macro turn(m) %}{{ day }}{{ strftime_now('%d;%-m;%H;%M') }}:{{ m.content }}{% endmacro %}"
+    "{% for m in messages %}{{ turn(m) }}{% endfor %}{% if add_generation_prompt %}={% endif %}"
+)
+
+
+def test_a_template_that_prints_the_date(recwarn: pytest.WarningsRecorder) -> None:
+    tokenizer = TASK.tokenizer()
+    tokenizer.chat_template = CLOCK
+    message = [{"role": "user", "content": "1"}]
+    assert tokenizer.decode(tokenize(tokenizer, message)) == "2024-07-2626;7;00;00:1="
+    assert tokenize(tokenizer, message)
+    (told,) = _warned(recwarn)
+    assert "26 July 2024" in told
+    # Nothing else of the template is changed: neither lines nor spaces.
+    tokenizer.chat_template = "\n  {% if 1 %}1{% endif %}\n" + TEMPLATE
+    without = tokenizer.apply_chat_template(message, tokenize=False)
+    tokenizer.chat_template += "{% if 0 %}{{ strftime_now('') }}{% endif %}"
+    assert _rendered(tokenizer, message, closed=True) == without
+
+
+def test_turns_that_end_with_a_token_at_which_nothing_stops(tmp_path: Path, recwarn: pytest.WarningsRecorder) -> None:
+    path = save_policy(tmp_path / "policy")
+    tokenizer = load_tokenizer(path)
+    message = [{"role": "user", "content": "1"}]
+    tokenizer.chat_template = "{% for m in messages %}{{ m.content }}<bos>;{% endfor %}"
+    for _ in range(2):
+        tokenize(tokenizer, message)
+    (told,) = _warned(recwarn)
+    assert "ends a turn with '<bos>', which is not among the end-of-sequence tokens" in told
+    recwarn.clear()
+    # With the tokenizer's own end, one that the policy is shipped with, or none at all.
+    tokenizer.chat_template = "{% for m in messages %}{{ m.content }}<eos><bos>{% endfor %}"
+    tokenize(tokenizer, message)
+    tokenizer.chat_template = "{% for m in messages %}{{ m.content }};{% endfor %}"
+    tokenize(tokenizer, message)
+    (path / "generation_config.json").write_text('{"eos_token_id": [2, 0]}')
+    tokenizer.chat_template = "{% for m in messages %}{{ m.content }}<pad>:{% endfor %}"
+    tokenize(tokenizer, message)
+    assert not _warned(recwarn)
 
 
 @pytest.mark.parametrize(
@@ -320,6 +529,34 @@ def test_responses_become_rows() -> None:
     batch.respond(None, seed=12)
     assert sampler.seeds == [11, 12]
     assert batch.to(torch.device("cpu")) is batch
+
+
+def test_rewards_are_finite_numbers() -> None:
+    chat = [Prompt("4:", "4"), Prompt("5:", "5")]
+    rewards: list[Any] = [np.float32(0.5), -1, True, 2.5]
+    table = make_batch(chat, Scripted(), Table(*rewards)).respond(None)
+    assert table["reward"].to_pylist() == [0.5, -1.0, 1.0, 2.5]
+    assert table["checked"].to_pylist() == [True] * 4
+
+
+@pytest.mark.parametrize(
+    ("reward", "shown"),
+    [
+        (float("nan"), "nan"),
+        (float("-inf"), "-inf"),
+        (1e39, r"1e\+39"),
+        (10**400, "1000"),
+        ("1", "'1'"),
+        (torch.tensor(1.0), r"tensor\(1.\)"),
+        ([1.0], r"\[1.0\]"),
+        (1j, "1j"),
+    ],
+)
+def test_other_rewards_are_refused(reward: Any, shown: str) -> None:
+    batch = make_batch([Prompt("4:", "4")], Scripted(), Table(1.0, reward))
+    with pytest.raises(UserError, match=f"^verifier Table gave the reward {shown}") as error:
+        batch.respond(None)
+    assert len(message_of(error)) < 250
 
 
 def test_no_prompts_give_no_rows() -> None:

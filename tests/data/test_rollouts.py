@@ -15,6 +15,7 @@ from erpd_lightning.modules.distill import DistillModule
 from erpd_lightning.modules.extreme_region import ExtremeRegionModule
 from erpd_lightning.objectives.advantages import STD_OFFSET
 from erpd_lightning.objectives.extreme import CrossEntropy
+from support.policies import make_rows, write_rollouts
 from support.rollouts import PROMPTS, Counting, write_made_up
 from support.trainers import fake_trainer, make_trainer, score
 from support.verifiers import Constant
@@ -110,15 +111,30 @@ def test_epochs_are_shuffled_by_the_seed(
 
 
 @pytest.mark.parametrize(
-    ("reward", "objective", "correct"),
-    [(1.0, None, "100%"), (0.0, None, "0%"), (0.0, CrossEntropy(), "0%")],
+    ("reward", "threshold", "sign", "objective", "problem"),
+    [
+        (1.0, 1.0, 1, None, "all of 24 responses are correct; sample harder"),
+        (0.0, 1.0, 1, None, "none of 24 responses is correct; sample easier"),
+        (0.0, 1.0, 1, CrossEntropy(), "none of 24 responses is correct; sample easier"),
+        (0.5, 0.75, 1, CrossEntropy(), "none of 24 responses is correct; sample easier"),
+        (0.5, 0.25, -1, CrossEntropy(), "all of 24 responses are correct; sample harder"),
+        (-1.0, -1.0, 1, None, "all of 24 responses are correct; sample harder"),
+        (None, 1.0, 1, None, "none of 24 responses could be checked; look at"),
+        (None, -1.0, 1, CrossEntropy(), "none of 24 responses could be checked; look at"),
+    ],
 )
 def test_nothing_to_learn_from(
-    make_data: Callable[..., RolloutDataModule], policy: Path, reward: float, objective: Any, correct: str
+    make_data: Callable[..., RolloutDataModule],
+    policy: Path,
+    reward: float | None,
+    threshold: float,
+    sign: int,
+    objective: Any,
+    problem: str,
 ) -> None:
-    module = ExtremeRegionModule(policy, objective=objective)
-    data = make_data(verifier=Constant(reward))
-    with pytest.raises(UserError, match=rf"no response enters the loss.*\({correct} of 24 are correct\)"):
+    module = ExtremeRegionModule(policy, objective=objective, sign=sign)
+    data = make_data(verifier=Constant(reward), correct_threshold=threshold)
+    with pytest.raises(UserError, match=f"no response enters the loss: {problem}"):
         make_trainer(max_epochs=1).fit(module, datamodule=data)
     # Nothing that was finished is lost.
     assert Store.open(data.store).rows == 24
@@ -126,7 +142,15 @@ def test_nothing_to_learn_from(
 
 def test_nothing_was_checked(make_data: Callable[..., RolloutDataModule], policy: Path, tmp_path: Path) -> None:
     write_made_up(tmp_path / "rollouts", checked=dict.fromkeys(range(12), False))
-    with pytest.raises(UserError, match="no response enters the loss"):
+    with pytest.raises(UserError, match="no response enters the loss: none of 12 responses could be checked"):
+        make_trainer(max_epochs=1).fit(ExtremeRegionModule(policy), datamodule=make_data())
+
+
+def test_groups_that_are_alike(make_data: Callable[..., RolloutDataModule], policy: Path, tmp_path: Path) -> None:
+    rows = [{**row, "reward": float(row["group"] == 1), "checked": row["sample"] > 0} for row in make_rows(groups=3)]
+    write_rollouts(tmp_path / "rollouts", rows)
+    problem = r"no group has both correct and incorrect answers \(33% of 9 responses that could be checked, of 12, are "
+    with pytest.raises(UserError, match=problem):
         make_trainer(max_epochs=1).fit(ExtremeRegionModule(policy), datamodule=make_data())
 
 

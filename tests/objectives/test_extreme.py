@@ -208,15 +208,32 @@ def test_cross_entropy_gradcheck() -> None:
 def test_flipped_outcomes_turn_correct_into_incorrect() -> None:
     rewards, advantages = torch.tensor([1.0, 0.0, 0.25]), torch.tensor([1.5, -0.5, 0.0])
     flipped_rewards, flipped_advantages = flip_outcomes(rewards, advantages)
-    assert flipped_rewards.tolist() == [0.0, 1.0, 0.75]
+    assert flipped_rewards.tolist() == [0.0, 1.0, 1.0]
     assert flipped_advantages.tolist() == [-1.5, 0.5, 0.0]
     assert CrossEntropy().select(flipped_rewards, flipped_advantages).tolist() == [
         False,
         True,
-        False,
+        True,
     ]
     assert rewards.tolist() == [1.0, 0.0, 0.25]  # not in place
     assert advantages.tolist() == [1.5, -0.5, 0.0]
+
+
+@pytest.mark.parametrize("threshold", [-1.0, 0.0, 0.5, 1.0, 3.0])
+def test_graded_rewards_are_correct_from_a_threshold(threshold: float) -> None:
+    rewards = torch.tensor([-2.0, -1.0, 0.0, 0.25, 0.5, 1.0, 2.0, 3.0, torch.nan])
+    objective = CrossEntropy()
+    objective.correct_threshold = threshold
+    correct = [bool(reward >= threshold) for reward in rewards.tolist()]
+    assert objective.select(rewards, torch.zeros(9)).tolist() == correct
+    logps, mask = torch.full((9, 1), -1.5), torch.ones(9, 1).bool()
+    losses = objective(logps, logps, mask, rewards, torch.zeros(9))
+    assert losses[:, 0].tolist() == [1.5 * each for each in correct]
+    # What could not be checked is neither, also the other way round.
+    flipped, _ = flip_outcomes(rewards, torch.zeros(9), threshold)
+    assert objective.select(flipped, torch.zeros(9)).tolist() == [not each for each in correct[:-1]] + [False]
+    assert flipped.dtype == rewards.dtype
+    assert CrossEntropy().correct_threshold == 1.0
 
 
 def test_flipped_sapo_descends_where_sapo_ascends() -> None:

@@ -8,7 +8,7 @@ from erpd_lightning.data.verifiers import Verifier
 class Constant(Verifier):
     """The same reward for everyone."""
 
-    def __init__(self, reward: float = 1.0) -> None:
+    def __init__(self, reward: float | None = 1.0) -> None:
         self.reward = reward
 
     def __call__(self, responses: Sequence[str], answers: Sequence[str]) -> list[float | None]:

@@ -9,7 +9,10 @@ class Verifier(ABC):
 
     @abstractmethod
     def __call__(self, responses: Sequence[str], answers: Sequence[str]) -> list[float | None]:
-        """The reward of each response: 1.0 correct, 0.0 incorrect, None where it could not be checked."""
+        """The reward of each response: 1.0 correct, 0.0 incorrect, None where it could not be checked.
+
+        Graded rewards may be any finite numbers; from `RolloutDataModule.correct_threshold` on they count as correct.
+        """
 
 
 class Unverified(Verifier):

@@ -1,0 +1,136 @@
+"""Token ids of prompts: plain ones, and chat messages through a tokenizer's template, the same at each run."""
+
+import json
+from typing import Any
+
+from lightning.pytorch.utilities import rank_zero_warn
+
+from ..errors import UserError, first_line
+from ..models.loading import eos_token_ids
+
+Message = dict[str, str]
+
+# The day that the templates of Llama 3 fall back to themselves where there is no clock.
+FIXED_DATE = {
+    "%F": "2024-07-26", "%D": "07/26/24", "%x": "07/26/24", "%c": "Fri Jul 26 00:00:00 2024",
+    "%X": "00:00:00", "%T": "00:00:00", "%R": "00:00", "%-d": "26", "%-m": "7", "%-H": "0", "%-I": "12", "%-M": "0",
+    "%-S": "0", "%-j": "208", "%A": "Friday", "%a": "Fri", "%B": "July", "%b": "Jul", "%h": "Jul", "%d": "26",
+    "%e": "26", "%m": "07", "%Y": "2024", "%y": "24", "%H": "00", "%I": "12", "%M": "00", "%S": "00", "%f": "000000",
+    "%p": "AM", "%j": "208", "%u": "5", "%w": "5", "%U": "29", "%W": "30", "%V": "30", "%G": "2024", "%z": "", "%Z": "",
+    "%s": "1721952000", "%%": "%",
+}  # fmt: skip
+"""What each directive of `strftime` gives on 26 July 2024, at midnight."""
+
+PROBE = "PROBE OF THE END OF A TURN"
+"""What an assistant says in a chat that is rendered to see how the template ends its turn."""
+
+_told: set[tuple[str, str]] = set()
+
+
+def as_text(prompt: str | list[Message]) -> str:
+    """A prompt as one string; chat messages as JSON."""
+    return prompt if isinstance(prompt, str) else json.dumps(prompt, ensure_ascii=False)
+
+
+def shorten(prompt: str | list[Message], most: int = 60) -> str:
+    """The beginning of a prompt, for a message about it."""
+    text = repr(as_text(prompt))
+    return text if len(text) <= most else f"{text[:most]}…"
+
+
+def tokenize(tokenizer: Any, prompt: str | list[Message]) -> list[int]:
+    """Token ids of a prompt, for a response to follow; chat messages go through the tokenizer's chat template.
+
+    A plain prompt gets what its tokenizer puts in front of a text, unless it begins with that already, as a rendered
+    chat does; what the tokenizer would put behind it, such as the end of the sequence, is left out. A chat whose last
+    turn is the assistant's is continued there. A template that prints the date always prints 26 July 2024. Of that,
+    and of turns that end with a token at which sampling does not stop, one warning is given.
+
+    Raises:
+        UserError: If the prompt has no tokens, or the tokenizer has no template or refuses the messages.
+    """
+    if isinstance(prompt, str):
+        ids = _plain_ids(tokenizer, prompt)
+    else:
+        try:
+            text = _rendered(tokenizer, prompt)
+        except Exception as error:  # Templates are programs: they raise what they like.
+            raise UserError(
+                f"the tokenizer's chat template takes no prompt {shorten(prompt)}: {first_line(error)}"
+            ) from error
+        _warn_of_turn_end(tokenizer, prompt)
+        ids = tokenizer(text, add_special_tokens=False).input_ids
+    if not ids:
+        raise UserError(f"prompt {shorten(prompt)} has no tokens: there must be one to predict a response from")
+    return ids
+
+
+def _plain_ids(tokenizer: Any, text: str) -> list[int]:
+    """Ids of a text and of what its tokenizer puts in front of it; of that once, and of nothing behind it."""
+    ids: list[int] = tokenizer(text).input_ids
+    plain: list[int] = tokenizer(text, add_special_tokens=False).input_ids
+    starts = [start for start in range(len(ids) - len(plain) + 1) if ids[start : start + len(plain)] == plain]
+    if not plain or not starts:
+        return ids[:-1] if ids[-1:] == [tokenizer.eos_token_id] else ids
+    prefix = ids[: starts[0]]
+    return plain if plain[: len(prefix)] == prefix else prefix + plain
+
+
+def _rendered(tokenizer: Any, messages: list[Message], closed: bool = False) -> str:
+    """A chat as a text that an answer can follow; `closed` for one whose last turn is over."""
+    continued = not closed and messages[-1]["role"] == "assistant"
+    if continued and not messages[-1]["content"]:  # An answer that has not begun.
+        messages, continued = messages[:-1], False
+    template = tokenizer.get_chat_template()
+    settings: dict[str, Any] = {}
+    if "strftime_now" in template:
+        settings["chat_template"] = _fixed_clock() + template
+        _tell_once(
+            template,
+            "the tokenizer's chat template prints the date of the day: 26 July 2024 is put in its place, so that "
+            "prompts are the same at each run",
+        )
+    text: str = tokenizer.apply_chat_template(
+        messages,
+        add_generation_prompt=not (closed or continued),
+        continue_final_message=continued,
+        tokenize=False,
+        **settings,
+    )
+    return text
+
+
+def _fixed_clock() -> str:
+    """A template's function `strftime_now` on the fixed date, as text of a template: they can be given no function."""
+    replaced = "".join(f"|replace({key!r}, {value!r})" for key, value in FIXED_DATE.items())
+    # The line end is one that a template leaves out: what follows begins a line, as it did.
+    return f"{{% macro strftime_now(format) %}}{{{{ format{replaced} }}}}{{% endmacro %}}\n"
+
+
+def _warn_of_turn_end(tokenizer: Any, messages: list[Message]) -> None:
+    """Warn once of a template that ends the assistant's turns with a token that does not end a response."""
+    template = tokenizer.get_chat_template()
+    key = (template, f"end of turn {tokenizer.name_or_path} {tokenizer.eos_token_id}")
+    if key in _told:
+        return
+    _told.add(key)
+    turns = messages[:-1] if messages[-1]["role"] == "assistant" else messages
+    try:
+        text = _rendered(tokenizer, [*turns, {"role": "assistant", "content": PROBE}], closed=True)
+    except Exception:  # A template that takes no such chat cannot be asked.
+        return
+    _, answered, rest = text.rpartition(PROBE)
+    special = {token for token, added in tokenizer.added_tokens_decoder.items() if added.special}
+    special.update(tokenizer.all_special_ids)
+    ends = [token for token in tokenizer(rest, add_special_tokens=False).input_ids if token in special]
+    if answered and ends and ends[0] not in eos_token_ids(tokenizer):
+        rank_zero_warn(
+            f"the tokenizer's chat template ends a turn with {tokenizer.convert_ids_to_tokens(ends[0])!r}, which is "
+            "not among the end-of-sequence tokens of tokenizer and generation_config.json: responses go on after it"
+        )
+
+
+def _tell_once(template: str, message: str) -> None:
+    if (template, message) not in _told:
+        _told.add((template, message))
+        rank_zero_warn(message)
