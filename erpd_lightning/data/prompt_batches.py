@@ -11,7 +11,7 @@ from ..seeds import derive_seed
 from .prompts import Prompt, PromptSet, as_text
 from .samplers import Response, Sampler
 from .store import ROLLOUTS
-from .verifiers import Verifier
+from .verifiers import Verifier, take_rewards
 
 
 @dataclass(frozen=True)
@@ -63,8 +63,15 @@ class PromptBatch:
             self.seed if seed is None else seed,
         )
         texts = self.tokenizer.batch_decode([r.ids for r in responses], skip_special_tokens=True)
-        rewards = self.verifier(texts, [self.prompts[i].answer for i in repeated])
+        # An answer may stand between special tokens: only the end of the sequence is no part of what is checked.
+        whole = self.tokenizer.batch_decode([self._without_end(r) for r in responses], skip_special_tokens=False)
+        rewards = take_rewards(self.verifier, whole, [self.prompts[i].answer for i in repeated])
         return self._table(repeated, responses, texts, rewards)
+
+    def _without_end(self, response: Response) -> list[int]:
+        """A response's ids without the token that ended it; chat models have several of those, all special."""
+        ended = response.finish_reason == "stop" and response.ids[-1:]
+        return response.ids[:-1] if ended and response.ids[-1] in self.tokenizer.all_special_ids else response.ids
 
     def _table(
         self,

@@ -142,7 +142,7 @@ def _concluded(text: str) -> tuple[bool, str | None]:
     if not sentences or len(sentences[-1]) > ANNOUNCED_CHARACTERS:
         return False, None
     last = sentences[-1].strip()
-    if whole.endswith("?") or DOUBT.search(last) and PROSE_WORD.search(last) and last != whole.rstrip("."):
+    if whole.endswith("?") or (DOUBT.search(last) and PROSE_WORD.search(last) and last != whole.rstrip(".")):
         return False, None
     verbs = list(VERB.finditer(last))
     if verbs:

@@ -14,10 +14,71 @@ from .math_text import Unreadable
 
 TOKEN = re.compile(r"\d+(?:\.\d+)?|\.\d+|\\[A-Za-z]+|\\[{}|]|[A-Za-z]+|[-+*/^_!|()\[\]{}]")
 GREEK = set(
-    "alpha beta gamma delta epsilon zeta eta theta iota kappa lambda mu nu xi omicron rho sigma tau upsilon phi chi psi "
-    "omega Gamma Delta Theta Lambda Xi Sigma Upsilon Phi Psi Omega".split()
+    [
+        "alpha",
+        "beta",
+        "gamma",
+        "delta",
+        "epsilon",
+        "zeta",
+        "eta",
+        "theta",
+        "iota",
+        "kappa",
+        "lambda",
+        "mu",
+        "nu",
+        "xi",
+        "omicron",
+        "rho",
+        "sigma",
+        "tau",
+        "upsilon",
+        "phi",
+        "chi",
+        "psi",
+        "omega",
+        "Gamma",
+        "Delta",
+        "Theta",
+        "Lambda",
+        "Xi",
+        "Sigma",
+        "Upsilon",
+        "Phi",
+        "Psi",
+        "Omega",
+    ]
 )
-NOT_PRODUCTS = set("not no or and is to if of in the nor but yes all any at on for so we it as by a an".split()) - {"a"}
+NOT_PRODUCTS = set(
+    [
+        "not",
+        "no",
+        "or",
+        "and",
+        "is",
+        "to",
+        "if",
+        "of",
+        "in",
+        "the",
+        "nor",
+        "but",
+        "yes",
+        "all",
+        "any",
+        "at",
+        "on",
+        "for",
+        "so",
+        "we",
+        "it",
+        "as",
+        "by",
+        "a",
+        "an",
+    ]
+) - {"a"}
 LONGEST_PRODUCT = 3
 """Letters in a row that are read as a product of variables; more are a word."""
 
@@ -29,7 +90,23 @@ def _log(argument: Any) -> Any:
 
 FUNCTIONS: dict[str, Callable[[Any], Any]] = {
     name: getattr(sympy, {"arcsin": "asin", "arccos": "acos", "arctan": "atan", "ln": "log"}.get(name, name))
-    for name in "sin cos tan cot sec csc arcsin arccos arctan sinh cosh tanh ln exp sqrt".split()
+    for name in [
+        "sin",
+        "cos",
+        "tan",
+        "cot",
+        "sec",
+        "csc",
+        "arcsin",
+        "arccos",
+        "arctan",
+        "sinh",
+        "cosh",
+        "tanh",
+        "ln",
+        "exp",
+        "sqrt",
+    ]
 }
 FUNCTIONS["log"] = _log
 INVERSES = {"sin": sympy.asin, "cos": sympy.acos, "tan": sympy.atan}
@@ -213,7 +290,7 @@ class _Parser:
             return SEVERAL[name](*self.arguments())
         if name in FUNCTIONS:
             return self.function(name)
-        if len(token) == 1 and token.isalpha() or token.startswith("\\") and name in GREEK:
+        if (len(token) == 1 and token.isalpha()) or (token.startswith("\\") and name in GREEK):
             return self.symbol(name)
         raise Unreadable(f"{token!r} is not understood")
 
