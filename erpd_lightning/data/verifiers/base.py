@@ -6,6 +6,8 @@ from collections.abc import Sequence
 from numbers import Real
 from typing import Any
 
+import numpy as np
+
 from ...errors import UserError
 from ..settings import public_settings
 
@@ -58,9 +60,7 @@ def _reward(name: str, number: int, value: Any) -> float | None:
     if value is None:
         return None
     # numpy's bool is not registered as a number.
-    is_number = isinstance(value, Real) or (
-        type(value).__name__ in ("bool_", "bool") and type(value).__module__ == "numpy"
-    )
+    is_number = isinstance(value, Real | np.bool_)
     try:
         reward = float(value) if is_number else math.nan
     except OverflowError:

@@ -1,5 +1,7 @@
 r"""The part of a response that is its final answer: after its thoughts, in its last box, or where words announce it."""
 
+# ruff: noqa: RUF001 - signs that look like others are what this is about.
+
 import re
 
 ANNOUNCED_CHARACTERS = 400

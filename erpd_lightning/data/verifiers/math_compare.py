@@ -84,7 +84,7 @@ def _same_named(gold: Reading, found: Reading) -> bool | None:
         except Unreadable:
             return None
         return _same_equations(equation, other)
-    return same(named.reading, other) if named is found else same(named.reading, other)
+    return same(named.reading, found) if named is gold else same(gold, named.reading)
 
 
 def _same_words(gold: Words, found: Words) -> bool | None:

@@ -13,72 +13,11 @@ import sympy
 from .math_text import Unreadable
 
 TOKEN = re.compile(r"\d+(?:\.\d+)?|\.\d+|\\[A-Za-z]+|\\[{}|]|[A-Za-z]+|[-+*/^_!|()\[\]{}]")
-GREEK = set(
-    [
-        "alpha",
-        "beta",
-        "gamma",
-        "delta",
-        "epsilon",
-        "zeta",
-        "eta",
-        "theta",
-        "iota",
-        "kappa",
-        "lambda",
-        "mu",
-        "nu",
-        "xi",
-        "omicron",
-        "rho",
-        "sigma",
-        "tau",
-        "upsilon",
-        "phi",
-        "chi",
-        "psi",
-        "omega",
-        "Gamma",
-        "Delta",
-        "Theta",
-        "Lambda",
-        "Xi",
-        "Sigma",
-        "Upsilon",
-        "Phi",
-        "Psi",
-        "Omega",
-    ]
-)
-NOT_PRODUCTS = set(
-    [
-        "not",
-        "no",
-        "or",
-        "and",
-        "is",
-        "to",
-        "if",
-        "of",
-        "in",
-        "the",
-        "nor",
-        "but",
-        "yes",
-        "all",
-        "any",
-        "at",
-        "on",
-        "for",
-        "so",
-        "we",
-        "it",
-        "as",
-        "by",
-        "a",
-        "an",
-    ]
-) - {"a"}
+_GREEK = """alpha beta gamma delta epsilon zeta eta theta iota kappa lambda mu nu xi omicron rho sigma tau upsilon phi
+chi psi omega Gamma Delta Theta Lambda Xi Sigma Upsilon Phi Psi Omega"""
+GREEK = frozenset(_GREEK.split())
+_SHORT_WORDS = "not no or and is to if of in the nor but yes all any at on for so we it as by an"
+NOT_PRODUCTS = frozenset(_SHORT_WORDS.split())
 LONGEST_PRODUCT = 3
 """Letters in a row that are read as a product of variables; more are a word."""
 
@@ -88,25 +27,10 @@ def _log(argument: Any) -> Any:
     return sympy.log(argument) / sympy.Symbol("log of an unsaid base", positive=True)
 
 
+_FUNCTIONS = "sin cos tan cot sec csc arcsin arccos arctan sinh cosh tanh ln exp sqrt"
 FUNCTIONS: dict[str, Callable[[Any], Any]] = {
     name: getattr(sympy, {"arcsin": "asin", "arccos": "acos", "arctan": "atan", "ln": "log"}.get(name, name))
-    for name in [
-        "sin",
-        "cos",
-        "tan",
-        "cot",
-        "sec",
-        "csc",
-        "arcsin",
-        "arccos",
-        "arctan",
-        "sinh",
-        "cosh",
-        "tanh",
-        "ln",
-        "exp",
-        "sqrt",
-    ]
+    for name in _FUNCTIONS.split()
 }
 FUNCTIONS["log"] = _log
 INVERSES = {"sin": sympy.asin, "cos": sympy.acos, "tan": sympy.atan}

@@ -1,41 +1,23 @@
 """What an answer says: a quantity, an equation, a set, a tuple, an interval, a matrix, or words."""
 
+# ruff: noqa: RUF001 - signs that look like others are what this is about.
+
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, Union
+from typing import Any
 
 import sympy
 
 from .math_expression import parse_expression
 from .math_text import TEXT_END, TEXT_START, Unreadable, clean
-from .math_units import Unit, split_unit
+from .math_units import UNITLESS, Unit, split_unit
 
 MOST_WORDS = 6
 LONGEST_ANSWER = 2000
-NUMBER_WORDS = [
-    "zero",
-    "one",
-    "two",
-    "three",
-    "four",
-    "five",
-    "six",
-    "seven",
-    "eight",
-    "nine",
-    "ten",
-    "eleven",
-    "twelve",
-    "thirteen",
-    "fourteen",
-    "fifteen",
-    "sixteen",
-    "seventeen",
-    "eighteen",
-    "nineteen",
-    "twenty",
-]
+_NUMBERS = """zero one two three four five six seven eight nine ten eleven twelve thirteen fourteen fifteen sixteen
+seventeen eighteen nineteen twenty"""
+NUMBER_WORDS = _NUMBERS.split()
 
 
 @dataclass(frozen=True)
@@ -58,7 +40,7 @@ class Quantity:
     """A number or expression with its unit; `decimals` of one that is written with a decimal point."""
 
     value: Any
-    unit: Unit = Unit()
+    unit: Unit = UNITLESS
     decimals: int = 0
 
 
@@ -101,7 +83,7 @@ class Matrix:
     rows: tuple[tuple["Reading", ...], ...]
 
 
-Reading = Union[Words, Literal, Quantity, Named, Equation, Collection, Span, Matrix]
+Reading = Words | Literal | Quantity | Named | Equation | Collection | Span | Matrix
 
 RELATION = re.compile(r"<=|>=|=|<|>|\\le\b|\\ge\b|\\ne\b|\\approx\b|\\equiv\b|\\sim\b|\\cong\b")
 NAME = re.compile(
@@ -252,8 +234,8 @@ def _bracketed(text: str) -> Reading | None:
         return None
     closed = text[0] == "[", text[-1] == "]"
     readings = [_read(item) for item in items]
-    values = [r.value if isinstance(r, Quantity) else None for r in readings]
-    if len(items) == 2 and values[0] is not None and values[1] is not None:
+    values: list[Any] = [r.value for r in readings if isinstance(r, Quantity)]
+    if len(items) == len(values) == 2:
         low, high = values
         if closed != (False, False) or sympy.oo in values or -sympy.oo in values:
             if closed == (True, True) and not bool(sympy.simplify(low - high).is_negative):

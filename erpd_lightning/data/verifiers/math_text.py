@@ -1,5 +1,7 @@
 r"""Mathematical notation in one form: Unicode signs and digits as LaTeX, no styles, numbers without separators."""
 
+# ruff: noqa: RUF001 - signs that look like others are what this is about.
+
 import re
 import unicodedata
 from typing import NamedTuple

@@ -56,46 +56,9 @@ SPELLINGS = {
 }
 KNOWN = {word: unit for unit, words in SPELLINGS.items() for word in [*words.split(), unit] if word}
 KNOWN.update({word: word for word in SCALES})
-NO_UNIT = set(
-    [
-        "plus",
-        "minus",
-        "times",
-        "divided",
-        "less",
-        "more",
-        "than",
-        "not",
-        "and",
-        "or",
-        "over",
-        "by",
-        "to",
-        "if",
-        "is",
-        "of",
-        "from",
-        "but",
-        "with",
-        "squared",
-        "cubed",
-        "mod",
-        "modulo",
-        "sin",
-        "cos",
-        "tan",
-        "cot",
-        "sec",
-        "csc",
-        "ln",
-        "log",
-        "exp",
-        "sqrt",
-        "pi",
-        "inf",
-        "infinity",
-    ]
-)
+_NO_UNIT = """plus minus times divided less more than not and or over by to if is of from but with squared cubed mod
+modulo sin cos tan cot sec csc ln log exp sqrt pi inf infinity"""
+NO_UNIT = frozenset(_NO_UNIT.split())
 POWERS = {"square": "^2", "sq": "^2", "cubic": "^3", "squared": "^2", "cubed": "^3"}
 
 _POWER = r"(?:\s*\^\s*(?:\{\s*\d\s*\}|\d))?"
@@ -121,6 +84,9 @@ class Unit(NamedTuple):
     factor: Fraction = Fraction(1)
     is_known: bool = True
     is_certain: bool = True
+
+
+UNITLESS = Unit()
 
 
 def split_unit(text: str, currency: str = "") -> tuple[str, Unit]:

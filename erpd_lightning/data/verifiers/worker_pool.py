@@ -35,7 +35,7 @@ PATIENCE_SECONDS = 0.1
 
 MOST_WORKERS = 64
 PARENT_LOOK_SECONDS = 0.5
-MEMORY_BYTES = 4 * 2**30
+MEMORY_BYTES = 2 * 2**30
 """Address space of a worker: `9^{9^9}` must not take a machine's memory."""
 
 SERVE = "import json, sys; sys.path[:] = json.loads(sys.argv[1]); from {module} import serve; serve(*sys.argv[2:])"
