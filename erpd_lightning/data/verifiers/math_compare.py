@@ -128,9 +128,7 @@ def _same_units(gold: Quantity, found: Quantity) -> bool | None:
         return True
     if not one.name or not two.name:
         return True if one.is_certain and two.is_certain else None
-    if not (one.is_certain and two.is_certain and one.is_known and two.is_known):
-        return None
-    return False
+    return False if one.is_known and two.is_known else None
 
 
 def _is_rounded(gold: Quantity, found: Quantity) -> bool:
@@ -190,10 +188,19 @@ def _same_collections(gold: Collection, found: Collection) -> bool | None:
         if len(gold.items) != len(found.items):
             return False
         return _all(same(a, b) for a, b in zip(gold.items, found.items, strict=True))
+    gold_values, found_values = _by_name(gold), _by_name(found)
+    if gold_values and gold_values.keys() == found_values.keys():
+        return _all(same(value, found_values[name]) for name, value in gold_values.items())
     verdict = _same_unordered(gold.items, found.items)
     if "tuple" in (gold.kind, found.kind):
         return False if verdict is False else None
     return verdict
+
+
+def _by_name(collection: Collection) -> dict[str, Reading]:
+    """The values of `x = 1, y = 2`; empty where not each item has a name of its own."""
+    values = {item.name: item.reading for item in collection.items if isinstance(item, Named)}
+    return values if len(values) == len(collection.items) else {}
 
 
 def _same_unordered(gold: Sequence[Reading], found: Sequence[Reading]) -> bool | None:

@@ -142,7 +142,7 @@ def _words(text: str) -> Words | None:
         return None
     # A date such as "May 5" is words with digits.
     if re.fullmatch(r"[^\W\d][^\W\d]+(?:[ '’-]+[^\W\d]+)*(?: \d{1,2}(?:, \d{4})?)?", bare):
-        if re.fullmatch(r"pi|inf|infinity", bare):
+        if bare in ("pi", "inf", "infinity") or bare.casefold() in NUMBER_WORDS:
             return None
         if " and " in bare or " or " in bare or len(bare.split()) > MOST_WORDS:
             raise Unreadable("prose")

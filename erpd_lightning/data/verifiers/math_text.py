@@ -50,7 +50,7 @@ TEXT_COMMAND = re.compile(
     r"\\(?:text|textbf|textit|textrm|textnormal|textsf|mathrm|mathbf|mathit|mathsf|mbox|hbox|operatorname)\*?\s*(?=\{)"
 )
 STYLE = re.compile(
-    r"\\(?:left|right|middle|bigl|bigr|Bigl|Bigr|biggl|biggr|Biggl|Biggr|big|Big|bigg|Bigg|displaystyle|textstyle|"
+    r"(?<!\\)\\(?:left|right|middle|bigl|bigr|Bigl|Bigr|biggl|biggr|Biggl|Biggr|big|Big|bigg|Bigg|displaystyle|textstyle|"
     r"limits|mathstrut|phantom\{[^{}]*\}|quad|qquad|,|;|:| |~)(?![A-Za-z])"
 )
 RENAMED = {
