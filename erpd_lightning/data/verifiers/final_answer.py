@@ -8,16 +8,18 @@ ANNOUNCED_CHARACTERS = 400
 """Longest text in which an announced answer is looked for; an answer is shorter."""
 
 ANNOUNCEMENT = re.compile(
-    r"\banswer\b[^.\n:=?!]{0,60}?(?:\bis\b|\bare\b|\bequals\b|:|=)\s*:?|答案(?:是|为|：|:)|الجواب(?:\s+هو)?\s*:?",
+    r"\banswer\b[^.\n:=?!]{0,60}?(?:\bis\b|\bare\b|\bequals\b|:|=)\s*:?"
+    r"(?:\s+(?:therefore|thus|then|hence|simply|just|exactly)\b)?|答案(?:是|为|：|:)|الجواب(?:\s+هو)?\s*:?",
     re.IGNORECASE,
 )
 DOUBT = re.compile(
     r"\b(?:not|never|cannot|no|maybe|perhaps|might|may|could|would|if|whether|unless|suppose|assume|assuming|wrong|"
-    r"incorrect|between|unclear)\b|n't\b|\?",
+    r"incorrect|between|unclear|doubt|false|deny|disagree)\b|n't\b|\?",
     re.IGNORECASE,
 )
 RETRACTION = re.compile(
-    r"\b(?:wait|no|not|actually|but|instead|correction|however|wrong|incorrect|mistake|error|sorry|hmm|rather)\b|n't\b",
+    r"\b(?:wait|no|not|actually|but|instead|correction|however|wrong|incorrect|mistake|error|sorry|hmm|rather|"
+    r"should|the correct|the true|the right)\b|n't\b",
     re.IGNORECASE,
 )
 AFTERTHOUGHT = re.compile(

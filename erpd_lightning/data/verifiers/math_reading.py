@@ -29,7 +29,7 @@ class Words:
 
 @dataclass(frozen=True)
 class Literal:
-    """Digits that are no number: a date, a time or ratio (`2:30`), a number in a base (`1010_2`)."""
+    """Digits that are no number: a date, a time (`2:30 pm`), a time or ratio (`2:30`), a number in a base (`1010_2`)."""
 
     kind: str
     text: str
@@ -153,6 +153,11 @@ def _words(text: str) -> Words | None:
 def _literal(text: str) -> Literal | Quantity | None:
     if re.fullmatch(r"\d+(?:\s*:\s*\d+)+", text):
         return Literal("ratio", re.sub(r"\s", "", text))
+    time = re.fullmatch(
+        r"(\d{1,2}:\d{2})\s*([ap])\.?m\.?", re.sub(f"[{TEXT_START}{TEXT_END}]", "", text), re.IGNORECASE
+    )
+    if time:
+        return Literal("time", f"{time.group(1)} {time.group(2).lower()}m")
     if re.fullmatch(r"\d{4}-\d{1,2}-\d{1,2}|\d{1,2}/\d{1,2}/\d{4}", text):
         return Literal("date", text)
     if match := re.fullmatch(r"([0-9A-Fa-f]+)\s*_\s*(?:\{\s*(\d+)\s*\}|(\d+))", text):
@@ -231,6 +236,8 @@ def _bracketed(text: str) -> Reading | None:
     except Unreadable:
         return None  # (1+2)(3+4)
     if len(items) == 1:
+        if text[0] == "[":
+            raise Unreadable("a single item in square brackets")
         return None
     closed = text[0] == "[", text[-1] == "]"
     readings = [_read(item) for item in items]

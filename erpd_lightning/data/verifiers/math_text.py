@@ -192,6 +192,8 @@ def _texts(text: str) -> str:
         plain = content.strip()
         if re.fullmatch(r"and|or", plain.strip(",; ")):
             content = f" {plain.strip(',; ')} "
+        elif plain[:1].isdigit():
+            content = f" {plain} "  # \text{7 apples}
         elif re.search(r"[A-Za-z]{2}", plain) or (re.fullmatch(r"[A-Za-z]", plain) and text[: match.start()].strip()):
             content = TEXT_START + content + TEXT_END
         text = text[: match.start()] + content + text[end:]

@@ -57,7 +57,8 @@ SPELLINGS = {
 KNOWN = {word: unit for unit, words in SPELLINGS.items() for word in [*words.split(), unit] if word}
 KNOWN.update({word: word for word in SCALES})
 _NO_UNIT = """plus minus times divided less more than not and or over by to if is of from but with squared cubed mod
-modulo sin cos tan cot sec csc ln log exp sqrt pi inf infinity"""
+modulo sin cos tan cot sec csc ln log exp sqrt pi inf infinity at most least
+about around approximately nearly almost up each"""
 NO_UNIT = frozenset(_NO_UNIT.split())
 POWERS = {"square": "^2", "sq": "^2", "cubic": "^3", "squared": "^2", "cubed": "^3"}
 
