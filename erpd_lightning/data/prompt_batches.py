@@ -1,23 +1,17 @@
 """Prompts in batches, with all that it takes to sample and verify responses to them."""
 
 from collections.abc import Iterator, Sequence
-from contextlib import suppress
 from dataclasses import dataclass
-from numbers import Real
 from typing import Any
 
-import numpy as np
 import pyarrow as pa
 
-from ..errors import InvalidArgument, UserError
+from ..errors import InvalidArgument
 from ..seeds import derive_seed
 from .prompts import Prompt, PromptSet, as_text
 from .samplers import Response, Sampler
 from .store import ROLLOUTS
-from .verifiers import Verifier
-
-MAX_REWARD = float(np.finfo(np.float32).max)
-"""The largest number that a store can hold."""
+from .verifiers import Verifier, take_rewards
 
 
 @dataclass(frozen=True)
@@ -74,16 +68,29 @@ class PromptBatch:
             self.seed if seed is None else seed,
         )
         texts = self.tokenizer.batch_decode([r.ids for r in responses], skip_special_tokens=True)
-        rewards = self.verify(texts, [self.prompts[i].answer for i in repeated])
-        return self._table(repeated, responses, texts, rewards)
+        return self._table(repeated, responses, texts, self.verify(responses, repeated))
 
-    def verify(self, texts: Sequence[str], answers: Sequence[str]) -> list[float | None]:
+    def verify(self, responses: Sequence[Response], prompts: Sequence[int]) -> list[float | None]:
         """The reward of each response, any finite number; None for what could not be checked.
+
+        Args:
+            responses: The responses.
+            prompts: Which prompt of the batch each responds to.
 
         Raises:
             UserError: For another reward, naming the verifier's class and the reward.
         """
-        return [_checked_reward(reward, self.verifier) for reward in self.verifier(texts, answers)]
+        # An answer may stand between special tokens: only those that begin, end or pad a sequence are no part of it.
+        texts = self.tokenizer.batch_decode([self._content(r) for r in responses], skip_special_tokens=False)
+        return take_rewards(self.verifier, texts, [self.prompts[i].answer for i in prompts])
+
+    def _content(self, response: Response) -> list[int]:
+        """A response's ids without those that begin, end or pad a sequence, or are special and ended it."""
+        tokenizer, ids = self.tokenizer, response.ids
+        if response.finish_reason == "stop" and ids and ids[-1] in tokenizer.all_special_ids:
+            ids = ids[:-1]  # Chat models have several such tokens.
+        frame = {tokenizer.bos_token_id, tokenizer.eos_token_id, tokenizer.pad_token_id}
+        return [token for token in ids if token not in frame]
 
     def _table(
         self,
@@ -177,18 +184,3 @@ class PromptBatcher:
                 f"is {self.sampler.max_new_tokens}: with the {longest} tokens of {purpose} prompt {number} that is "
                 f"more than the policy's context of {self.context}",
             )
-
-
-def _checked_reward(reward: Any, verifier: Verifier) -> float | None:
-    """A reward as a number that float32, in which it is stored, can hold; None stays None."""
-    if reward is None:
-        return None
-    if isinstance(reward, Real):
-        with suppress(OverflowError):  # of an integer that is larger still
-            if abs(number := float(reward)) <= MAX_REWARD:
-                return number
-    shown = " ".join(repr(reward).split())[:60]
-    raise UserError(
-        f"verifier {type(verifier).__name__} gave the reward {shown}: it must be a finite number, such as 1.0 for a "
-        "correct response and 0.0 for an incorrect one, or None for what could not be checked"
-    )

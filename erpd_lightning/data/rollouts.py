@@ -327,8 +327,8 @@ class RolloutDataModule(LightningDataModule):
             "iterations": rollouts.iterations,
             "preview_prompts": self.preview_prompts,
             "group_size": self.group_size,
-            "sampler": [type(self.sampler).__qualname__, vars(self.sampler)],
-            "verifier": [type(verifier).__qualname__, repr(sorted(vars(verifier).items()))],
+            "sampler": [type(self.sampler).__qualname__, self.sampler.settings()],
+            "verifier": [type(verifier).__qualname__, verifier.settings()],
             "seed": self.seed,
         }
         return SamplingData(batches, rollouts.store, settings, self.clear_cache)

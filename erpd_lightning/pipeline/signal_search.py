@@ -218,8 +218,7 @@ def _prompt_sums(sampler: TiltedSampler, models: Mapping[str, Any], batch: Promp
     """Sums over each prompt's responses, `(prompts,)` each: correct ones, KL and entropy in nats, tokens, number."""
     repeated = [i for i in range(len(batch.prompts)) for _ in range(batch.samples)]
     drawn = sampler.sample(models, batch.tokenizer, [batch.prompt_ids[i] for i in repeated], batch.seed)
-    texts = batch.tokenizer.batch_decode([row.response.ids for row in drawn], skip_special_tokens=True)
-    rewards = batch.verify(texts, [batch.prompts[i].answer for i in repeated])
+    rewards = batch.verify([row.response for row in drawn], repeated)
     columns = {
         # What could not be checked is not correct.
         "correct": [float(reward is not None and reward >= batch.correct_threshold) for reward in rewards],

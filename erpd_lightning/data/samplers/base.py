@@ -5,6 +5,7 @@ from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 from ...errors import InvalidArgument
+from ..settings import public_settings
 
 
 class Response(NamedTuple):
@@ -43,3 +44,13 @@ class Sampler(ABC):
     @abstractmethod
     def sample(self, model: Any, tokenizer: Any, prompts: Sequence[Sequence[int]], seed: int) -> list[Response]:
         """One response to each of the tokenised prompts, in order; the same for the same seed."""
+
+    def settings(self) -> dict[str, Any]:
+        """All that responses depend on, apart from the policy, as JSON values: by default the public attributes.
+
+        Rollouts are stored with them, and belong to a run only while they are the same.
+
+        Raises:
+            UserError: If an attribute cannot be written down.
+        """
+        return public_settings(self)

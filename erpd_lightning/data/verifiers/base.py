@@ -1,7 +1,18 @@
-"""What a verifier is."""
+"""What a verifier is, and what it may give."""
 
+import math
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
+from numbers import Real
+from typing import Any
+
+import numpy as np
+
+from ...errors import UserError
+from ..settings import public_settings
+
+MAX_REWARD = float(np.finfo(np.float32).max)
+"""The largest number that a store can hold."""
 
 
 class Verifier(ABC):
@@ -11,8 +22,19 @@ class Verifier(ABC):
     def __call__(self, responses: Sequence[str], answers: Sequence[str]) -> list[float | None]:
         """The reward of each response: 1.0 correct, 0.0 incorrect, None where it could not be checked.
 
-        Graded rewards may be any finite numbers; from `RolloutDataModule.correct_threshold` on they count as correct.
+        Other finite numbers are graded rewards, which count as correct from `RolloutDataModule.correct_threshold` on;
+        True and False are 1.0 and 0.0.
         """
+
+    def settings(self) -> dict[str, Any]:
+        """All that verdicts depend on, as JSON values: by default the public attributes.
+
+        Rollouts are stored with them, and belong to a run only while they are the same.
+
+        Raises:
+            UserError: If an attribute cannot be written down.
+        """
+        return public_settings(self)
 
 
 class Unverified(Verifier):
@@ -21,3 +43,42 @@ class Unverified(Verifier):
     def __call__(self, responses: Sequence[str], answers: Sequence[str]) -> list[float | None]:
         """See `Verifier`."""
         return [None for _ in responses]
+
+
+def take_rewards(verifier: Verifier, responses: Sequence[str], answers: Sequence[str]) -> list[float | None]:
+    """What a verifier gives for responses, once it is known to be rewards.
+
+    Raises:
+        UserError: If it is not one finite number or None for each response.
+    """
+    given: Any = verifier(responses, answers)
+    name = type(verifier).__name__
+    if not isinstance(given, Sequence) or isinstance(given, str | bytes):
+        raise UserError(f"{name} gave {_shown(given)}: it must give a list of a number or None for each response")
+    if len(given) != len(responses):
+        raise UserError(f"{name} gave {len(given)} rewards for {len(responses)} responses: it must give one for each")
+    return [_reward(name, number, value) for number, value in enumerate(given, 1)]
+
+
+def _reward(name: str, number: int, value: Any) -> float | None:
+    if value is None:
+        return None
+    # numpy's bool is not registered as a number.
+    is_number = isinstance(value, Real | np.bool_)
+    try:
+        reward = float(value) if is_number else math.nan
+    except OverflowError:
+        reward = math.inf
+    if not abs(reward) <= MAX_REWARD:  # NaN is not either
+        raise UserError(
+            f"{name} gave {_shown(value)} as the reward of response {number} of its batch: it must be a finite number, "
+            "or None where the response could not be checked"
+        )
+    return reward
+
+
+def _shown(value: Any) -> str:
+    """A value in a line: its type too, unless it is a plain one."""
+    text = " ".join(repr(value).split())
+    text = text if len(text) <= 80 else text[:77] + "..."
+    return text if isinstance(value, int | float | str) else f"{text} of type {type(value).__name__}"

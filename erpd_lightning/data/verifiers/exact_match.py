@@ -2,9 +2,11 @@
 
 import re
 from collections.abc import Sequence
+from functools import lru_cache
 
 from ...errors import InvalidArgument
 from .base import Verifier
+from .worker_pool import WorkerPool
 
 
 class ExactMatch(Verifier):
@@ -13,20 +15,38 @@ class ExactMatch(Verifier):
     Args:
         pattern: A regular expression with one group; the last match in the response is its answer. A response
             without a match is incorrect.
+        timeout: Seconds that the pattern may take on one response, since some patterns take for ever on some
+            responses; one that takes longer counts as not checked.
     """
 
-    def __init__(self, pattern: str = r"=\s*(-?\d+)\s*$") -> None:
+    def __init__(self, pattern: str = r"=\s*(-?\d+)\s*$", timeout: float = 10.0) -> None:
         try:
             self.pattern = re.compile(pattern)
-        except re.error as error:
+        except (re.error, RecursionError, OverflowError) as error:
             raise InvalidArgument("pattern", f"is {pattern!r}, which is no regular expression: {error}") from None
         if self.pattern.groups != 1:
             raise InvalidArgument("pattern", f"is {pattern!r}: it must have exactly one group, the answer")
+        if not 0 < timeout < float("inf"):
+            raise InvalidArgument("timeout", f"is {timeout}: it must be above 0 seconds, and finite")
+        self.timeout = timeout
+        self._pool = WorkerPool(f"{__name__}:match_answer")
 
     def __call__(self, responses: Sequence[str], answers: Sequence[str]) -> list[float | None]:
-        """See `Verifier`."""
-        found = [self.pattern.findall(response) for response in responses]
-        return [
-            float(bool(matches) and matches[-1].strip() == answer.strip())
-            for matches, answer in zip(found, answers, strict=True)
-        ]
+        """See `Verifier`.
+
+        Raises:
+            UserError: If the process that matches does not start.
+        """
+        pairs = [(self.pattern.pattern, *pair) for pair in zip(responses, answers, strict=True)]
+        return self._pool.map(pairs, self.timeout)
+
+
+def match_answer(pattern: str, response: str, answer: str) -> float:
+    """Whether the last match of a pattern with one group is the answer, apart from space around it."""
+    matches = _compiled(pattern).findall(response)
+    return float(bool(matches) and matches[-1].strip() == answer.strip())
+
+
+@lru_cache(maxsize=16)
+def _compiled(pattern: str) -> re.Pattern[str]:
+    return re.compile(pattern)

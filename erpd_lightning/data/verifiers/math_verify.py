@@ -1,101 +1,53 @@
-"""Comparison of mathematical answers with the package math-verify."""
+"""Comparison of mathematical answers."""
 
-import logging
-import multiprocessing
 from collections.abc import Sequence
-from multiprocessing.connection import Connection
-from multiprocessing.process import BaseProcess
 
-from ...errors import InvalidArgument, UserError
+from ...errors import InvalidArgument
 from .base import Verifier
-
-START_SECONDS = 120
+from .final_answer import final_answer, without_box
+from .worker_pool import WorkerPool
 
 
 class MathVerify(Verifier):
-    """Compares mathematical answers with the package math-verify, in a process that can be killed.
+    r"""Compares mathematical answers, in processes that can be killed.
 
-    A reference answer is the answer alone, in LaTeX (with or without `$`) or as a number.
+    The reference answer is an answer alone, in LaTeX (with or without `$`) or plain notation: a number or expression,
+    with or without a unit, an equation, a set, a tuple, an interval, a matrix, a choice or a few words; or a solution
+    that ends in one, in a `\boxed` or after `####`. It is understood from end to end, or its rows are unscorable.
+
+    The response's answer is looked for after its last `</think>`: what its last `\boxed` holds; without a box what it
+    announces as its answer ("the answer is X", `#### X`), a last sentence "... is X" or "... = X", or a response that
+    is nothing but an answer. A number that merely stands there is no answer, nor is what is denied or taken back.
+
+    Correct is what is equal: exactly where both are numbers, algebraically otherwise (by math-verify's comparison).
+    Where both name a unit, the units have to agree. Without a verdict (None) are a reference answer that is not
+    understood, a check that takes too long or too much memory, and what is open: a tuple for a list, a number
+    rounded to five or more decimals for an exact one, 0.25 for 25 %, a unit that is not known for another.
 
     Args:
-        timeout: Seconds that one answer may take; a check that takes longer counts as not checked.
+        timeout: Seconds that one answer may take; a check that takes longer counts as not checked. Checks that hang
+            do so beside each other, up to 64 at a time, and cost this time once.
+        require_box: Whether only an answer in a box counts.
     """
 
-    def __init__(self, timeout: float = 10.0) -> None:
-        if not timeout > 0:
-            raise InvalidArgument("timeout", f"is {timeout}: it must be above 0 seconds")
+    def __init__(self, timeout: float = 10.0, require_box: bool = False) -> None:
+        if not 0 < timeout < float("inf"):
+            raise InvalidArgument("timeout", f"is {timeout}: it must be above 0 seconds, and finite")
         self.timeout = timeout
-        self._process: BaseProcess | None = None
-        self._connection: Connection | None = None
+        self.require_box = require_box
+        self._pool = WorkerPool(f"{__package__}.math_compare:check")
 
     def __call__(self, responses: Sequence[str], answers: Sequence[str]) -> list[float | None]:
-        """See `Verifier`."""
-        try:
-            return [self._check(*pair) for pair in zip(responses, answers, strict=True)]
-        finally:
-            self._stop()
+        """See `Verifier`.
 
-    def _check(self, response: str, answer: str) -> float | None:
-        connection = self._start()
-        try:
-            connection.send((response, answer))
-            if connection.poll(self.timeout):
-                result: float | None = connection.recv()
-                return result
-        except (EOFError, OSError):
-            pass  # The checker died on this answer: it could not be checked.
-        self._stop()
-        return None
-
-    def _start(self) -> Connection:
-        if self._connection is None:
-            context = multiprocessing.get_context("spawn")
-            self._connection, child = context.Pipe()
-            self._process = context.Process(target=_serve_math, args=(child,), daemon=True)
-            self._process.start()
-            child.close()
-            # Importing the checker is not part of any answer's time.
-            try:
-                ready = self._connection.poll(START_SECONDS) and self._connection.recv()
-            except (EOFError, OSError):
-                ready = False
-            if not ready:
-                self._stop()
-                raise UserError(
-                    f"the math-verify checker did not start within {START_SECONDS} seconds: is math-verify "
-                    'installed, and is the script that starts it guarded by `if __name__ == "__main__"`?'
-                )
-        return self._connection
-
-    def _stop(self) -> None:
-        if self._process is not None and self._connection is not None:
-            self._process.kill()
-            self._process.join()
-            self._connection.close()
-        self._process = self._connection = None
-
-
-def as_latex(answer: str) -> str:
-    """A reference answer as math-verify has to be given it: outside of delimiters it sees no more than numbers.
-
-    Of a bare `2\\sqrt{3}+1` it would take the 2 for the answer, and reward it.
-    """
-    return answer if any(mark in answer for mark in ("$", "\\(", "\\[", "\\boxed")) else f"${answer.strip()}$"
-
-
-def _serve_math(connection: Connection) -> None:
-    """Answer `(response, answer)` pairs until the other end closes."""
-    from math_verify import parse, verify
-
-    # At each start it warns that its own time limit is off. The limit is kept by whoever waits for the answer.
-    logging.getLogger("math_verify").setLevel(logging.ERROR)
-    connection.send("ready")
-    while True:
-        response, answer = connection.recv()
-        try:
-            gold = parse(as_latex(answer), parsing_timeout=None)
-            found = parse(response, parsing_timeout=None)
-            result = float(verify(gold, found, timeout_seconds=None)) if gold else None
-        except Exception:  # Whatever the parser trips over, the answer could not be checked.
-            result = None
-        connection.send(result)
+        Raises:
+            UserError: If the process that compares does not start.
+        """
+        pairs = [
+            (final_answer(response, self.require_box), without_box(answer))
+            for response, answer in zip(responses, answers, strict=True)
+        ]
+        # Responses to a prompt share few answers.
+        distinct = list(dict.fromkeys(pairs))
+        verdicts = dict(zip(distinct, self._pool.map(distinct, self.timeout), strict=True))
+        return [verdicts[pair] for pair in pairs]
