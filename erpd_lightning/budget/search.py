@@ -13,6 +13,9 @@ SAFE_SHARE = 0.97
 MIN_POWER, MAX_POWER = 0.25, 8.0
 """Between which the power of alpha is looked for that KL grows with."""
 
+MAX_OUTSIDE = 5
+"""Measurements outside in a row after which the search halves: where KL is flat, it would come nearer too slowly."""
+
 MAX_EXTRAPOLATION = 1.25
 """How far beyond the trained policy a budget is looked for: what lies further was hardly seen in training."""
 
@@ -55,7 +58,8 @@ def search_within_budget(
 
     Each measurement says at which alpha the KL aimed at would be, if from alpha 0 on KL grew with the square of alpha,
     or with the power that measurements far apart tell once there are three. The search goes there, or half way between
-    the largest alpha known to be inside and the smallest known to be outside where it is not between the two.
+    the largest alpha known to be inside and the smallest known to be outside where it is not between the two, where the
+    KL is infinite, or where with a margin nothing but alphas outside were found lately.
 
     Without a `margin` the budget is what is spent on average: the search ends where two measurements are close
     together, at the geometric mean of what they say. With one the budget is a bound: an alpha is inside where the upper
@@ -82,13 +86,17 @@ def search_within_budget(
         high, place = 1.0, _place(_aim(budget, margin, tolerance, 0.0) - origin, outside - origin, 1.0)
         alpha = _next_alpha(place, low, high)
     measured: list[tuple[float, float]] = []
-    power = 2.0
+    power, outside_in_a_row = 2.0, 0
     best = AlphaFit(0.0, inside)
     for _ in range(max_measurements):
         found = measure(alpha)
+        if found.kl == math.inf:
+            high, alpha = alpha, (low + alpha) / 2
+            continue
         measured.append((alpha, found.kl - origin))
         is_inside = found.kl + (margin or 0.0) * found.stderr <= budget
         low, high = (max(low, alpha), high) if is_inside else (low, min(high, alpha))
+        outside_in_a_row = 0 if is_inside else outside_in_a_row + 1
         if margin is None:
             if not found.kl > 0:  # The second policy is the first one.
                 return AlphaFit(alpha, found.kl)
@@ -106,6 +114,8 @@ def search_within_budget(
             power = _power(measured, power)
         aim = _aim(budget, margin, tolerance, found.stderr) - origin
         place = min(_place(aim, found.kl - origin, alpha, power), max_alpha)
+        if margin is not None and outside_in_a_row >= MAX_OUTSIDE:
+            place = math.nan
         alpha = _next_alpha(place, low, high, again=margin is None)
     return best
 

@@ -95,13 +95,17 @@ class ConfigBuilder:
 
     def _check_lengths(self, stage: str, module: TrainingModule, trainer: Trainer, data: RolloutDataModule) -> None:
         epochs = trainer.max_epochs or -1
-        shared_out = epochs > 0 and epochs % module.iterations == 0
         tried = self._settings("trainer", trainer_of(stage))["fast_dev_run"]
-        if module.iterations > 1 and not (shared_out or tried):
-            raise UserError(
-                f"{trainer_of(stage)}.max_epochs is {epochs}: it must be a multiple of {_group(stage)}.iterations "
-                f"({module.iterations}), each of which is trained on for as many epochs"
-            )
+        parts = {f"{_group(stage)}.iterations": module.iterations}
+        if stage == "extreme_region":
+            parts["data.iterations"] = data.iterations
+        for key, iterations in parts.items():
+            shared_out = epochs > 0 and epochs % iterations == 0
+            if iterations > 1 and not (shared_out or tried):
+                raise UserError(
+                    f"{trainer_of(stage)}.max_epochs is {epochs}: it must be a multiple of {key} ({iterations}), "
+                    "each of which is trained on for as many epochs"
+                )
         if module.pass_at_k is not None and module.pass_at_k > data.validation_samples:
             problem = f"is {module.pass_at_k}, but data.validation_samples is only {data.validation_samples}"
             raise InvalidArgument("pass_at_k", problem).under(self._key(stage, "pass_at_k"))

@@ -70,7 +70,7 @@ def _is_group(key: str, options: Collection[str]) -> bool:
 def _options(args: Sequence[str]) -> Iterator[tuple[str, str]]:
     """Names and values of the options among the arguments; the value is empty where none follows."""
     for arg, following in zip_longest(args, args[1:], fillvalue="--"):
-        if arg.startswith("--"):
+        if arg.startswith("--") and arg != "--":
             name, equals, value = arg.removeprefix("--").partition("=")
             yield name.removesuffix("+"), value if equals or following.startswith("--") else following
 

@@ -128,9 +128,12 @@ class PromptPlan:
         """The prompts of the round that rollouts are sampled from, or an iteration's part of them.
 
         Raises:
-            InvalidArgument: If there is no file of prompts, or previews take all that are in it.
+            InvalidArgument: If there is no file of prompts, or previews take all that are in it, or there are fewer of
+                them than iterations.
         """
         indices = self._round[: len(self._round) - self.previews]
+        if iterations > len(indices):
+            raise InvalidArgument("iterations", f"is {iterations}, but a round has only {len(indices)} prompts")
         first, last = ((iteration - k) * len(indices) // iterations for k in (1, 0))
         return self._train.take(indices[first:last])
 

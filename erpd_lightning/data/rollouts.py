@@ -2,7 +2,7 @@
 
 import math
 from collections.abc import Sequence
-from functools import cached_property
+from functools import cached_property, partial
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -19,7 +19,7 @@ from .batching import RolloutTable
 from .loader import StepLoader
 from .predict_data import BatchList, PolicySource, SamplingData, ScoringData, predict_to_store
 from .prompt_batches import PromptBatch, PromptBatcher
-from .prompts import PromptPlan, PromptSet, check_sources, prompts_fingerprint, tokenize
+from .prompts import Message, PromptPlan, PromptSet, check_sources, prompts_fingerprint, tokenize
 from .ranks import ranks
 from .samplers import Sampler, TransformersSampler
 from .store import Store
@@ -221,6 +221,12 @@ class RolloutDataModule(LightningDataModule):
         """The stored rollouts, with the scores of policies where there are any."""
         return self.stored.table
 
+    def setup(self, stage: str) -> None:
+        """Let go of the module of an earlier training: the one to come hands itself over, or is served everything."""
+        if stage == "fit":
+            self._learner = None
+            self.train_data = self.stored
+
     def connect(self, learner: Learner) -> None:
         """Take the module that is trained; a module calls this in its `setup`.
 
@@ -309,21 +315,15 @@ class RolloutDataModule(LightningDataModule):
             predict_to_store(self._sampling(self.train_data), self._learner, self._learner.respond, self.trainer)
 
     def _sampling(self, rollouts: TrainRollouts) -> SamplingData:
-        iteration = rollouts.iteration
-        purpose = "rollouts" if rollouts.iterations == 1 else f"rollouts {iteration}"
         # The answers of a student that is distilled are not verified.
         verifier = self.verifier if rollouts is self.stored else Unverified()
         source = self.prompt_plan.source
-
-        def batches() -> list[PromptBatch]:
-            prompts = self.prompt_plan.sampled(iteration, rollouts.iterations)
-            return list(self._batcher(verifier).batches(prompts, self.group_size, purpose))
 
         settings = {
             "prompts": prompts_fingerprint(source),
             "prompts_per_round": self.prompts_per_round,
             "round": self.round,
-            "iteration": iteration,
+            "iteration": rollouts.iteration,
             "iterations": rollouts.iterations,
             "preview_prompts": self.preview_prompts,
             "group_size": self.group_size,
@@ -331,7 +331,14 @@ class RolloutDataModule(LightningDataModule):
             "verifier": [type(verifier).__qualname__, verifier.settings()],
             "seed": self.seed,
         }
+        # Strategies that spawn processes pickle what they are given: a function within a function could not be.
+        batches = partial(self._batches_to_sample, verifier, rollouts.iteration, rollouts.iterations)
         return SamplingData(batches, rollouts.store, settings, self.clear_cache)
+
+    def _batches_to_sample(self, verifier: Verifier, iteration: int, iterations: int) -> list[PromptBatch]:
+        purpose = "rollouts" if iterations == 1 else f"rollouts {iteration}"
+        prompts = self.prompt_plan.sampled(iteration, iterations)
+        return list(self._batcher(verifier).batches(prompts, self.group_size, purpose))
 
     # Loaders.
 
@@ -460,13 +467,16 @@ class RolloutDataModule(LightningDataModule):
         return PromptPlan(
             train=self.prompts,
             validation=self.validation_prompts,
-            encode=lambda prompt: tokenize(self.tokenizer, prompt),
+            encode=self._encode,
             per_round=self.prompts_per_round,
             round=self.round,
             previews=self.preview_prompts,
             max_validation=self.max_validation_prompts,
             max_calibration=self.calibration_prompts,
         )
+
+    def _encode(self, prompt: str | list[Message]) -> list[int]:
+        return tokenize(self.tokenizer, prompt)
 
 
 def _limit_to_whole_steps(trainer: Any, loader: StepLoader) -> None:

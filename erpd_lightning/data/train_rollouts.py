@@ -56,6 +56,11 @@ class TrainRollouts:
         """The stores that are trained on at present."""
         return self.stores
 
+    @property
+    def finished_stores(self) -> list[Path]:
+        """The stores that there are: a training that stops early leaves out those of later iterations."""
+        return [path for path in self.stores if Store.exists(path)]
+
     @cached_property
     def table(self) -> RolloutTable:
         """The rollouts, with the scores of policies where there are any."""

@@ -146,9 +146,9 @@ class ExtremeRegionModule(TrainingModule):
 
     def on_train_start(self) -> None:
         """Stop at once where an interrupted run had come to its end."""
-        super().on_train_start()
         if self._kl_reached:
             self.trainer.should_stop = True
+        super().on_train_start()
 
     def on_validation_end(self) -> None:
         """Keep the weights that are the best so far, and the base policy where the loss needs it."""

@@ -72,6 +72,7 @@ class TrainingModule(EvaluationModule):
         self.betas = betas
         self.warmup_steps = warmup_steps
         self.lr_scheduler_name = lr_scheduler
+        self._lr_scheduler: Any = None
         self._total_steps: int | None = None
         self._old_logps = OldLogps()
         self._step_sums: dict[str, Tensor] = {}
@@ -134,9 +135,10 @@ class TrainingModule(EvaluationModule):
         )
         if self.trainer.max_epochs == -1 and self.trainer.max_steps == -1:
             raise UserError("the trainer never ends: give it max_epochs or max_steps")
+        self._lr_scheduler = self._scheduler(optimizer, self.warmup_steps + 1)
         return {
             "optimizer": optimizer,
-            "lr_scheduler": {"scheduler": self._scheduler(optimizer, self.warmup_steps + 1), "interval": "step"},
+            "lr_scheduler": {"scheduler": self._lr_scheduler, "interval": "step"},
         }
 
     def _scheduler(self, optimizer: torch.optim.Optimizer, steps: int) -> LambdaLR:
@@ -162,12 +164,18 @@ class TrainingModule(EvaluationModule):
             self._rollout_data.sample_for_epoch(0)
 
     def on_train_start(self) -> None:
-        """Tell the scheduler how many steps there are, now that the rollouts are there."""
+        """Tell the scheduler how many steps there are, and sample what a training that goes on is to go on with.
+
+        A checkpoint may be older than the rollouts of its next epoch. A scheduler of a subclass's own is left alone.
+        """
+        if self._rollout_data is not None and not self._is_over(self.trainer.current_epoch):
+            self._rollout_data.sample_for_epoch(self.trainer.current_epoch)
         if self._total_steps is None:
             self._total_steps = int(self.trainer.estimated_stepping_batches)
         for config in self.trainer.lr_scheduler_configs:
-            like = torch.optim.SGD([torch.zeros(1)], lr=self.learning_rate)
-            vars(config.scheduler)["lr_lambdas"] = self._scheduler(like, self._total_steps).lr_lambdas
+            if config.scheduler is self._lr_scheduler:
+                like = torch.optim.SGD([torch.zeros(1)], lr=self.learning_rate)
+                vars(config.scheduler)["lr_lambdas"] = self._scheduler(like, self._total_steps).lr_lambdas
 
     # Training: sums of micro-batches, divided once by the tokens or responses of the whole optimiser step.
 
@@ -250,15 +258,17 @@ class TrainingModule(EvaluationModule):
             if sums and sums[f"{kind}_tokens"] > 0:
                 mean = sums[f"{kind}_logp"] / sums[f"{kind}_tokens"]
                 self.log(f"train/logp_{kind}", mean, sync_dist=True)
-        if self._rollout_data is not None and not self._is_last_epoch:
-            self._rollout_data.sample_for_epoch(self.trainer.current_epoch + 1)
+        epochs = self.trainer.current_epoch + 1
+        if self._rollout_data is not None and not self._is_over(epochs):
+            self._rollout_data.sample_for_epoch(epochs)
 
-    @property
-    def _is_last_epoch(self) -> bool:
+    def _is_over(self, epochs: int) -> bool:
+        """Whether training ends after so many epochs; asked of what is known, as Lightning's answer changes its state."""
         trainer = self.trainer
-        if trainer.should_stop or trainer.global_step == trainer.max_steps:
+        if epochs == trainer.max_epochs or trainer.global_step == trainer.max_steps:
             return True
-        return trainer.max_epochs is not None and trainer.current_epoch + 1 == trainer.max_epochs
+        may_stop = epochs >= (trainer.min_epochs or 0) and trainer.global_step >= (trainer.min_steps or 0)
+        return trainer.should_stop and may_stop
 
     # The end of training: what is done to the weights after the last step, once, and never in a checkpoint, so that a
     # run that is killed here ends the same.
@@ -288,7 +298,7 @@ class TrainingModule(EvaluationModule):
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Keep the running sums of an epoch that is not over, the steps in all, and the iteration's old log-probs."""
         checkpoint["epoch_sums"] = self._reduced(self._epoch_sums)
-        checkpoint["total_steps"] = self._total_steps
+        checkpoint["schedule"] = {"steps": self._total_steps, "limits": self._limits}
         if self.refreshes_old_logps:
             checkpoint["old_logps"] = self._old_logps.state_dict()
 
@@ -300,13 +310,19 @@ class TrainingModule(EvaluationModule):
         """
         share = 1.0 if self.trainer.is_global_zero else 0.0
         self._epoch_sums = {name: total * share for name, total in checkpoint["epoch_sums"].items()}
-        self._total_steps = checkpoint["total_steps"]
+        schedule = checkpoint["schedule"]
+        # Of a training that is to be longer or shorter now, the steps are counted anew.
+        self._total_steps = schedule["steps"] if schedule["limits"] == self._limits else None
         if self.refreshes_old_logps:
             if "old_logps" not in checkpoint:
                 raise UserError(
                     "the checkpoint holds no old log-probs: it was made with another objective or old_policy"
                 )
             self._old_logps.load_state_dict(checkpoint["old_logps"])
+
+    @property
+    def _limits(self) -> list[int | None]:
+        return [self.trainer.max_epochs, self.trainer.max_steps]
 
     def _note(self, batch: RolloutBatch, loss: Tensor, values: dict[str, Tensor]) -> None:
         """Add a micro-batch to the sums of its step and of the epoch."""

@@ -61,7 +61,8 @@ class RoundStages:
             data = self.run.data(number)
             warnings = self.stages.fit(stage, folder, module, data)
             module.export(path, tokenizer=self.run.student(0))
-            sampled = _outcome([Store.open(store) for store in data.train_data.stores]) if self.run.iterates else {}
+            own = data.train_data.finished_stores if self.run.iterates else []
+            sampled = _outcome([Store.open(path) for path in own]) if own else {}
             return {"policy": policy_fingerprint(path), "warnings": warnings, **sampled}
 
         about = {
@@ -139,7 +140,7 @@ class RoundStages:
             assert isinstance(module, DistillModule)
             data = self.run.data(number, with_scores=True)
             warnings = self.stages.fit("distill", folder, module, data)
-            own = data.train_data.stores if module.iterations > 1 else []
+            own = data.train_data.finished_stores if module.iterations > 1 else []
             on_policy = sum(Store.open(path).rows for path in own)
             module.export(self.run.student(number), tokenizer=self.run.student(0))
             budget = module.budget
