@@ -17,6 +17,7 @@ from ..data.rollouts import RolloutDataModule
 from ..errors import InvalidArgument, UserError
 from ..modules.distill import UNRESTRAINED, DistillModule
 from ..modules.extreme_region import ExtremeRegionModule
+from ..modules.strategies import check_strategy
 from ..modules.training import TrainingModule
 from ..objectives.signal import AutoSignal
 from ..pipeline.stages import is_teacher, teacher_stage
@@ -168,10 +169,15 @@ class ConfigBuilder:
         if stage in ("rollouts", "scoring"):  # Other stages build on these: part of a store is none.
             bound = {"fast_dev_run": False, "limit_predict_batches": None, **bound}
         try:
-            return kind(**{**kwargs, "enable_checkpointing": saves, **bound})
+            trainer = kind(**{**kwargs, "enable_checkpointing": saves, **bound})
         except CONSTRUCTION_ERRORS as error:  # Lightning's say which argument it is in words alone.
             key = own if self._own_settings(own) else "trainer"
             raise UserError(f"{key}: {one_line(error)}") from error
+        try:
+            check_strategy(trainer.strategy)
+        except InvalidArgument as error:  # Before it starts any process.
+            raise error.under(own if "strategy" in self._own_settings(own) else "trainer") from error
+        return trainer
 
     def settings(self, stage: str) -> dict[str, Any]:
         """See `stages.Builder`."""

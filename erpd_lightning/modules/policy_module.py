@@ -16,6 +16,7 @@ from ..models.head import MAX_LOGITS
 from ..models.loading import load_tokenizer
 from ..models.policy import Policy, export_policy, load_policy, load_reference, policy_fingerprint
 from .scoring import score
+from .strategies import check_ranks, check_strategy
 
 
 class PolicyModule(LightningModule):
@@ -95,7 +96,13 @@ class PolicyModule(LightningModule):
     # Prediction: fresh responses, or the scores of stored ones.
 
     def setup(self, stage: str) -> None:
-        """Say which policy a prediction into a store is of."""
+        """Refuse a strategy that is not supported, and say which policy a prediction into a store is of.
+
+        Raises:
+            UserError: If the policy would be trained wrongly or lost with the trainer's strategy.
+        """
+        check_strategy(self.trainer.strategy)
+        check_ranks(self.trainer)
         data: Any = getattr(self.trainer, "datamodule", None)
         if isinstance(data, PredictToStore):
             data.connect(self)

@@ -230,8 +230,14 @@ class TrainingModule(EvaluationModule):
 
         Raises:
             TrainingDiverged: Names the step and the stored rows that it was made of.
+            RuntimeError: If no parameter has a gradient: they are kept elsewhere, where nothing here can check them.
         """
         gradients = [p.grad for p in self.policy.parameters() if p.grad is not None]
+        if not gradients:
+            raise RuntimeError(
+                f"optimiser step {self.global_step + 1}: no parameter of the policy has a gradient under "
+                f"{type(self.trainer.strategy).__name__}"
+            )
         norm = torch.nn.utils.get_total_norm(gradients)
         rows, self._step_rows = torch.cat(self._step_rows), []
         rows = rows[rows >= 0]  # without those of dummy micro-batches
@@ -263,7 +269,7 @@ class TrainingModule(EvaluationModule):
             self._rollout_data.sample_for_epoch(epochs)
 
     def _is_over(self, epochs: int) -> bool:
-        """Whether training ends after so many epochs; asked of what is known, as Lightning's answer changes its state."""
+        """Whether training ends after so many epochs. Lightning's own answer changes its state."""
         trainer = self.trainer
         if epochs == trainer.max_epochs or trainer.global_step == trainer.max_steps:
             return True

@@ -265,3 +265,10 @@ def test_a_group_of_one_is_enough_for_cross_entropy(chain: Callable[..., Rounds]
     assert chain(*args).builder.data(store="", tokenizer="").group_size == 1
     message = refused(*args, "--unlearned.objective=erpd_lightning.SAPO")
     assert message.startswith("data.group_size is 1: unlearned.objective compares")
+
+
+@pytest.mark.parametrize("key", ["trainer", "distill_trainer"])
+def test_a_strategy_that_is_not_supported(key: str, refused: Run, tmp_path: Path) -> None:
+    message = refused(*arguments(tmp_path / "run"), f"--{key}.strategy=ddp_spawn")
+    assert message.startswith(f"{key}.strategy is DDPStrategy with start_method spawn (ddp_spawn)")
+    assert message.endswith("use ddp, or auto on one device")

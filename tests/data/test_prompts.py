@@ -554,7 +554,9 @@ def test_rewards_are_finite_numbers() -> None:
 )
 def test_other_rewards_are_refused(reward: Any, shown: str) -> None:
     batch = make_batch([Prompt("4:", "4")], Scripted(), Table(1.0, reward))
-    with pytest.raises(UserError, match=f"^verifier Table gave the reward {shown}") as error:
+    with pytest.raises(
+        UserError, match=rf"^Table gave {shown}.* as the reward of response 2 .*: it must be a finite"
+    ) as error:
         batch.respond(None)
     assert len(message_of(error)) < 250
 

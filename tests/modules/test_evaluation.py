@@ -59,6 +59,7 @@ def measured(
     result["mean_length"] = ratio(sums["tokens"], samples)[0]
     result["truncated"] = ratio(sums["cut"], samples)[0]
     result["distinct"] = sum(len(different) for different in texts) / len(drawn)
+    result["mean_reward"], result["unchecked"] = result["pass@1"], 0.0
     for name in references:
         suffix = "" if name == "base" else f"_to_{name}"
         value, stderr = ratio(sums[name], sums["tokens"])

@@ -146,7 +146,7 @@ def test_advantages_are_of_the_rewards_as_they_are(folder: Path, tmp_path: Path)
 
 def test_what_is_no_number_is_not_stored(folder: Path, tmp_path: Path) -> None:
     data = make_data(folder, tmp_path / "rollouts", 0.0, float("nan"))
-    with pytest.raises(UserError, match="verifier Given gave the reward nan"):
+    with pytest.raises(UserError, match=r"^Given gave nan as the reward of response 2"):
         make_trainer(max_epochs=1).fit(ExtremeRegionModule(folder / "base"), datamodule=data)
     assert not Store.exists(data.store)
     assert not list(data.store.glob("*.parquet"))

@@ -1,0 +1,73 @@
+"""Strategies of Lightning's that a policy can be trained and sampled with: those whose results are known."""
+
+import os
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from lightning.pytorch.strategies import DDPStrategy, SingleDeviceStrategy, Strategy
+
+from ..errors import InvalidArgument, UserError
+
+REMEDY = "use ddp, or auto on one device"
+
+RANK_VARIABLES = ("SLURM_PROCID", "RANK", "LOCAL_RANK")
+"""Where a process is told its rank, the most telling first."""
+
+
+def check_strategy(strategy: Strategy) -> None:
+    """Refuse a strategy with which a policy would be trained wrongly, or lost.
+
+    Subclasses are refused like strangers: what they change, nobody has tried.
+
+    Raises:
+        InvalidArgument: Names the strategy and what would do.
+    """
+    if type(strategy) is SingleDeviceStrategy:
+        return
+    name = type(strategy).__name__
+    if type(strategy) is DDPStrategy:
+        start_method = strategy._start_method
+        if start_method in (None, "popen"):
+            return
+        name = f"{name} with start_method {start_method} (ddp_{start_method})"
+    raise InvalidArgument("strategy", f"is {name}, which is not supported: {REMEDY}")
+
+
+def started_rank(environment: Mapping[str, str] = os.environ) -> int:
+    """The rank that this process was started as, by whatever started it; 0 where nobody says.
+
+    Raises:
+        UserError: If what is said is no rank.
+    """
+    for name in RANK_VARIABLES:
+        if name in environment:
+            if not environment[name].isdecimal():
+                raise UserError(
+                    f"the environment variable {name} is {environment[name]!r}: a rank, from 0, is expected"
+                )
+            return int(environment[name])
+    return 0
+
+
+def check_ranks(trainer: Any) -> None:
+    """Refuse a trainer that takes this process for another one of the run than it was started as.
+
+    Two processes that both take themselves for rank 0 would each train alone, and write over one another.
+
+    Raises:
+        UserError: Says which ranks or world sizes disagree.
+    """
+    rank, size = started_rank(), trainer.world_size
+    if rank > 0 and trainer.global_rank == 0:
+        raise UserError(
+            f"this process was started as rank {rank}, but the trainer has {size} process(es) and takes it for rank 0: "
+            "give every trainer as many devices and nodes as processes were started"
+        )
+    if torch.distributed.is_available() and torch.distributed.is_initialized():
+        together = torch.distributed.get_world_size()
+        if together > 1 and together != size:
+            raise UserError(
+                f"{together} processes run together, but the trainer has {size}: give every trainer as many "
+                "devices and nodes"
+            )
