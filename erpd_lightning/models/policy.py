@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from ..errors import UserError
 from ..files import sha256_file
 from ..objectives.divergences import Direction
+from .checks import check_policy, check_weights
 from .head import MAX_LOGITS, Divergence, Head, TokenStats, divergence, select_support, support_logps, token_logps
 from .loading import loading
 
@@ -119,18 +120,33 @@ def align(flat: Tensor, mask: Tensor) -> Tensor:
 def load_policy(path: str | Path, dtype: str = "float32", max_logits: int = MAX_LOGITS) -> Policy:
     """Load a Hugging Face folder or hub name, with dropout off: a policy's log-probs are its own.
 
+    Args:
+        path: Folder or hub name.
+        dtype: Data type of its weights, as in `torch`, whatever that of the files is.
+        max_logits: The most logits to hold at a time.
+
     Raises:
-        UserError: If nothing that `AutoModelForCausalLM` can load lies there.
+        UserError: If nothing that `AutoModelForCausalLM` can load lies there, a weight is missing, has another shape or
+            is not finite, or the model's log-probs are not what is read off its hidden states; see `checks`.
     """
     from transformers import AutoConfig, AutoModelForCausalLM
 
     with loading(path, "policy"):
         config = AutoConfig.from_pretrained(str(path), trust_remote_code=False)
         _no_dropout(config)
-        model = AutoModelForCausalLM.from_pretrained(
-            str(path), config=config, dtype=getattr(torch, dtype), trust_remote_code=False
+        # Of what does not fit it says only "see the above report" if it is not told to ignore it.
+        model, loaded = AutoModelForCausalLM.from_pretrained(
+            str(path),
+            config=config,
+            dtype=getattr(torch, dtype),
+            trust_remote_code=False,
+            output_loading_info=True,
+            ignore_mismatched_sizes=True,
         )
-    return Policy(model, max_logits).train()
+    check_weights(model, loaded, path)
+    policy = Policy(model, max_logits)
+    check_policy(policy, path)
+    return policy.train()
 
 
 def load_reference(path: str | Path, policy: Policy, name: str, dtype: str = "float32") -> Policy:
