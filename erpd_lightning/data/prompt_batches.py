@@ -7,6 +7,7 @@ from typing import Any
 import pyarrow as pa
 
 from ..errors import InvalidArgument
+from ..models.loading import check_tokenizer
 from ..seeds import derive_seed
 from .prompts import Prompt, PromptSet, as_text
 from .samplers import Response, Sampler
@@ -52,9 +53,13 @@ class PromptBatch:
         Args:
             model: The language model to sample from.
             seed: Another seed than the batch's own.
+
+        Raises:
+            UserError: If the tokenizer has tokens that the model does not know.
         """
         if not self.prompts:
             return ROLLOUTS.empty_table()
+        check_tokenizer(self.tokenizer, model)
         repeated = [i for i in range(len(self.prompts)) for _ in range(self.samples)]
         responses = self.sampler.sample(
             model,

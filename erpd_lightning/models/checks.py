@@ -5,6 +5,7 @@ What is asked here is what sampling and training rely on: that the log-probs of 
 of prompt and response by `head`, are those of the distributions that `generate` drew its tokens from.
 """
 
+import json
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -67,6 +68,10 @@ def _and_others(names: list[Any]) -> str:
     return f" (and {len(names) - 1} more)" if len(names) > 1 else ""
 
 
+_checked: set[tuple[Any, ...]] = set()
+"""The kinds of models that were found to be in order in this process."""
+
+
 @dataclass(frozen=True)
 class _Tokens:
     """Prompts with their responses, right padded; see `policy.TokenBatch`."""
@@ -86,6 +91,8 @@ def check_policy(policy: Any, path: str | Path) -> None:
     sampling. The log-probs that these were drawn from and those that the policy reads off its hidden states, padded on
     the right as in training, must agree over the whole vocabulary.
 
+    What is found depends on the configuration, not on the weights: it is asked once in a process of each.
+
     Args:
         policy: A `Policy`, in training mode or not; it is left as it was.
         path: What to call it in a message.
@@ -94,6 +101,9 @@ def check_policy(policy: Any, path: str | Path) -> None:
         UserError: If they differ by more than `MAX_DIFFERENCE`: names the architecture and the largest difference.
     """
     model, name = policy.model, type(policy.model).__name__
+    key = _kind(model)
+    if key in _checked:
+        return
     was_training = model.training
     model.eval()
     try:
@@ -110,6 +120,14 @@ def check_policy(policy: Any, path: str | Path) -> None:
             f"policy {path}: {name} {about}: log-probs of the same tokens differ by up to {difference:.2g} nats, more "
             f"than the {limit:g} of rounding"
         )
+    _checked.add(key)
+
+
+def _kind(model: Any) -> tuple[Any, ...]:
+    """What a model's log-probs are computed by, apart from its weights."""
+    config = {key: value for key, value in model.config.to_dict().items() if key != "_name_or_path"}
+    attention = getattr(model.config, "_attn_implementation", None)
+    return type(model), model.dtype, model.device.type, attention, json.dumps(config, sort_keys=True, default=str)
 
 
 def _disagreement(policy: Any) -> tuple[str, float, float] | None:

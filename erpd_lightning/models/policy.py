@@ -2,6 +2,7 @@
 
 import hashlib
 import shutil
+import time
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -15,7 +16,25 @@ from .checks import check_policy, check_weights
 from .head import MAX_LOGITS, Divergence, Head, TokenStats, divergence, select_support, support_logps, token_logps
 from .loading import loading
 
-POLICY_FILES = ("*.safetensors", "*.json", "*.model", "*.txt", "*.jinja")
+TOKENIZER_FILES = (
+    "tokenizer*",
+    "vocab*",
+    "merges.txt",
+    "added_tokens.json",
+    "special_tokens_map.json",
+    "chat_template*",
+    "additional_chat_templates/*.jinja",
+    "*.model",
+    "*.tiktoken",
+    "*.codes",
+)
+"""What a tokenizer consists of; which of them there are differs from one to another."""
+
+DOCUMENTS = {".md", ".rst", ".pdf", ".png", ".jpg", ".svg"}
+"""Endings of files beside a policy that say nothing of it but to people."""
+
+RECENT = 10**9
+"""Nanoseconds for which a changed file may look as it did: it could change again within the clock's resolution."""
 
 
 class TokenBatch(Protocol):
@@ -135,7 +154,7 @@ def load_policy(path: str | Path, dtype: str = "float32", max_logits: int = MAX_
         config = AutoConfig.from_pretrained(str(path), trust_remote_code=False)
         _no_dropout(config)
         # Of what does not fit it says only "see the above report" if it is not told to ignore it.
-        model, loaded = AutoModelForCausalLM.from_pretrained(
+        loaded: Any = AutoModelForCausalLM.from_pretrained(
             str(path),
             config=config,
             dtype=getattr(torch, dtype),
@@ -143,7 +162,8 @@ def load_policy(path: str | Path, dtype: str = "float32", max_logits: int = MAX_
             output_loading_info=True,
             ignore_mismatched_sizes=True,
         )
-    check_weights(model, loaded, path)
+    model, info = loaded
+    check_weights(model, info, path)
     policy = Policy(model, max_logits)
     check_policy(policy, path)
     return policy.train()
@@ -186,26 +206,71 @@ def _no_dropout(config: Any) -> None:
 def export_policy(model: Any, tokenizer: Any, path: Path, state_dict: dict[str, Tensor] | None = None) -> None:
     """Write a Hugging Face folder (safetensors, tokenizer) that appears at `path` whole or not at all.
 
+    The tokenizer is left as it lay: what was set on it for sampling, such as a padding token, does not belong to the
+    policy, and whoever trains on would mask the end of sequence with it.
+
     Args:
         model: The `transformers` model.
-        tokenizer: Its tokenizer.
+        tokenizer: Folder or hub name of its tokenizer, or the tokenizer. From a folder, that from which the tokenizer
+            was loaded included, its files are copied byte for byte; otherwise it is saved.
         path: The folder; an unfinished or earlier one is replaced.
         state_dict: The weights where `model` holds only a shard of them.
+
+    Raises:
+        UserError: If a tokenizer that is given by name cannot be loaded.
     """
     partial = path.with_name(path.name + ".partial")
     shutil.rmtree(partial, ignore_errors=True)
     path.parent.mkdir(parents=True, exist_ok=True)
     model.save_pretrained(partial, state_dict=state_dict)
-    tokenizer.save_pretrained(partial)
+    _export_tokenizer(tokenizer, partial)
     shutil.rmtree(path, ignore_errors=True)
     partial.rename(path)
 
 
+def _export_tokenizer(tokenizer: Any, path: Path) -> None:
+    """Copy a tokenizer's files, or save it where it lies in no folder."""
+    source = tokenizer if isinstance(tokenizer, str | Path) else getattr(tokenizer, "name_or_path", "")
+    files = [file for pattern in TOKENIZER_FILES for file in Path(source).glob(pattern)] if str(source) else []
+    for file in filter(Path.is_file, files):
+        target = path / file.relative_to(source)
+        target.parent.mkdir(exist_ok=True)
+        shutil.copyfile(file, target)
+    if not files:
+        if isinstance(tokenizer, str | Path):
+            from transformers import AutoTokenizer
+
+            with loading(tokenizer, "tokenizer"):
+                tokenizer = AutoTokenizer.from_pretrained(str(tokenizer), trust_remote_code=False)
+        tokenizer.save_pretrained(path)
+
+
 def policy_fingerprint(path: str | Path) -> str:
-    """What tells two policies apart: the digests of a folder's files, or a hub name as it stands."""
+    """What tells two policies apart: the digests of a folder's files, or a hub name as it stands.
+
+    All files count, since weights come in many formats, but documents and hidden ones. A file that is the same by
+    path, size, time and inode is read once in a process.
+    """
     folder = Path(path)
     if not folder.is_dir():
         return f"hub:{path}"
-    files = sorted({file for pattern in POLICY_FILES for file in folder.glob(pattern)})
-    listing = "\n".join(f"{file.name} {sha256_file(file)}" for file in files)
+    found = [*folder.iterdir(), *folder.glob("additional_chat_templates/*")]
+    files = sorted(file for file in found if file.is_file() and file.name[0] != "." and file.suffix not in DOCUMENTS)
+    listing = "\n".join(f"{file.relative_to(folder)} {_digest(file)}" for file in files)
     return hashlib.sha256(listing.encode()).hexdigest()
+
+
+_digests: dict[tuple[Any, ...], str] = {}
+"""SHA-256 of files by path, size, times and inode."""
+
+
+def _digest(file: Path) -> str:
+    """SHA-256 of a file's content, remembered while the file is the same."""
+    state = file.stat()
+    key = str(file.resolve()), state.st_size, state.st_mtime_ns, state.st_ctime_ns, state.st_ino, state.st_dev
+    if key not in _digests:
+        digest = sha256_file(file)
+        if time.time_ns() - max(state.st_mtime_ns, state.st_ctime_ns) < RECENT:
+            return digest
+        _digests[key] = digest
+    return _digests[key]

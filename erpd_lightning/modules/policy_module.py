@@ -13,7 +13,6 @@ from ..data.predict_data import PredictToStore, Scores, ScoringPart
 from ..data.prompt_batches import PromptBatch
 from ..errors import InvalidArgument
 from ..models.head import MAX_LOGITS
-from ..models.loading import load_tokenizer
 from ..models.policy import Policy, export_policy, load_policy, load_reference, policy_fingerprint
 from .scoring import score
 
@@ -137,7 +136,7 @@ class PolicyModule(LightningModule):
         with self._on_rank_zero() as writes:
             if writes:
                 source = self.policy_path if tokenizer is None else tokenizer
-                export_policy(self.policy.model, load_tokenizer(source), Path(path))
+                export_policy(self.policy.model, source, Path(path))
 
     @contextmanager
     def _on_rank_zero(self) -> Iterator[bool]:
