@@ -9,12 +9,14 @@ import pyarrow as pa
 from ..errors import InvalidArgument
 from ..models.loading import check_tokenizer
 from ..seeds import derive_seed
+from .batching import opaque
 from .prompts import Prompt, PromptSet, as_text
 from .samplers import Response, Sampler
 from .store import ROLLOUTS
 from .verifiers import Verifier
 
 
+@opaque
 @dataclass(frozen=True)
 class PromptBatch:
     """Prompts with all that it takes to sample and verify responses to them.

@@ -9,7 +9,7 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor, nn
 
-from ..errors import UserError
+from ..errors import InvalidArgument, UserError
 from ..files import sha256_file
 from ..objectives.divergences import Direction
 from .checks import check_policy, check_weights
@@ -136,6 +136,17 @@ def align(flat: Tensor, mask: Tensor) -> Tensor:
     return aligned
 
 
+def check_dtype(dtype: str) -> None:
+    """Whether weights can have a data type, by its name in `torch`.
+
+    Raises:
+        InvalidArgument: If it is no floating-point type.
+    """
+    kind = getattr(torch, dtype, None)
+    if not (isinstance(kind, torch.dtype) and kind.is_floating_point):
+        raise InvalidArgument("dtype", f"is {dtype!r}: it must be a floating-point type of torch such as bfloat16")
+
+
 def load_policy(path: str | Path, dtype: str = "float32", max_logits: int = MAX_LOGITS) -> Policy:
     """Load a Hugging Face folder or hub name, with dropout off: a policy's log-probs are its own.
 
@@ -169,26 +180,27 @@ def load_policy(path: str | Path, dtype: str = "float32", max_logits: int = MAX_
     return policy.train()
 
 
-def load_reference(path: str | Path, policy: Policy, name: str, dtype: str = "float32") -> Policy:
+def load_reference(path: str | Path, policy: Policy, name: str, dtype: str | None = None) -> Policy:
     """Load a policy that others are compared with: on the device of `policy`, and without gradient.
 
     Args:
         path: Folder or hub name.
         policy: The policy that is to be compared.
         name: What to call the other one in a message.
-        dtype: Data type of its weights.
+        dtype: Data type of its weights, as in `torch`; None for that of `policy`.
 
     Raises:
         UserError: If it cannot be loaded, or there is no KL to it.
     """
-    reference = load_policy(path, dtype, policy.max_logits)
-    sizes = len(reference.head.weight), len(policy.head.weight)
+    weight = policy.head.weight
+    reference = load_policy(path, dtype or str(weight.dtype).removeprefix("torch."), policy.max_logits)
+    sizes = len(reference.head.weight), len(weight)
     if sizes[0] != sizes[1]:
         raise UserError(
             f"{name} ({path}) has a vocabulary of {sizes[0]} tokens, the policy one of {sizes[1]}: there is no KL "
             "between them"
         )
-    return reference.to(policy.head.weight.device).eval().requires_grad_(False)
+    return reference.to(weight.device).eval().requires_grad_(False)
 
 
 def _no_dropout(config: Any) -> None:

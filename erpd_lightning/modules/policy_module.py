@@ -13,7 +13,7 @@ from ..data.predict_data import PredictToStore, Scores, ScoringPart
 from ..data.prompt_batches import PromptBatch
 from ..errors import InvalidArgument
 from ..models.head import MAX_LOGITS
-from ..models.policy import Policy, export_policy, load_policy, load_reference, policy_fingerprint
+from ..models.policy import Policy, check_dtype, export_policy, load_policy, load_reference, policy_fingerprint
 from .scoring import score
 
 
@@ -41,9 +41,7 @@ class PolicyModule(LightningModule):
         super().__init__()
         if max_logits < 1:
             raise InvalidArgument("max_logits", f"is {max_logits}: it must be at least 1")
-        kind = getattr(torch, dtype, None)
-        if not (isinstance(kind, torch.dtype) and kind.is_floating_point):
-            raise InvalidArgument("dtype", f"is {dtype!r}: it must be a floating-point type of torch such as bfloat16")
+        check_dtype(dtype)
         self.policy_path = policy
         self.references = {"base": str(policy)} if references is None else references
         self.weights_dtype = dtype
@@ -74,7 +72,7 @@ class PolicyModule(LightningModule):
         if name not in self._references:
             key = "references" if name in self.references else "policies"
             path = self.reference_paths[name]
-            self._references[name] = load_reference(path, self.policy, f"{key}.{name}", self.weights_dtype)
+            self._references[name] = load_reference(path, self.policy, f"{key}.{name}")
         return self._references[name]
 
     @contextmanager
