@@ -1,6 +1,6 @@
 """From the configuration to modules, data and trainers."""
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -88,6 +88,21 @@ class ConfigBuilder:
             if isinstance(module, DistillModule):
                 self._check_distillation(module, data)
 
+    def check_trainable(self, stages: Iterable[str]) -> None:
+        """Whether stages can be trained in the data type and precision that they are given.
+
+        Raises:
+            UserError: Names the key that is wrong.
+        """
+        for stage in stages:
+            try:
+                self.module(stage, policy="").check_precision(self.trainer(stage))
+            except InvalidArgument as error:
+                if error.argument != "precision":  # The run's dtype.
+                    raise
+                own = trainer_of(stage)
+                raise error.under(own if "precision" in self._own_settings(own) else "trainer") from error
+
     def _check_kl_budget(self, callback: KLBudget, module: TrainingModule) -> None:
         try:
             callback.fresh_kl.check_reference(kl_references(module))
@@ -142,7 +157,7 @@ class ConfigBuilder:
             bound = {"sign": self._sign(stage), **bound}
         arguments = self._arguments(_group(stage), stage)
         with self.keys_named(stage):
-            return kind(**{**arguments, **bound})
+            return kind(**{**arguments, "dtype": self.config["dtype"], **bound})
 
     def trainer(self, stage: str, kind: type[Trainer] = Trainer, **bound: Any) -> Trainer:
         """See `stages.Builder`; the `kind` is `Trainer` or a subclass that takes the same arguments."""
@@ -194,7 +209,11 @@ class ConfigBuilder:
             own = {stage: of_module, own_trainer: of_trainer}
             if is_teacher(stage):
                 own[stage]["sign"] = self._sign(stage)
-        return {**own, "data": {key: data[key] for key in data_keys(stage, data, distill)}}
+        return {
+            **own,
+            "dtype": self.config["dtype"],
+            "data": {key: data[key] for key in data_keys(stage, data, distill)},
+        }
 
     def built(self, key: str, value: Any, name: str | None = None) -> Any:
         """The value of an option with its classes instantiated.

@@ -20,10 +20,11 @@ from ..files import atomic_write, disk_full_named
 from ..modules.evaluation import EvaluationModule
 from ..pipeline.preview import PreviewTrainer
 from ..pipeline.rounds import Rounds
+from ..pipeline.stages import teacher_stage
 from .config import ConfigBuilder
 from .errors import rejected_value, unknown_option, with_key
 from .given import check_files, unknown_keys
-from .options import CLASSES, add_options, bound_keys, class_options, option_names
+from .options import CLASSES, DEFAULT_EPOCHS, add_options, bound_keys, class_options, option_names
 
 POLICY_OF = {"base": "base", "extreme_region": "teacher", "unlearned": "unlearned", "distill": "student"}
 """Which policy a stage makes; `validate`, `test` and `predict` run on it."""
@@ -126,6 +127,9 @@ class ERPDCLI(LightningCLI):
                 raise UserError(
                     "data.validation_prompts is missing: what a student gained is measured on held-out prompts"
                 )
+        trained = [*DEFAULT_EPOCHS, *map(teacher_stage, self.builder.teachers)]
+        only = self.rounds.stage
+        self.builder.check_trainable([stage for stage in trained if only in (None, stage)])
         run_dir = Path(self.rounds.run_dir)
         written = run_dir / "config.yaml"
         try:
@@ -171,7 +175,7 @@ class ERPDCLI(LightningCLI):
         self._predictions = rounds.round_dir(number) / f"predictions-{name}"
         references = {"base": str(made["base"]), "first": str(rounds.student(0))}
         if stage == "base":
-            self.model = EvaluationModule(policy, references=references)
+            self.model = EvaluationModule(policy, references=references, dtype=rounds.dtype)
         else:
             self.model = self.builder.module(stage, policy=policy, references=references)
         self.datamodule = rounds.data(number)

@@ -18,8 +18,8 @@ CLASSES = {
 
 BOUND_BY_CHAIN = {
     "data": {"store", "tokenizer", "scores", "earlier", "fresh", "round", "preview_prompts", "seed"},
-    "extreme_region": {"policy", "references", "sign"},
-    "distill": {"policy", "references", "policies"},
+    "extreme_region": {"policy", "references", "sign", "dtype"},
+    "distill": {"policy", "references", "policies", "dtype"},
     "trainer": {"default_root_dir", "enable_checkpointing"},
 }
 """Arguments that the chain fills in, stage by stage."""

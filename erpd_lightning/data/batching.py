@@ -1,9 +1,9 @@
 """Stored rollouts and scores as flat tensors in memory, and the padded batches made of them."""
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field, fields, replace
+from dataclasses import dataclass, field
 from functools import cached_property
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 import pyarrow as pa
@@ -14,7 +14,25 @@ from torch import Tensor
 from ..errors import UserError
 from ..objectives.tilted_policy import LOG_ZERO
 
+T = TypeVar("T")
 
+
+def opaque(kind: type[T]) -> type[T]:
+    """A dataclass that Lightning takes as a whole, by its `to`; a class decorator.
+
+    With a precision such as `bf16-true` Lightning walks into dataclasses and rounds their tensors, log-probs and
+    rewards among them, and refuses frozen ones. `dataclasses.replace` refuses this one; `replaced` does not.
+    """
+    del kind.__dataclass_fields__  # type: ignore[attr-defined]
+    return kind
+
+
+def replaced(batch: T, **changes: Any) -> T:
+    """A copy of an opaque dataclass with some attributes changed."""
+    return type(batch)(**{**vars(batch), **changes})
+
+
+@opaque
 @dataclass
 class RolloutBatch:
     """One micro-batch of `B` responses; `L` is the longest prompt with response, `T` the longest
@@ -64,12 +82,12 @@ class RolloutBatch:
     def to(self, device: torch.device | str) -> "RolloutBatch":
         """The same batch with all tensors on `device`."""
         moved: dict[str, Any] = {
-            f.name: value.to(device) for f in fields(self) if isinstance(value := getattr(self, f.name), Tensor)
+            name: value.to(device) for name, value in vars(self).items() if isinstance(value, Tensor)
         }
         for name in ("scores", "token_scores"):
             if (scores := getattr(self, name)) is not None:
                 moved[name] = {policy: logps.to(device) for policy, logps in scores.items()}
-        return replace(self, **moved)
+        return replaced(self, **moved)
 
 
 @dataclass(frozen=True)

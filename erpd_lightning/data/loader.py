@@ -6,7 +6,6 @@ over tokens divided by `step_tokens`, hence independent of the cut.
 """
 
 from collections.abc import Iterator, Mapping
-from dataclasses import replace
 from typing import Protocol
 
 import torch
@@ -14,7 +13,7 @@ from torch import Tensor
 
 from ..errors import UserError
 from ..seeds import derive_seed
-from .batching import RolloutBatch, RolloutTable
+from .batching import RolloutBatch, RolloutTable, replaced
 
 
 class Collate(Protocol):
@@ -142,7 +141,7 @@ class StepLoader:
                 last=number == self.micro_batches - 1,
             )
             if is_dummy:
-                batch = replace(batch, mask=torch.zeros_like(batch.mask), rows=torch.full_like(batch.rows, -1))
+                batch = replaced(batch, mask=torch.zeros_like(batch.mask), rows=torch.full_like(batch.rows, -1))
             yield batch
 
 

@@ -18,7 +18,7 @@ from torch import Tensor
 
 from ..errors import UserError
 from ..models.loading import has_tokenizer, load_tokenizer
-from .batching import RolloutBatch, RolloutTable, ScoreTable
+from .batching import RolloutBatch, RolloutTable, ScoreTable, opaque
 from .loader import micro_batches, micro_batches_needed, partition_step
 from .prompt_batches import PromptBatch
 from .ranks import ranks
@@ -201,6 +201,7 @@ class SamplingData(PredictToStore):
         return self._make_batches()
 
 
+@opaque
 @dataclass(frozen=True)
 class ScoringPart:
     """Some rollouts to score, in batches that fit in memory, and the number of the part that they make."""

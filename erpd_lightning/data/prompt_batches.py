@@ -7,13 +7,16 @@ from typing import Any
 import pyarrow as pa
 
 from ..errors import InvalidArgument
+from ..models.loading import check_tokenizer
 from ..seeds import derive_seed
+from .batching import opaque
 from .prompts import Prompt, PromptSet, as_text
 from .samplers import Response, Sampler
 from .store import ROLLOUTS
 from .verifiers import Verifier, take_rewards
 
 
+@opaque
 @dataclass(frozen=True)
 class PromptBatch:
     """Prompts with all that it takes to sample and verify responses to them.
@@ -57,9 +60,11 @@ class PromptBatch:
 
         Raises:
             UserError: If the verifier gives a reward that is no finite number.
+            UserError: If the tokenizer has tokens that the model does not know.
         """
         if not self.prompts:
             return ROLLOUTS.empty_table()
+        check_tokenizer(self.tokenizer, model)
         repeated = [i for i in range(len(self.prompts)) for _ in range(self.samples)]
         responses = self.sampler.sample(
             model,

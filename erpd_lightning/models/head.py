@@ -4,6 +4,7 @@ Every function works through its N tokens in chunks of at most `max_logits` logi
 token). With autograd on, the chunks are recomputed in the backward pass; a single chunk is kept.
 """
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
@@ -19,6 +20,17 @@ from ..objectives.tilted_policy import LOG_ZERO
 
 # 128 MiB in float32; a handful of such tensors live at a time.
 MAX_LOGITS = 2**25
+
+MULTIPLIERS = ("logit_scale", "lm_head_multiplier", "output_multiplier")
+DIVISORS = ("logits_scaling", "logits_mup_width_multiplier")
+SOFTCAPS = ("final_logit_softcapping", "logits_soft_cap", "output_logit_soft_cap")
+"""What configurations of `transformers` call a factor of the logits, what divides them, and the bound on them."""
+
+MULTIPLIED_BY_DIVISORS = ("hyperclovax", "hyperclovax_vision_v2")
+"""Model types that multiply by what others divide by."""
+
+UNSCALED = ("mpt",)
+"""Model types whose configuration has a factor that the model never uses."""
 
 
 class TokenStats(NamedTuple):
@@ -57,17 +69,16 @@ class Head:
     def of(cls, model: Any) -> "Head":
         """The head of a transformers causal language model; it shares the model's parameters.
 
-        Reads `final_logit_softcapping`, `logit_scale` (multiplies) and `logits_scaling` (divides)
-        from the model's configuration, where it has them.
+        Reads what it does to the logits from the model's configuration, where that has any of `MULTIPLIERS`,
+        `DIVISORS` and `SOFTCAPS`. Whether that is all the model does to them, `checks.check_policy` finds out.
         """
-        layer, config = model.get_output_embeddings(), model.config
-        multiplier = getattr(config, "logit_scale", None) or 1.0
-        divisor = getattr(config, "logits_scaling", None) or 1.0
+        layer, config = model.get_output_embeddings(), model.config.get_text_config()
+        softcaps = (getattr(config, name, None) for name in SOFTCAPS)
         return cls(
             weight=layer.weight,
             bias=getattr(layer, "bias", None),
-            scale=multiplier / divisor,
-            softcap=getattr(config, "final_logit_softcapping", None),
+            scale=_scale(config),
+            softcap=next((value for value in softcaps if value), None),
         )
 
     def logits(self, hidden: Tensor) -> Tensor:
@@ -81,6 +92,16 @@ class Head:
     def logps(self, hidden: Tensor) -> Tensor:
         """`(N, D)` hidden states to `(N, V)` log-probs, in nats."""
         return self.logits(hidden).log_softmax(-1)
+
+
+def _scale(config: Any) -> float:
+    """The factor of the logits that a configuration asks for."""
+    kind = getattr(config, "model_type", "")
+    if kind in UNSCALED:
+        return 1.0
+    multiplier = math.prod(getattr(config, name, None) or 1.0 for name in MULTIPLIERS)
+    divisor = math.prod(getattr(config, name, None) or 1.0 for name in DIVISORS)
+    return multiplier * divisor if kind in MULTIPLIED_BY_DIVISORS else multiplier / divisor
 
 
 def token_logps(head: Head, hidden: Tensor, targets: Tensor, *, max_logits: int = MAX_LOGITS) -> TokenStats:

@@ -4,6 +4,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
+from weakref import WeakKeyDictionary
 
 from ..errors import UserError, first_line
 
@@ -23,6 +24,34 @@ def load_tokenizer(path: str | Path) -> Any:
     if tokenizer.pad_token_id is None:
         tokenizer.pad_token_id = tokenizer.eos_token_id
     return tokenizer
+
+
+def check_tokenizer(tokenizer: Any, model: Any) -> None:
+    """Whether a language model knows every token of a tokenizer; quick enough to be asked for each batch.
+
+    An embedding may be larger than the tokenizer, as many are for speed, but not smaller.
+
+    Args:
+        tokenizer: The tokenizer.
+        model: The language model that is to be given its ids.
+
+    Raises:
+        UserError: Names the token with the largest id, where that lies beyond the model's embedding.
+    """
+    size, token, number = _last_tokens.get(tokenizer, (None, "", 0))
+    if size != len(tokenizer):
+        token, number = max(tokenizer.get_vocab().items(), key=lambda item: item[1])
+        _last_tokens[tokenizer] = len(tokenizer), token, number
+    rows = len(model.get_input_embeddings().weight)
+    if number >= rows:
+        raise UserError(
+            f"tokenizer {tokenizer.name_or_path} has the token {token!r} of id {number}, but {type(model).__name__} "
+            f"has an embedding of {rows} rows: they do not belong together"
+        )
+
+
+_last_tokens: WeakKeyDictionary[Any, tuple[int | None, str, int]] = WeakKeyDictionary()
+"""Of each tokenizer its size and its token with the largest id: to look for it takes 30 ms and more."""
 
 
 def has_tokenizer(path: str | Path) -> bool:

@@ -2,6 +2,7 @@
 
 import hashlib
 import shutil
+import time
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, Protocol
@@ -9,13 +10,32 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor, nn
 
-from ..errors import UserError
+from ..errors import InvalidArgument, UserError
 from ..files import sha256_file
 from ..objectives.divergences import Direction
+from .checks import check_policy, check_weights
 from .head import MAX_LOGITS, Divergence, Head, TokenStats, divergence, select_support, support_logps, token_logps
 from .loading import loading
 
-POLICY_FILES = ("*.safetensors", "*.json", "*.model", "*.txt", "*.jinja")
+TOKENIZER_FILES = (
+    "tokenizer*",
+    "vocab*",
+    "merges.txt",
+    "added_tokens.json",
+    "special_tokens_map.json",
+    "chat_template*",
+    "additional_chat_templates/*.jinja",
+    "*.model",
+    "*.tiktoken",
+    "*.codes",
+)
+"""What a tokenizer consists of; which of them there are differs from one to another."""
+
+DOCUMENTS = {".md", ".rst", ".pdf", ".png", ".jpg", ".svg"}
+"""Endings of files beside a policy that say nothing of it but to people."""
+
+RECENT = 10**9
+"""Nanoseconds for which a changed file may look as it did: it could change again within the clock's resolution."""
 
 
 class TokenBatch(Protocol):
@@ -127,43 +147,71 @@ def align(flat: Tensor, mask: Tensor) -> Tensor:
     return aligned
 
 
+def check_dtype(dtype: str) -> None:
+    """Whether weights can have a data type, by its name in `torch`.
+
+    Raises:
+        InvalidArgument: If it is no floating-point type.
+    """
+    kind = getattr(torch, dtype, None)
+    if not (isinstance(kind, torch.dtype) and kind.is_floating_point):
+        raise InvalidArgument("dtype", f"is {dtype!r}: it must be a floating-point type of torch such as bfloat16")
+
+
 def load_policy(path: str | Path, dtype: str = "float32", max_logits: int = MAX_LOGITS) -> Policy:
     """Load a Hugging Face folder or hub name, with dropout off: a policy's log-probs are its own.
 
+    Args:
+        path: Folder or hub name.
+        dtype: Data type of its weights, as in `torch`, whatever that of the files is.
+        max_logits: The most logits to hold at a time.
+
     Raises:
-        UserError: If nothing that `AutoModelForCausalLM` can load lies there.
+        UserError: If nothing that `AutoModelForCausalLM` can load lies there, a weight is missing, has another shape or
+            is not finite, or the model's log-probs are not what is read off its hidden states; see `checks`.
     """
     from transformers import AutoConfig, AutoModelForCausalLM
 
     with loading(path, "policy"):
         config = AutoConfig.from_pretrained(str(path), trust_remote_code=False)
         _no_dropout(config)
-        model = AutoModelForCausalLM.from_pretrained(
-            str(path), config=config, dtype=getattr(torch, dtype), trust_remote_code=False
+        # Of what does not fit it says only "see the above report" if it is not told to ignore it.
+        loaded: Any = AutoModelForCausalLM.from_pretrained(
+            str(path),
+            config=config,
+            dtype=getattr(torch, dtype),
+            trust_remote_code=False,
+            output_loading_info=True,
+            ignore_mismatched_sizes=True,
         )
-    return Policy(model, max_logits).train()
+    model, info = loaded
+    check_weights(model, info, path)
+    policy = Policy(model, max_logits)
+    check_policy(policy, path)
+    return policy.train()
 
 
-def load_reference(path: str | Path, policy: Policy, name: str, dtype: str = "float32") -> Policy:
+def load_reference(path: str | Path, policy: Policy, name: str, dtype: str | None = None) -> Policy:
     """Load a policy that others are compared with: on the device of `policy`, and without gradient.
 
     Args:
         path: Folder or hub name.
         policy: The policy that is to be compared.
         name: What to call the other one in a message.
-        dtype: Data type of its weights.
+        dtype: Data type of its weights, as in `torch`; None for that of `policy`.
 
     Raises:
         UserError: If it cannot be loaded, or there is no KL to it.
     """
-    reference = load_policy(path, dtype, policy.max_logits)
-    sizes = len(reference.head.weight), len(policy.head.weight)
+    weight = policy.head.weight
+    reference = load_policy(path, dtype or str(weight.dtype).removeprefix("torch."), policy.max_logits)
+    sizes = len(reference.head.weight), len(weight)
     if sizes[0] != sizes[1]:
         raise UserError(
             f"{name} ({path}) has a vocabulary of {sizes[0]} tokens, the policy one of {sizes[1]}: there is no KL "
             "between them"
         )
-    return reference.to(policy.head.weight.device).eval().requires_grad_(False)
+    return reference.to(weight.device).eval().requires_grad_(False)
 
 
 def _no_dropout(config: Any) -> None:
@@ -181,26 +229,71 @@ def _no_dropout(config: Any) -> None:
 def export_policy(model: Any, tokenizer: Any, path: Path, state_dict: dict[str, Tensor] | None = None) -> None:
     """Write a Hugging Face folder (safetensors, tokenizer) that appears at `path` whole or not at all.
 
+    The tokenizer is left as it lay: what was set on it for sampling, such as a padding token, does not belong to the
+    policy, and whoever trains on would mask the end of sequence with it.
+
     Args:
         model: The `transformers` model.
-        tokenizer: Its tokenizer.
+        tokenizer: Folder or hub name of its tokenizer, or the tokenizer. From a folder, that from which the tokenizer
+            was loaded included, its files are copied byte for byte; otherwise it is saved.
         path: The folder; an unfinished or earlier one is replaced.
         state_dict: The weights where `model` holds only a shard of them.
+
+    Raises:
+        UserError: If a tokenizer that is given by name cannot be loaded.
     """
     partial = path.with_name(path.name + ".partial")
     shutil.rmtree(partial, ignore_errors=True)
     path.parent.mkdir(parents=True, exist_ok=True)
     model.save_pretrained(partial, state_dict=state_dict)
-    tokenizer.save_pretrained(partial)
+    _export_tokenizer(tokenizer, partial)
     shutil.rmtree(path, ignore_errors=True)
     partial.rename(path)
 
 
+def _export_tokenizer(tokenizer: Any, path: Path) -> None:
+    """Copy a tokenizer's files, or save it where it lies in no folder."""
+    source = tokenizer if isinstance(tokenizer, str | Path) else getattr(tokenizer, "name_or_path", "")
+    files = [file for pattern in TOKENIZER_FILES for file in Path(source).glob(pattern)] if str(source) else []
+    for file in filter(Path.is_file, files):
+        target = path / file.relative_to(source)
+        target.parent.mkdir(exist_ok=True)
+        shutil.copyfile(file, target)
+    if not files:
+        if isinstance(tokenizer, str | Path):
+            from transformers import AutoTokenizer
+
+            with loading(tokenizer, "tokenizer"):
+                tokenizer = AutoTokenizer.from_pretrained(str(tokenizer), trust_remote_code=False)
+        tokenizer.save_pretrained(path)
+
+
 def policy_fingerprint(path: str | Path) -> str:
-    """What tells two policies apart: the digests of a folder's files, or a hub name as it stands."""
+    """What tells two policies apart: the digests of a folder's files, or a hub name as it stands.
+
+    All files count, since weights come in many formats, but documents and hidden ones. A file that is the same by
+    path, size, time and inode is read once in a process.
+    """
     folder = Path(path)
     if not folder.is_dir():
         return f"hub:{path}"
-    files = sorted({file for pattern in POLICY_FILES for file in folder.glob(pattern)})
-    listing = "\n".join(f"{file.name} {sha256_file(file)}" for file in files)
+    found = [*folder.iterdir(), *folder.glob("additional_chat_templates/*")]
+    files = sorted(file for file in found if file.is_file() and file.name[0] != "." and file.suffix not in DOCUMENTS)
+    listing = "\n".join(f"{file.relative_to(folder)} {_digest(file)}" for file in files)
     return hashlib.sha256(listing.encode()).hexdigest()
+
+
+_digests: dict[tuple[Any, ...], str] = {}
+"""SHA-256 of files by path, size, times and inode."""
+
+
+def _digest(file: Path) -> str:
+    """SHA-256 of a file's content, remembered while the file is the same."""
+    state = file.stat()
+    key = str(file.resolve()), state.st_size, state.st_mtime_ns, state.st_ctime_ns, state.st_ino, state.st_dev
+    if key not in _digests:
+        digest = sha256_file(file)
+        if time.time_ns() - max(state.st_mtime_ns, state.st_ctime_ns) < RECENT:
+            return digest
+        _digests[key] = digest
+    return _digests[key]

@@ -1,7 +1,6 @@
 """Stage 2: distil the teacher's opinion back into the base policy under a KL budget."""
 
 from collections.abc import Mapping
-from dataclasses import replace
 from itertools import count
 from pathlib import Path
 from typing import Any, Literal
@@ -13,7 +12,7 @@ from torch import Tensor
 from ..budget.controller import BudgetController, spending_warning
 from ..budget.interpolation import WeightInterpolation
 from ..budget.search import Measurement
-from ..data.batching import RolloutBatch, RolloutTable
+from ..data.batching import RolloutBatch, RolloutTable, replaced
 from ..errors import InvalidArgument, UserError
 from ..objectives.distillation import DistillObjective, TiltedTarget, TokenObjective
 from ..objectives.divergences import exact_kl
@@ -329,10 +328,10 @@ class DistillModule(TrainingModule):
         hidden = {name: self.reference(name).hidden(batch) for name in names}
         if self.refreshes_old_logps:
             logps = {name: self.reference(name).token_logps(batch, hidden[name]).logps for name in names}
-            return replace(batch, token_scores=logps)
+            return replaced(batch, token_scores=logps)
         ids = self.reference("base").select_support(batch, SUPPORT_MASS, SUPPORT_SIZE, hidden["base"])
         scores = {name: self.reference(name).support_logps(batch, ids, hidden[name]) for name in names}
-        return replace(batch, scores=scores, support_ids=ids)
+        return replaced(batch, scores=scores, support_ids=ids)
 
     def _prior(self, scores: dict[str, Tensor]) -> Tensor:
         """What the signal tilts: the base policy, or what lies between it and the first one."""

@@ -119,10 +119,11 @@ class EvaluationWithSamples(EvaluationModule):
         policy: Folder or hub name of the causal language model.
         references: Policies that the KL is measured to, by name; `base` is one of them.
         samples_path: The file that a test writes: responses to the first prompts of all ranks, of the `SAMPLES` schema.
+        **kwargs: Further arguments of `EvaluationModule`.
     """
 
-    def __init__(self, policy: str | Path, references: Mapping[str, str], samples_path: Path) -> None:
-        super().__init__(policy, references=dict(references))
+    def __init__(self, policy: str | Path, references: Mapping[str, str], samples_path: Path, **kwargs: Any) -> None:
+        super().__init__(policy, references=dict(references), **kwargs)
         self._samples_path = samples_path
         self._tables: list[pa.Table] = []
 

@@ -13,8 +13,7 @@ from ..data.predict_data import PredictToStore, Scores, ScoringPart
 from ..data.prompt_batches import PromptBatch
 from ..errors import InvalidArgument
 from ..models.head import MAX_LOGITS
-from ..models.loading import load_tokenizer
-from ..models.policy import Policy, export_policy, load_policy, load_reference, policy_fingerprint
+from ..models.policy import Policy, check_dtype, export_policy, load_policy, load_reference, policy_fingerprint
 from .scoring import score
 from .strategies import check_ranks, check_strategy
 
@@ -43,9 +42,7 @@ class PolicyModule(LightningModule):
         super().__init__()
         if max_logits < 1:
             raise InvalidArgument("max_logits", f"is {max_logits}: it must be at least 1")
-        kind = getattr(torch, dtype, None)
-        if not (isinstance(kind, torch.dtype) and kind.is_floating_point):
-            raise InvalidArgument("dtype", f"is {dtype!r}: it must be a floating-point type of torch such as bfloat16")
+        check_dtype(dtype)
         self.policy_path = policy
         self.references = {"base": str(policy)} if references is None else references
         self.weights_dtype = dtype
@@ -76,7 +73,7 @@ class PolicyModule(LightningModule):
         if name not in self._references:
             key = "references" if name in self.references else "policies"
             path = self.reference_paths[name]
-            self._references[name] = load_reference(path, self.policy, f"{key}.{name}", self.weights_dtype)
+            self._references[name] = load_reference(path, self.policy, f"{key}.{name}")
         return self._references[name]
 
     @contextmanager
@@ -144,7 +141,7 @@ class PolicyModule(LightningModule):
         with self._on_rank_zero() as writes:
             if writes:
                 source = self.policy_path if tokenizer is None else tokenizer
-                export_policy(self.policy.model, load_tokenizer(source), Path(path))
+                export_policy(self.policy.model, source, Path(path))
 
     @contextmanager
     def _on_rank_zero(self) -> Iterator[bool]:

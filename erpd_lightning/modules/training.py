@@ -4,6 +4,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from lightning.pytorch import Trainer
 from torch import Tensor
 from torch.optim.lr_scheduler import LambdaLR
 
@@ -13,6 +14,9 @@ from ..errors import InvalidArgument, UserError
 from ..objectives.reduction import masked_sum
 from .evaluation import EvaluationModule
 from .old_logps import OldLogps
+
+HALF_PRECISIONS = ("bf16-true", "16-true")
+"""Precisions of a trainer that round the weights themselves."""
 
 
 class TrainingDiverged(UserError):
@@ -100,11 +104,26 @@ class TrainingModule(EvaluationModule):
 
     # Set-up: data, optimizer and schedule.
 
+    def check_precision(self, trainer: Trainer) -> None:
+        """Whether the weights have the precision that training needs: at a step's size, most of them would not move.
+
+        Raises:
+            InvalidArgument: If they are rounded to half precision, by `dtype` or by the trainer's `precision`.
+        """
+        right = "train float32 weights with --trainer.precision bf16-mixed, which computes in bfloat16"
+        if torch.finfo(getattr(torch, self.weights_dtype)).eps > torch.finfo(torch.float32).eps:
+            problem = f"is {self.weights_dtype!r}: weights of so few digits hardly learn; {right}"
+            raise InvalidArgument("dtype", problem)
+        if str(trainer.precision) in HALF_PRECISIONS:
+            problem = f"is {trainer.precision!r}: weights of so few digits hardly learn; {right}"
+            raise InvalidArgument("precision", problem)
+
     def setup(self, stage: str) -> None:
         """Say what the data module needs to know of the training."""
         super().setup(stage)
         if stage != "fit":
             return
+        self.check_precision(self.trainer)
         self._total_steps = None
         if self._rollout_data is not None:
             self._rollout_data.connect(self)

@@ -95,7 +95,7 @@ class PreviewTrainer(Trainer):
         for name, path in paths.items():
             if policy_fingerprint(path) != scored[name]:
                 raise UserError(f"{path} is not the policy that the stage scoring of round {number} scored")
-        return load_models(paths, self)
+        return load_models(paths, self, rounds.dtype)
 
 
 def _round(rounds: Rounds) -> int:

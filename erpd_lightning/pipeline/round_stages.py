@@ -107,7 +107,7 @@ class RoundStages:
             batches = list(data.batcher.batches(data.prompt_plan.previewed, auto.samples, "choice"))
             trainer = self.run.builder.trainer("signal_selection", logger=False)
             paths = {name: path for name, path in self.run.policies(number).items() if name in scores}
-            models = load_models(paths, trainer)
+            models = load_models(paths, trainer, self.run.dtype)
             with trainer.precision_plugin.forward_context():
                 rows = preview(candidates, models, scores, batches)
             best = choose(rows)
@@ -173,7 +173,7 @@ class RoundStages:
             def body(path: Path | str = path, folder: Path = folder) -> Record:
                 data = self.run.data(number)
                 references = {"base": str(self.run.student(number - 1)), "first": str(self.run.student(0))}
-                module = EvaluationWithSamples(path, references, folder / SAMPLES_FILE)
+                module = EvaluationWithSamples(path, references, folder / SAMPLES_FILE, dtype=self.run.dtype)
                 trainer = self.run.builder.trainer("evaluation", default_root_dir=folder, logger=False)
                 trainer.test(module, datamodule=data, verbose=False)
                 measured = {key.removeprefix("test/"): float(value) for key, value in trainer.callback_metrics.items()}

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from ..errors import UserError
-from ..models.policy import policy_fingerprint
+from ..models.policy import check_dtype, policy_fingerprint
 from ..report.tables import format_summary
 from .base_policy import make_base
 from .records import round_summary, write_summary
@@ -33,6 +33,8 @@ class Rounds(Run):
         checkpoint_every: Optimiser steps between the checkpoints that a killed stage goes on from.
         last_stage: The stage whose policy is a round's student: distill; or extreme_region for methods without a
             second stage, such as on-policy policy gradients or rejection-sampling fine-tuning.
+        dtype: Data type of the weights wherever a policy is loaded, as in `torch`: sampling, scoring, evaluation,
+            previews, references and training, for which it has to be float32.
         stage: The only stage to run, whose inputs have to be there: base, rollouts, extreme_region, unlearned,
             teachers.NAME, scoring, signal_selection, distill or evaluation; None for all.
         round: The round of that stage; None for the first in which it is not finished.
@@ -56,8 +58,10 @@ class Rounds(Run):
             only=self.stage,
             only_round=self.round,
             seed=self.seed,
+            dtype=self.dtype,
         )
         self._round_stages = RoundStages(self, self._stages)
+        check_dtype(self.dtype)
         if self.rounds < 1 or self.checkpoint_every < 1:
             raise UserError(f"rounds ({self.rounds}) and checkpoint_every ({self.checkpoint_every}) must be at least 1")
         if (self.policy is None) == (self.task is None):

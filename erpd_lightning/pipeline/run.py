@@ -25,6 +25,8 @@ class Run:
         task: Makes prompts and a base policy; None where they are given.
         last_stage: The stage whose policy is a round's student: distill; or extreme_region for methods without a
             second stage, such as on-policy policy gradients or rejection-sampling fine-tuning.
+        dtype: Data type of the weights wherever a policy is loaded, as in `torch`: sampling, scoring, evaluation,
+            previews, references and training, for which it has to be float32.
         seed: Seed of all draws.
     """
 
@@ -33,6 +35,7 @@ class Run:
     policy: str | None = None
     task: Arithmetic | None = None
     last_stage: str = "distill"
+    dtype: str = "float32"
     seed: int = 0
 
     def round_dir(self, number: int) -> Path:

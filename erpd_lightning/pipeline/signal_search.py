@@ -127,10 +127,16 @@ def preview(
     ]
 
 
-def load_models(paths: Mapping[str, str | Path], trainer: Trainer) -> dict[str, Any]:
-    """Policies to decode from, by name, as language models on a trainer's device and in its precision."""
+def load_models(paths: Mapping[str, str | Path], trainer: Trainer, dtype: str = "float32") -> dict[str, Any]:
+    """Policies to decode from, by name, as language models on a trainer's device and in its precision.
+
+    Args:
+        paths: Where they lie.
+        trainer: The trainer.
+        dtype: Data type of their weights, as in `torch`.
+    """
     device, convert = trainer.strategy.root_device, trainer.precision_plugin.convert_module
-    return {name: convert(load_policy(path)).to(device).model for name, path in paths.items()}
+    return {name: convert(load_policy(path, dtype)).to(device).model for name, path in paths.items()}
 
 
 def choose(rows: Sequence[Preview]) -> Preview:

@@ -72,6 +72,7 @@ class Stages:
         only: The only stage to run; None for all.
         only_round: The round of that stage; None for the first in which it is not finished.
         seed: Seed of all draws.
+        dtype: Data type of the weights of policies that are asked, as in `torch`.
     """
 
     builder: Builder
@@ -81,6 +82,7 @@ class Stages:
     only: str | None
     only_round: int | None
     seed: int
+    dtype: str = "float32"
 
     def __post_init__(self) -> None:
         self.ran = False
@@ -116,7 +118,7 @@ class Stages:
     def predict(self, stage: str, folder: Path, policy: Path | str, data: PredictToStore) -> None:
         """Sample from a policy, or ask it about stored rollouts, into a store."""
         trainer = self.builder.trainer(stage, default_root_dir=folder, logger=False)
-        module = PolicyModule(policy, references={})
+        module = PolicyModule(policy, references={}, dtype=self.dtype)
         trainer.predict(module, datamodule=data, return_predictions=False)
 
     def run(

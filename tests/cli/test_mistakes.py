@@ -12,6 +12,11 @@ from support.chain import arguments
 from support.command_line import Run, with_yaml
 from support.processes import ROOT
 
+MIXED = (
+    "weights of so few digits hardly learn; train float32 weights with --trainer.precision bf16-mixed, which computes "
+    "in bfloat16"
+)
+
 
 def test_a_mistake_in_a_process_of_its_own(tmp_path: Path) -> None:
     command = [sys.executable, "-m", "erpd_lightning", *arguments(tmp_path / "run"), "--distill.kl_budgte=0.1"]
@@ -107,7 +112,11 @@ def test_a_mistake_in_a_process_of_its_own(tmp_path: Path) -> None:
         ("--distill.learning_rate=-1", "distill.learning_rate is -1.0: it must be a positive number"),
         ("--distill.betas=[0.9,1]", "distill.betas is (0.9, 1.0): both must be"),
         ("--extreme_region.weight_decay=-1", "extreme_region.weight_decay is -1.0"),
-        ("--extreme_region.dtype=int8", "extreme_region.dtype is 'int8'"),
+        ("--dtype=int8", "dtype is 'int8': it must be a floating-point type of torch such as bfloat16"),
+        ("--extreme_region.dtype=bfloat16", "extreme_region.dtype is no option: the chain of stages sets it"),
+        ("--dtype=bfloat16", f"dtype is 'bfloat16': {MIXED}"),
+        ("--trainer.precision=bf16-true", f"trainer.precision is 'bf16-true': {MIXED}"),
+        ("--distill_trainer.precision=16-true", f"distill_trainer.precision is '16-true': {MIXED}"),
         ("--distill.lr_scheduler=cosin", "distill.lr_scheduler is 'cosin'"),
         ("--unlearned.kl_coef=-1", "unlearned.kl_coef is -1.0: it must be at least 0"),
         (

@@ -1,5 +1,8 @@
 """`Policy` against the model's own full logits, in several architectures; loading, dropout, export."""
 
+import json
+import os
+import time
 from pathlib import Path
 from typing import Any
 
@@ -10,6 +13,9 @@ from torch import Tensor
 from erpd_lightning.data.batching import RolloutBatch, RolloutTable
 from erpd_lightning.data.store import ROLLOUTS
 from erpd_lightning.errors import UserError
+from erpd_lightning.files import sha256_file
+from erpd_lightning.models import policy as policy_file
+from erpd_lightning.models.loading import load_tokenizer
 from erpd_lightning.models.policy import Policy, align, export_policy, load_policy, policy_fingerprint
 from erpd_lightning.objectives.tilted_policy import LOG_ZERO
 from support.policies import (
@@ -267,3 +273,98 @@ def test_a_fingerprint_is_that_of_weights_and_files(tmp_path: Path) -> None:
     config.write_text(config.read_text() + " ")
     assert policy_fingerprint(path) != fingerprint
     assert policy_fingerprint("org/name") == policy_fingerprint("org/name") != policy_fingerprint("org/other")
+
+
+@pytest.mark.parametrize("name", ["pytorch_model.bin", "model-00001-of-00002.safetensors", "q4.gguf", "weights.pt"])
+def test_a_fingerprint_covers_weights_of_any_format(tmp_path: Path, name: str) -> None:
+    path = save_policy(tmp_path / "policy")
+    (path / name).write_bytes(b"one")
+    fingerprint = policy_fingerprint(path)
+    (path / name).write_bytes(b"two")
+    assert policy_fingerprint(path) != fingerprint
+    (path / name).write_bytes(b"one")
+    assert policy_fingerprint(path) == fingerprint
+
+
+def test_a_fingerprint_leaves_documents_out(tmp_path: Path) -> None:
+    path = save_policy(tmp_path / "policy")
+    fingerprint = policy_fingerprint(path)
+    for name in ("README.md", ".gitattributes"):
+        (path / name).write_text("told")
+    (path / "checkpoint-1").mkdir()
+    assert policy_fingerprint(path) == fingerprint
+
+
+def test_a_file_is_read_once_while_it_is_the_same(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    read: list[Path] = []
+
+    def noted(file: Path) -> str:
+        read.append(file)
+        return sha256_file(file)
+
+    monkeypatch.setattr(policy_file, "sha256_file", noted)
+    path = save_policy(tmp_path / "policy")
+    weights = path / "model.safetensors"
+    hour = time.time() - 3600
+    for file in path.iterdir():
+        os.utime(file, (hour, hour))
+    monkeypatch.setattr(policy_file, "RECENT", -1)  # The time of the change of time is now.
+    fingerprint = policy_fingerprint(path)
+    once = len(read)
+    assert policy_fingerprint(path) == fingerprint
+    assert len(read) == once > 1
+    content = bytearray(weights.read_bytes())
+    content[-1] ^= 1
+    weights.write_bytes(content)
+    assert policy_fingerprint(path) != fingerprint
+    assert read[once:] == [weights]
+
+
+def test_a_file_that_was_just_written_is_read_again(tmp_path: Path) -> None:
+    path = save_policy(tmp_path / "policy")
+    weights = path / "model.safetensors"
+    state, fingerprint = weights.stat(), policy_fingerprint(path)
+    content = bytearray(weights.read_bytes())
+    content[-1] ^= 1
+    weights.write_bytes(content)
+    os.utime(weights, ns=(state.st_atime_ns, state.st_mtime_ns))
+    assert policy_fingerprint(path) != fingerprint
+
+
+def tokenizer_files(path: Path) -> dict[str, bytes]:
+    names = ("tokenizer*", "chat_template*", "special_tokens_map.json", "additional_chat_templates/*")
+    return {str(f.relative_to(path)): f.read_bytes() for pattern in names for f in path.glob(pattern)}
+
+
+@pytest.mark.parametrize("given", ["path", "text", "tokenizer"])
+def test_the_tokenizer_is_exported_as_it_lay(tmp_path: Path, given: str) -> None:
+    from transformers import AutoTokenizer
+
+    base = save_policy(tmp_path / "base")
+    file = base / "tokenizer_config.json"
+    config = json.loads(file.read_text())
+    del config["pad_token"]
+    file.write_text(json.dumps({**config, "padding_side": "right"}))  # not as `save_pretrained` indents it
+    (base / "chat_template.jinja").write_text("{{ messages }}")
+    (base / "special_tokens_map.json").write_text("{}")
+    (base / "additional_chat_templates").mkdir()
+    (base / "additional_chat_templates" / "tools.jinja").write_text("{{ tools }}")
+    tokenizer: Any = {"path": base, "text": str(base), "tokenizer": load_tokenizer(base)}[given]
+    student = tmp_path / "student"
+    export_policy(make_model(seed=1), tokenizer, student)
+    assert tokenizer_files(student) == tokenizer_files(base)
+    assert len(tokenizer_files(base)) >= 5
+    loaded = AutoTokenizer.from_pretrained(student)
+    assert (loaded.pad_token, loaded.padding_side) == (None, "right")
+    assert policy_fingerprint(student) != policy_fingerprint(base)
+    again = tmp_path / "again"
+    export_policy(make_model(seed=1), student, again)
+    assert policy_fingerprint(again) == policy_fingerprint(student)
+
+
+def test_a_tokenizer_that_lies_nowhere_is_saved(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match="no tokenizer can be loaded from"):
+        export_policy(make_model(), str(tmp_path / "none"), tmp_path / "policy")
+    assert not (tmp_path / "policy").exists()
+    export_policy(make_model(), TASK.tokenizer(), tmp_path / "policy")
+    assert load_tokenizer(tmp_path / "policy").get_vocab() == TASK.tokenizer().get_vocab()

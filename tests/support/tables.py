@@ -1,6 +1,5 @@
 """Tables of made-up rollouts and scores, and the batches that are cut from them."""
 
-from dataclasses import fields
 from typing import Any
 
 import pyarrow as pa
@@ -107,7 +106,7 @@ def same(a: RolloutBatch, b: RolloutBatch) -> bool:
             return x.keys() == y.keys() and all(torch.equal(x[k], y[k]) for k in x)
         return torch.equal(x, y) if isinstance(x, Tensor) else bool(x == y)
 
-    return all(equal(getattr(a, f.name), getattr(b, f.name)) for f in fields(a))
+    return all(equal(value, getattr(b, name)) for name, value in vars(a).items())
 
 
 ROWS = make_rows(24)
