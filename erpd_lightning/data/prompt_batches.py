@@ -7,7 +7,6 @@ from typing import Any
 import pyarrow as pa
 
 from ..errors import InvalidArgument
-from ..models.loading import check_tokenizer
 from ..seeds import derive_seed
 from .batching import opaque
 from .prompts import Prompt, PromptSet, as_text
@@ -60,11 +59,9 @@ class PromptBatch:
 
         Raises:
             UserError: If the verifier gives a reward that is no finite number.
-            UserError: If the tokenizer has tokens that the model does not know.
         """
         if not self.prompts:
             return ROLLOUTS.empty_table()
-        check_tokenizer(self.tokenizer, model)
         repeated = [i for i in range(len(self.prompts)) for _ in range(self.samples)]
         responses = self.sampler.sample(
             model,

@@ -74,7 +74,8 @@ def test_logits_of_half_precision_are_float32(dtype: torch.dtype) -> None:
 @pytest.mark.parametrize("bias", [False, True])
 def test_of_reads_the_model(config: dict[str, Any], scale: float, softcap: float | None, bias: bool) -> None:
     linear = nn.Linear(D, V, bias=bias)
-    model = SimpleNamespace(config=SimpleNamespace(**config), get_output_embeddings=lambda: linear)
+    text = SimpleNamespace(**config)
+    model = SimpleNamespace(config=SimpleNamespace(get_text_config=lambda: text), get_output_embeddings=lambda: linear)
     head = Head.of(model)
     assert head.weight is linear.weight
     assert head.bias is linear.bias

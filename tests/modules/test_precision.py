@@ -74,12 +74,8 @@ def ask(folder: Path, policies: dict[str, Path], dtype: str, **settings: Any) ->
 
 
 @pytest.mark.parametrize("precision", TYPES)
-def test_rounded_weights_are_all_that_is_rounded(precision: str, policies: dict[str, Path], tmp_path: Path) -> None:
+def test_log_probs_and_rewards_are_not_rounded(precision: str, policies: dict[str, Path], tmp_path: Path) -> None:
     found = ask(tmp_path / "precision", policies, "float32", precision=precision)
-    wanted = ask(tmp_path / "dtype", policies, TYPES[precision])
-    assert found[0].equals(wanted[0])
-    assert found[1].equals(wanted[1])
-    assert found[2] == pytest.approx(wanted[2], rel=1e-6)
     whole = ask(tmp_path / "float32", policies, "float32")
     assert whole[2]["test/kl_per_token"] != found[2]["test/kl_per_token"]
     logps = torch.tensor(found[0]["logps"].combine_chunks().values.to_numpy())

@@ -7,6 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ...models.loading import check_tokenizer
 from .base import Response, Sampler
 
 
@@ -15,7 +16,12 @@ class TransformersSampler(Sampler):
 
     @torch.no_grad()
     def sample(self, model: Any, tokenizer: Any, prompts: Sequence[Sequence[int]], seed: int) -> list[Response]:
-        """See `Sampler.sample`. Global random state is left as it was."""
+        """See `Sampler.sample`. Global random state is left as it was.
+
+        Raises:
+            UserError: If the tokenizer has tokens that the model does not know.
+        """
+        check_tokenizer(tokenizer, model)
         with self.drawing([model], seed):
             return [
                 response
