@@ -8,7 +8,7 @@ ANNOUNCED_CHARACTERS = 400
 """Longest text in which an announced answer is looked for; an answer is shorter."""
 
 ANNOUNCEMENT = re.compile(
-    r"\banswer\b[^.\n:=?!]{0,60}?(?:\bis\b|\bare\b|\bequals\b|:|=)\s*:?"
+    r"\banswer\b[^.\n:=?!]{0,60}?(?:\bis\b|\bare\b|\bequals\b|:|=)(?:\s*:)?"
     r"(?:\s+(?:therefore|thus|then|hence|simply|just|exactly)\b)?|答案(?:是|为|：|:)|الجواب(?:\s+هو)?\s*:?",
     re.IGNORECASE,
 )
