@@ -4,11 +4,18 @@ import errno
 import hashlib
 import os
 import secrets
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from .errors import UserError
+
+RECENT = 2 * 10**9
+"""Nanoseconds within which a file may change without its times telling: file systems differ in how fine they are."""
+
+_digests: dict[tuple[str | int, ...], str] = {}
+"""SHA-256 of files by path, size, times, inode and device."""
 
 DISK_FULL = (errno.ENOSPC, errno.EDQUOT)
 
@@ -41,9 +48,17 @@ def atomic_write(path: str | Path, data: bytes | str) -> None:
 
 
 def sha256_file(path: str | Path) -> str:
-    """SHA-256 of a file's content, in hexadecimal."""
-    with open(path, "rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
+    """SHA-256 of a file's content, in hexadecimal; a process reads a file again only where it changed."""
+    state = os.stat(path)
+    key = (os.path.realpath(path), state.st_size, state.st_mtime_ns, state.st_ctime_ns, state.st_ino, state.st_dev)
+    if key not in _digests:
+        with open(path, "rb") as file:
+            digest = hashlib.file_digest(file, "sha256").hexdigest()
+        # What has just been written may be written again without another time.
+        if time.time_ns() - max(state.st_mtime_ns, state.st_ctime_ns) < RECENT:
+            return digest
+        _digests[key] = digest
+    return _digests[key]
 
 
 @contextmanager

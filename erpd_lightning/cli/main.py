@@ -172,6 +172,7 @@ class ERPDCLI(LightningCLI):
         policy = made[name]
         if isinstance(policy, Path) and not policy.is_dir():
             raise UserError(f"{policy} is missing: fit makes it, in the stage {stage} of round {number}")
+        rounds.check_policies(dict.fromkeys([policy, made["base"], rounds.student(0)]))
         self._predictions = rounds.round_dir(number) / f"predictions-{name}"
         references = {"base": str(made["base"]), "first": str(rounds.student(0))}
         if stage == "base":

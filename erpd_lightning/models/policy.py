@@ -2,7 +2,6 @@
 
 import hashlib
 import shutil
-import time
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, Protocol
@@ -33,9 +32,6 @@ TOKENIZER_FILES = (
 
 DOCUMENTS = {".md", ".rst", ".pdf", ".png", ".jpg", ".svg"}
 """Endings of files beside a policy that say nothing of it but to people."""
-
-RECENT = 10**9
-"""Nanoseconds for which a changed file may look as it did: it could change again within the clock's resolution."""
 
 
 class TokenBatch(Protocol):
@@ -279,21 +275,5 @@ def policy_fingerprint(path: str | Path) -> str:
         return f"hub:{path}"
     found = [*folder.iterdir(), *folder.glob("additional_chat_templates/*")]
     files = sorted(file for file in found if file.is_file() and file.name[0] != "." and file.suffix not in DOCUMENTS)
-    listing = "\n".join(f"{file.relative_to(folder)} {_digest(file)}" for file in files)
+    listing = "\n".join(f"{file.relative_to(folder)} {sha256_file(file)}" for file in files)
     return hashlib.sha256(listing.encode()).hexdigest()
-
-
-_digests: dict[tuple[Any, ...], str] = {}
-"""SHA-256 of files by path, size, times and inode."""
-
-
-def _digest(file: Path) -> str:
-    """SHA-256 of a file's content, remembered while the file is the same."""
-    state = file.stat()
-    key = str(file.resolve()), state.st_size, state.st_mtime_ns, state.st_ctime_ns, state.st_ino, state.st_dev
-    if key not in _digests:
-        digest = sha256_file(file)
-        if time.time_ns() - max(state.st_mtime_ns, state.st_ctime_ns) < RECENT:
-            return digest
-        _digests[key] = digest
-    return _digests[key]

@@ -43,7 +43,7 @@ def make_base(task: Arithmetic, run_dir: Path, stages: Stages) -> None:
         return {"policy": policy_fingerprint(run_dir / "base")}
 
     about = f"a deliberately weak base policy on {task.demonstrations} demonstrations"
-    stages.run("base", 0, folder, about, {}, body)
+    stages.run("base", 0, folder, about, {}, body, makes=run_dir / "base")
 
 
 @rank_zero_only

@@ -18,7 +18,7 @@ from ..objectives.signal import AutoSignal
 from ..objectives.tilted_policy import UnreachableBudget
 from ..report.drawing import draw_preview
 from ..report.tables import format_preview
-from .records import Record
+from .records import Record, load_record
 from .rounds import Rounds
 from .signal_search import Candidate, candidates_within_budget, load_models, preview, solve
 from .stages import say
@@ -92,6 +92,7 @@ class PreviewTrainer(Trainer):
         """
         scored = _record(rounds, number)["inputs"]
         paths = {name: path for name, path in rounds.policies(number).items() if name in names}
+        rounds.check_policies(paths.values())
         for name, path in paths.items():
             if policy_fingerprint(path) != scored[name]:
                 raise UserError(f"{path} is not the policy that the stage scoring of round {number} scored")
@@ -119,12 +120,7 @@ def _scoring_record(rounds: Rounds, number: int) -> Path:
 
 
 def _record(rounds: Rounds, number: int) -> Record:
-    path = _scoring_record(rounds, number)
-    try:
-        record: Record = json.loads(path.read_text())
-    except ValueError as error:
-        raise UserError(f"{path} is no readable record of a stage: {error}") from error
-    return record
+    return load_record(_scoring_record(rounds, number))
 
 
 def _candidates(
@@ -155,7 +151,7 @@ def _candidates(
 def _evaluated(folder: Path, names: Sequence[str]) -> dict[str, Record]:
     """What is known of the round's policies from its stage evaluation."""
     paths = {name: folder / "evaluation" / name / "stage.json" for name in names}
-    return {name: json.loads(path.read_text())["outcome"] for name, path in paths.items() if path.is_file()}
+    return {name: load_record(path)["outcome"] for name, path in paths.items() if path.is_file()}
 
 
 def _draw(path: Path, content: Mapping[str, Any]) -> None:

@@ -9,10 +9,22 @@ from lightning.pytorch.utilities import rank_zero_only
 
 from ..budget.controller import spending_warning
 from ..budget.search import Measurement
-from ..errors import UserError
+from ..errors import UserError, first_line
 from ..files import atomic_write
+from ..models.policy import policy_fingerprint
 
 Record = dict[str, Any]
+
+RECORD_KEYS: tuple[tuple[str, Any], ...] = (
+    ("settings", dict),
+    ("inputs", dict),
+    ("seed", int),
+    ("outcome", dict),
+    ("stage", str),
+    ("seconds", int | float),
+    ("cpu_seconds", int | float),
+)
+"""Keys of a record and what they hold; the first three are those of a stage that has begun."""
 
 
 @rank_zero_only
@@ -32,12 +44,9 @@ def read_record(path: Path, made_with: Record) -> Record | None:
     Raises:
         UserError: Names the first setting or input that differs.
     """
-    if not path.is_file():
+    if not path.exists():
         return None
-    try:
-        record: Record = json.loads(path.read_text())
-    except ValueError as error:
-        raise UserError(f"{path} is no readable record of a stage: {error}") from error
+    record = load_record(path)
     for part in ("settings", "inputs", "seed"):
         difference = _difference(record.get(part), made_with[part], "")
         if difference is None:
@@ -49,6 +58,58 @@ def read_record(path: Path, made_with: Record) -> Record | None:
             "Give another run_dir, or delete that folder and what follows from it"
         )
     return record
+
+
+def load_record(path: Path) -> Record:
+    """A record as it was written.
+
+    Raises:
+        UserError: If it cannot be read; what lies beside it is not in doubt.
+    """
+    try:
+        record = json.loads(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise UserError(f"{path} cannot be read: {error.strerror}") from error
+    except (ValueError, RecursionError) as error:
+        raise UserError(f"{path} is no readable record of a stage: {first_line(error)}. {_remedy(path)}") from error
+    keys = RECORD_KEYS if path.name == "stage.json" else RECORD_KEYS[:3]
+    if not isinstance(record, dict) or not all(isinstance(record.get(key), kind) for key, kind in keys):
+        raise UserError(f"{path} is no record of a stage: keys are missing or hold something else. {_remedy(path)}")
+    return record
+
+
+def _remedy(path: Path) -> str:
+    if path.name == "stage.json":
+        return "Delete this file alone: the stage goes on from what it has made, which is kept"
+    return f"It said what {path.parent} is made with: put back a copy of it, or give another run_dir"
+
+
+def check_policy(path: Path | str, folder: Path) -> None:
+    """Whether a policy is the one that a finished stage recorded.
+
+    Args:
+        path: The policy, a folder.
+        folder: The directory of the stage that made it.
+
+    Raises:
+        UserError: If the stage is not finished, or its policy is missing or was altered since.
+    """
+    record = folder / "stage.json"
+    if not Path(path).is_dir():
+        remedy = f"delete {record}, and fit makes it again" if record.exists() else f"fit makes it, in {folder}"
+        raise UserError(f"{path} is missing: {remedy}")
+    if not record.exists():
+        raise UserError(f"{path} has no record: {record} is missing, fit has to finish that stage first")
+    recorded = load_record(record)["outcome"].get("policy")
+    try:
+        found = policy_fingerprint(path)
+    except OSError as error:
+        raise UserError(f"{path} cannot be read: {error.strerror}") from error
+    if recorded != found:
+        raise UserError(
+            f"{path} was altered or truncated: restore it, delete {record} to have it made again, or give another "
+            "run_dir"
+        )
 
 
 def holds_work(folder: Path) -> bool:
@@ -67,9 +128,9 @@ def round_summary(folder: Path, number: int, policies: Iterable[str]) -> Record:
     stages = ("rollouts", "extreme_region", "unlearned", "scoring", "signal_selection", "distill")
     paths = [folder / stage / "stage.json" for stage in stages]
     paths += sorted(folder.glob("teachers/*/stage.json"))
-    records = [json.loads(path.read_text()) for path in paths if path.is_file()]
+    records = [load_record(path) for path in paths if path.is_file()]
     outcomes = {record["stage"]: record["outcome"] for record in records}
-    evaluations = {name: json.loads((folder / "evaluation" / name / "stage.json").read_text()) for name in policies}
+    evaluations = {name: load_record(folder / "evaluation" / name / "stage.json") for name in policies}
     records += evaluations.values()
     selection = outcomes.get("signal_selection")
     previewed = 0 if selection is None else selection["rollouts"]
@@ -101,9 +162,17 @@ def write_summary(run_dir: Path, rounds: list[Record]) -> None:
         total += summary["rollouts"]
         summary["rollouts_total"] = total
     path = run_dir / "summary.json"
-    known = json.loads(path.read_text())["rounds"] if path.is_file() else []
-    if known[: len(rounds)] != rounds:
+    if _rounds_in(path)[: len(rounds)] != rounds:
         atomic_write(path, json.dumps({"rounds": rounds}, indent=2) + "\n")
+
+
+def _rounds_in(path: Path) -> list[Any]:
+    """The rounds of a summary; none where it is damaged: it is made of the records, and is written again."""
+    try:
+        rounds = json.loads(path.read_text(encoding="utf-8"))["rounds"]
+    except (OSError, ValueError, RecursionError, KeyError, TypeError):
+        return []
+    return rounds if isinstance(rounds, list) else []
 
 
 def _difference(old: Any, new: Any, key: str) -> tuple[str, Any, Any] | None:

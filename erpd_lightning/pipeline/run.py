@@ -1,5 +1,6 @@
 """A run: its directory, and what was configured of the policies that are made in it."""
 
+from collections.abc import Iterable
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -10,7 +11,7 @@ from ..data.rollouts import RolloutDataModule
 from ..modules.distill import DistillModule
 from ..objectives.signal import AutoSignal
 from ..seeds import derive_seed
-from .records import Record
+from .records import Record, check_policy
 from .stages import Builder
 
 
@@ -59,6 +60,18 @@ class Run:
         if self.distils:
             policies |= {name: folder / "teachers" / name / "policy" for name in self.builder.teachers}
         return policies
+
+    def check_policies(self, policies: Iterable[Path | str]) -> None:
+        """Whether policies of the run are those that its finished stages recorded.
+
+        Raises:
+            UserError: Names the one that is not, or the stage that is not finished.
+        """
+        for path in policies:
+            if path == self.policy:  # The user's own.
+                continue
+            made = Path(path)
+            check_policy(made, self.run_dir / "prepare" if made == self.student(0) else made.parent)
 
     def data(self, number: int, with_scores: bool = False) -> RolloutDataModule:
         """The data module of a round."""

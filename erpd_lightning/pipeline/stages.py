@@ -27,7 +27,7 @@ from ..errors import InvalidArgument, UserError
 from ..modules.policy_module import PolicyModule
 from ..modules.training import TrainingModule
 from ..seeds import derive_seed
-from .records import Record, holds_work, read_record, write_record
+from .records import Record, check_policy, holds_work, read_record, write_record
 
 
 class Builder(Protocol):
@@ -129,11 +129,22 @@ class Stages:
         about: str,
         inputs: dict[str, str],
         body: Callable[[], Record],
+        makes: Path | str | None = None,
     ) -> Record:
         """Skip a stage that is done, or run it and record it.
 
+        Args:
+            stage: The stage.
+            number: The round; 0 before the first.
+            folder: The stage's directory.
+            about: What it does, for the user.
+            inputs: Fingerprints of what it is made from.
+            body: Does it, and gives its outcome.
+            makes: The policy or the file that is there where it is done.
+
         Raises:
-            UserError: If the directory was made with other settings or from other inputs.
+            UserError: If the directory was made with other settings or from other inputs, or what the stage made is
+                not there any more as it was.
             StageOnly: If this was the only stage to run.
         """
         made_with = {"settings": self._settings(stage), "inputs": inputs, "seed": self.seed}
@@ -147,6 +158,10 @@ class Stages:
                 f"run --stage {stage} first"
             )
         if done is not None:
+            if makes is not None and "policy" in done["outcome"]:
+                check_policy(makes, folder)
+            elif makes is not None and not Path(makes).is_file():
+                raise UserError(f"{makes} is missing: delete {folder / 'stage.json'}, and fit makes it again")
             say(f"{title}: done already")
             if wanted and (self.only_round is not None or number == 0) and stage != "evaluation":
                 raise StageOnly

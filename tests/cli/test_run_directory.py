@@ -1,5 +1,6 @@
 """Run directories of another configuration, and damaged ones."""
 
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 
@@ -68,3 +69,74 @@ def test_a_record_that_is_none(refused: Run, copy: Callable[..., Path]) -> None:
     record = copy() / "round-1" / "scoring" / "stage.json"
     record.write_text(record.read_text()[:40])
     assert refused(*arguments(record.parents[2])).startswith(f"{record} is no readable record of a stage")
+
+
+@pytest.mark.parametrize("damage", ["altered", "truncated", "lost"])
+@pytest.mark.parametrize(
+    ("policy", "stage"),
+    [
+        ("base", "prepare"),
+        ("round-1/extreme_region/teacher", "round-1/extreme_region"),
+        ("round-1/unlearned/policy", "round-1/unlearned"),
+        ("round-1/distill/student", "round-1/distill"),
+    ],
+)
+def test_a_policy_that_is_not_the_one_that_was_made(
+    refused: Run, copy: Callable[..., Path], policy: str, stage: str, damage: str
+) -> None:
+    run_dir = copy()
+    weights = run_dir / policy / "model.safetensors"
+    content = weights.read_bytes()
+    if damage == "lost":
+        shutil.rmtree(run_dir / policy)
+    else:
+        weights.write_bytes(content[:-4] + bytes(4) if damage == "altered" else content[:-4])
+    made_by = {"base": "base", "teacher": "extreme_region", "policy": "unlearned", "student": "distill"}
+    for command in (["fit"], ["test", f"--stage={made_by[weights.parent.name]}"]):
+        message = refused(*arguments(run_dir, command[0]), *command[1:])
+        assert message.startswith(str(weights.parent))
+    message = refused(*arguments(run_dir))
+    assert f"delete {run_dir / stage / 'stage.json'}" in message
+
+
+def test_a_policy_without_a_record_is_not_measured(refused: Run, copy: Callable[..., Path]) -> None:
+    run_dir = copy()
+    (run_dir / "round-1" / "distill" / "stage.json").unlink()
+    assert "has no record" in refused(*arguments(run_dir, "test"))
+
+
+def test_what_the_advice_makes_again_is_the_same(run: Run, copy: Callable[..., Path]) -> None:
+    run_dir = copy()
+    weights = run_dir / "round-1" / "distill" / "student" / "model.safetensors"
+    content = weights.read_bytes()
+    weights.write_bytes(content[:-4])
+    (run_dir / "round-1" / "distill" / "stage.json").unlink()
+    run(*arguments(run_dir))
+    assert weights.read_bytes() == content
+
+
+def test_samples_that_are_lost(refused: Run, copy: Callable[..., Path]) -> None:
+    run_dir = copy()
+    (run_dir / "round-1" / "evaluation" / "student" / "samples.parquet").unlink()
+    assert "samples.parquet is missing: delete " in refused(*arguments(run_dir))
+
+
+@pytest.mark.parametrize("text", ["", "{", "[]", '{"rounds": 3}', "\x00\xff"])
+def test_a_damaged_summary_is_written_again(run: Run, copy: Callable[..., Path], text: str) -> None:
+    summary = copy() / "summary.json"
+    content = summary.read_text()
+    summary.write_text(text)
+    run(*arguments(summary.parent))
+    assert summary.read_text() == content
+
+
+@pytest.mark.parametrize("text", ["", "[]", "{}", '{"seconds": 1}', "\x00"])
+def test_a_damaged_record_is_named_and_nothing_else_is_to_go(
+    refused: Run, copy: Callable[..., Path], text: str
+) -> None:
+    record = copy() / "round-1" / "evaluation" / "student" / "stage.json"
+    record.write_text(text)
+    for command in ("fit", "preview"):
+        message = refused(*arguments(record.parents[3], command))
+        assert message.startswith(f"{record} is no ")
+        assert message.endswith("Delete this file alone: the stage goes on from what it has made, which is kept")

@@ -10,11 +10,10 @@ import pytest
 import torch
 from torch import Tensor
 
+from erpd_lightning import files
 from erpd_lightning.data.batching import RolloutBatch, RolloutTable
 from erpd_lightning.data.store import ROLLOUTS
 from erpd_lightning.errors import UserError
-from erpd_lightning.files import sha256_file
-from erpd_lightning.models import policy as policy_file
 from erpd_lightning.models.loading import load_tokenizer
 from erpd_lightning.models.policy import Policy, align, export_policy, load_policy, policy_fingerprint
 from erpd_lightning.objectives.tilted_policy import LOG_ZERO
@@ -298,17 +297,17 @@ def test_a_fingerprint_leaves_documents_out(tmp_path: Path) -> None:
 def test_a_file_is_read_once_while_it_is_the_same(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     read: list[Path] = []
 
-    def noted(file: Path) -> str:
-        read.append(file)
-        return sha256_file(file)
+    def noted(file: Path, mode: str) -> Any:
+        read.append(Path(file))
+        return open(file, mode)
 
-    monkeypatch.setattr(policy_file, "sha256_file", noted)
+    monkeypatch.setattr(files, "open", noted, raising=False)
     path = save_policy(tmp_path / "policy")
     weights = path / "model.safetensors"
     hour = time.time() - 3600
     for file in path.iterdir():
         os.utime(file, (hour, hour))
-    monkeypatch.setattr(policy_file, "RECENT", -1)  # The time of the change of time is now.
+    monkeypatch.setattr(files, "RECENT", -1)  # The time of the change of time is now.
     fingerprint = policy_fingerprint(path)
     once = len(read)
     assert policy_fingerprint(path) == fingerprint

@@ -335,6 +335,6 @@ def test_policies_that_changed_since_they_were_scored(refused: Run, run_dir: Pat
     teacher = run_dir / "round-1" / "extreme_region" / "teacher"
     shutil.rmtree(teacher)
     shutil.copytree(run_dir / "base", teacher)
-    assert refused() == f"{teacher} is not the policy that the stage scoring of round 1 scored"
+    assert refused().startswith(f"{teacher} was altered or truncated")
     shutil.rmtree(teacher)
     assert "teacher" in refused()
