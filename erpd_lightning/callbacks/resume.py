@@ -6,6 +6,8 @@ from typing import Any
 from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.callbacks import Checkpoint
 
+from .preemption import stop_signals
+
 
 class ResumeCheckpoint(Checkpoint):
     """Keeps the latest state of training in a folder, as `step=N.ckpt`.
@@ -14,6 +16,7 @@ class ResumeCheckpoint(Checkpoint):
     between a step and the validation that follows it: Lightning skips that validation when it resumes from there,
     and with it what a module learns by it. A checkpoint appears whole or not at all (Lightning moves it over from
     the system's temporary directory, which takes a while between file systems), and only then the earlier one goes.
+    Where a signal asks for the end of the run, it also saves after the step that is being made, and ends the run.
 
     Args:
         folder: Where the checkpoints lie, and nothing else.
@@ -38,8 +41,26 @@ class ResumeCheckpoint(Checkpoint):
     ) -> None:
         stepped, self._steps = trainer.global_step > self._steps, trainer.global_step
         due = stepped and self._steps % self.every_n_steps == 0
-        if due and not _validation_follows(trainer, batch_idx):
+        stops = stepped and stop_signals.agreed(trainer)
+        follows = _validation_follows(trainer, batch_idx)
+        if (due or stops) and not follows:
             self._save(trainer)
+        if stops:
+            stop_signals.stop()
+        if stepped and follows:
+            stop_signals.deferring = False
+
+    def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
+        stop_signals.deferring = True
+
+    def on_validation_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        stop_signals.deferring = False
+
+    def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
+        stop_signals.deferring = False
+
+    def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        stop_signals.deferring = False
 
     def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         self._save(trainer)

@@ -2,6 +2,7 @@
 
 import json
 import logging
+import os
 import sys
 import warnings
 import zipfile
@@ -15,9 +16,11 @@ from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch import LightningDataModule, LightningModule
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
 
+from ..callbacks.preemption import stop_signals
 from ..errors import UserError, refuse
 from ..files import atomic_write, disk_full_named
 from ..modules.evaluation import EvaluationModule
+from ..modules.strategies import check_environment, started_rank
 from ..pipeline.preview import PreviewTrainer
 from ..pipeline.rounds import Rounds
 from ..pipeline.stages import teacher_stage
@@ -25,6 +28,13 @@ from .config import ConfigBuilder
 from .errors import rejected_value, unknown_option, with_key
 from .given import check_files, unknown_keys
 from .options import CLASSES, DEFAULT_EPOCHS, add_options, bound_keys, class_options, option_names
+
+USELESS_WARNINGS = (
+    r"The `srun` command is available on your system but is not used",
+    r"Total length of `\w+` across ranks is zero",
+    r"The number of training batches .* is smaller than the logging interval",
+)
+"""Beginnings of warnings that tell a user of the command line nothing."""
 
 POLICY_OF = {"base": "base", "extreme_region": "teacher", "unlearned": "unlearned", "distill": "student"}
 """Which policy a stage makes; `validate`, `test` and `predict` run on it."""
@@ -187,7 +197,20 @@ class ERPDCLI(LightningCLI):
 
 
 def main() -> None:
-    """Run the command line; a mistake of the user's ends in a line or two and exit code 2."""
+    """Run the command line; a mistake of the user's ends in a line or two and exit code 2, a signal in one line."""
+    with stop_signals.installed():
+        try:
+            _main()
+        except BaseException as error:
+            ending = stop_signals.received
+            if ending is None:
+                raise
+            if started_rank() == 0:
+                print(f"stopped by {ending.name}: the same command goes on from here", file=sys.stderr)
+            raise SystemExit(128 + ending) from error
+
+
+def _main() -> None:
     for name in ("lightning.pytorch", "lightning.fabric"):
         logging.getLogger(name).setLevel(logging.WARNING)
     from transformers.utils.logging import disable_progress_bar
@@ -195,7 +218,11 @@ def main() -> None:
     disable_progress_bar()
     # Lightning asks torch in a way that torch 2.13 frowns at; nobody who runs a chain can do anything about it.
     warnings.filterwarnings("ignore", message=r"`isinstance\(treespec, LeafSpec\)` is deprecated")
+    # What they warn of is no mistake in a chain.
+    for message in USELESS_WARNINGS:
+        warnings.filterwarnings("ignore", message=message)
     try:
+        check_environment(os.environ)
         with disk_full_named("the run directory"):
             ERPDCLI()
     except (UserError, MisconfigurationException) as error:

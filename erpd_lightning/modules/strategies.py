@@ -71,3 +71,27 @@ def check_ranks(trainer: Any) -> None:
                 f"{together} processes run together, but the trainer has {size}: give every trainer as many "
                 "devices and nodes"
             )
+
+
+def check_environment(environment: Mapping[str, str]) -> None:
+    """Refuse environment variables of SLURM or torchrun that make no sense.
+
+    Raises:
+        UserError: Names the variable.
+    """
+    numbers = {}
+    for name in ("SLURM_NTASKS", "SLURM_PROCID", "SLURM_LOCALID", "RANK", "WORLD_SIZE", "LOCAL_RANK"):
+        if (text := environment.get(name)) is None:
+            continue
+        smallest = 1 if name in ("SLURM_NTASKS", "WORLD_SIZE") else 0
+        if not (text.isascii() and text.isdigit() and int(text) >= smallest):
+            raise UserError(f"the environment variable {name} is {text!r}: a number from {smallest} on is expected")
+        numbers[name] = int(text)
+    for rank, size in (("RANK", "WORLD_SIZE"), ("LOCAL_RANK", "WORLD_SIZE"), ("SLURM_PROCID", "SLURM_NTASKS")):
+        if rank in numbers and size in numbers and numbers[rank] >= numbers[size]:
+            raise UserError(
+                f"the environment variable {rank} is {numbers[rank]}, but {size} is {numbers[size]}: it must be below"
+            )
+    interactive = environment.get("SLURM_JOB_NAME") in ("bash", "interactive")
+    if "SLURM_NTASKS" in numbers and "SLURM_PROCID" not in numbers and not interactive:
+        raise UserError("the environment variable SLURM_NTASKS is set, but SLURM_PROCID is not: start with srun")
