@@ -49,7 +49,6 @@ def start(case: dict[str, Any]) -> list[int]:
 
 def serve(part_tokens: int | None) -> None:
     """Fork children for each line. Parts of stores of scores may hold another number of tokens than they do."""
-    import peft  # noqa: F401
     import torch
     import transformers.models.qwen3.modeling_qwen3  # noqa: F401
 
