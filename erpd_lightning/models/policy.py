@@ -126,6 +126,25 @@ class Policy(nn.Module):
         found = divergence(heads[0], hidden, heads[1], other, direction=direction, max_logits=self.max_logits)
         return Divergence(align(found.kl, batch.mask), align(found.entropy, batch.mask))
 
+    def _apply(self, fn: Any, recurse: bool = True) -> "Policy":
+        """Move or convert, but leave what is computed from the configuration in its data type.
+
+        Such as the frequencies of rotary embeddings: `from_pretrained` keeps them in float32 whatever the weights are,
+        where `bf16-true` would round them, and with them every position.
+        """
+        kept = {
+            (module, name): module.get_buffer(name)
+            for module in self.modules()
+            for name in module._non_persistent_buffers_set
+            if isinstance(module._buffers.get(name), Tensor)
+        }
+        super()._apply(fn, recurse)
+        for (module, name), before in kept.items():
+            after = module.get_buffer(name)
+            if after.dtype != before.dtype:
+                module._buffers[name] = before.to(after.device)
+        return self
+
     @property
     def head(self) -> Head:
         """The output head of the language model."""
