@@ -98,24 +98,12 @@ class WorkerPool:
     def _connect(self) -> Connection:
         if self._server is not None and self._server[0] == os.getpid():
             return self._server[2]
-        ours, theirs = socket.socketpair()
-        server = subprocess.Popen(
-            [
-                sys.executable,
-                "-c",
-                SERVE.format(module=__name__),
-                json.dumps(sys.path),
-                str(theirs.fileno()),
-                str(os.getpid()),
-                self.function,
-            ],
-            pass_fds=[theirs.fileno()],
-            stdin=subprocess.DEVNULL,
-            stdout=subprocess.DEVNULL,
-            stderr=subprocess.DEVNULL,
-        )
-        theirs.close()
-        connection = Connection(ours.detach())
+        try:
+            server, connection = self._start()
+        except OSError as error:
+            raise UserError(
+                f"the process that checks answers with {self.function} did not start: {type(error).__name__}: {error}"
+            ) from None
         self._server = (os.getpid(), server, connection)
         self._finalizer = weakref.finalize(self, _end, os.getpid(), server, connection)
         # Importing what the checks need is not part of any check's time.
@@ -128,6 +116,26 @@ class WorkerPool:
             self._close()
             raise UserError(f"the process that checks answers with {self.function} did not start: {problem}")
         return connection
+
+    def _start(self) -> "tuple[subprocess.Popen[bytes], Connection]":
+        ours, theirs = socket.socketpair()
+        with ours, theirs:
+            server = subprocess.Popen(
+                [
+                    sys.executable,
+                    "-c",
+                    SERVE.format(module=__name__),
+                    json.dumps(sys.path),
+                    str(theirs.fileno()),
+                    str(os.getpid()),
+                    self.function,
+                ],
+                pass_fds=[theirs.fileno()],
+                stdin=subprocess.DEVNULL,
+                stdout=subprocess.DEVNULL,
+                stderr=subprocess.DEVNULL,
+            )
+            return server, Connection(ours.detach())
 
     def close(self) -> None:
         """End the server and its workers; the next call starts another."""
