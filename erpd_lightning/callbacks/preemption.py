@@ -10,6 +10,7 @@ import signal
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -85,11 +86,22 @@ class StopSignals:
             for launcher in self._launchers:  # Another rank has to hear of it too.
                 for process in getattr(launcher, "procs", []):
                     process.send_signal(number)
+            if int(os.environ.get("LOCAL_RANK", 0)) > 0 and _same_command(os.getppid()):
+                os.kill(os.getppid(), number)  # Lightning would kill it, without a line.
         if number == signal.SIGINT or not self.deferring:
             self.stop()
 
     def _ignore(self, number: int, frame: Any) -> None:
         os.write(2, f"{signal.Signals(number).name} is ignored: a run is not requeued yet\n".encode())
+
+
+def _same_command(process: int) -> bool:
+    """Whether a process runs the same command as this one, as that does from which Lightning started this one."""
+    try:
+        theirs = Path(f"/proc/{process}/cmdline").read_bytes()
+        return theirs == Path("/proc/self/cmdline").read_bytes()
+    except OSError:
+        return False
 
 
 stop_signals = StopSignals()

@@ -1,5 +1,6 @@
 """Signals that end a run, in real processes: an exit code, one line, and the same end when it is started again."""
 
+import os
 import signal
 import subprocess
 import sys
@@ -14,16 +15,27 @@ from support.command_line import STAGES, Run, student
 from support.processes import ENVIRONMENT, ROOT
 
 
-def stopped(argv: list[str], number: signal.Signals, when: Callable[[], bool]) -> tuple[int, list[str]]:
-    """Exit code and lines on stderr of a run that gets a signal once something is so."""
+def children(process: int) -> list[int]:
+    return [int(child) for child in Path(f"/proc/{process}/task/{process}/children").read_text().split()]
+
+
+def stopped(
+    argv: list[str], number: signal.Signals, when: Callable[[], bool], to_child: bool = False
+) -> tuple[int, list[str]]:
+    """Exit code and lines on stderr of a run that gets a signal, or whose child does, once something is so."""
     command = [sys.executable, "-m", "erpd_lightning", *argv]
     process = subprocess.Popen(
         command, cwd=ROOT, env=ENVIRONMENT, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True
     )
     while process.poll() is None and not when():
         time.sleep(0.01)
-    process.send_signal(number)
+    started = children(process.pid)
+    os.kill(started[0] if to_child else process.pid, number)
     _, printed = process.communicate(timeout=60)
+    deadline = time.monotonic() + 30
+    while any(Path(f"/proc/{child}").exists() for child in started) and time.monotonic() < deadline:
+        time.sleep(0.1)
+    assert not any(Path(f"/proc/{child}").exists() for child in started)
     return process.returncode, printed.strip().splitlines()
 
 
@@ -37,6 +49,16 @@ def test_a_signal_in_training(
     assert (ended, lines) == (code, [f"stopped by {number.name}: the same command goes on from here"])
     run(*arguments(run_dir))
     assert student(run_dir) == student(finished[0])
+
+
+@pytest.mark.parametrize("to_child", [False, True])
+def test_a_signal_to_one_process_of_two(to_child: bool, copy: Callable[..., Path]) -> None:
+    run_dir = copy(*STAGES[2:])
+    folder = run_dir / "round-1" / "extreme_region"
+    argv = [*arguments(run_dir), "--trainer.devices=2", "--trainer.strategy=ddp", "--stage=extreme_region"]
+    ended, lines = stopped(argv, signal.SIGTERM, lambda: any(folder.glob("checkpoints/step=*.ckpt")), to_child)
+    assert (ended, lines[-1:]) == (143, ["stopped by SIGTERM: the same command goes on from here"]), lines
+    assert "Traceback" not in "".join(lines)
 
 
 @pytest.mark.parametrize(
