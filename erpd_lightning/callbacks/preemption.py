@@ -7,7 +7,9 @@ agrees on over the ranks at the end of a step; at any other time it ends the pro
 
 import os
 import signal
+import sys
 import threading
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -86,7 +88,7 @@ class StopSignals:
             for launcher in self._launchers:  # Another rank has to hear of it too.
                 for process in getattr(launcher, "procs", []):
                     process.send_signal(number)
-            if int(os.environ.get("LOCAL_RANK", 0)) > 0 and _same_command(os.getppid()):
+            if _has_launcher():
                 os.kill(os.getppid(), number)  # Lightning would kill it, without a line.
         if number == signal.SIGINT or not self.deferring:
             self.stop()
@@ -95,11 +97,27 @@ class StopSignals:
         os.write(2, f"{signal.Signals(number).name} is ignored: a run is not requeued yet\n".encode())
 
 
+def launcher_ends(seconds: float) -> bool:
+    """Whether this process was started by rank zero through Lightning, and that ends within some time."""
+    if not _has_launcher():
+        return False
+    launcher, until = os.getppid(), time.monotonic() + seconds
+    while os.getppid() == launcher and time.monotonic() < until:
+        time.sleep(0.05)
+    return os.getppid() != launcher
+
+
+def _has_launcher() -> bool:
+    """Whether Lightning started this process from that of rank zero."""
+    return os.environ.get("LOCAL_RANK", "0") not in ("", "0") and _same_command(os.getppid())
+
+
 def _same_command(process: int) -> bool:
     """Whether a process runs the same command as this one, as that does from which Lightning started this one."""
     try:
-        theirs = Path(f"/proc/{process}/cmdline").read_bytes()
-        return theirs == Path("/proc/self/cmdline").read_bytes()
+        # Lightning names the module otherwise than the user: what comes behind it is the same.
+        theirs, own = (Path(f"/proc/{each}/cmdline").read_bytes().split(b"\0") for each in (process, "self"))
+        return len(own) > len(sys.argv) > 1 and theirs[-len(sys.argv) :] == own[-len(sys.argv) :]
     except OSError:
         return False
 

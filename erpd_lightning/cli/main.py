@@ -16,7 +16,7 @@ from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch import LightningDataModule, LightningModule
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
 
-from ..callbacks.preemption import stop_signals
+from ..callbacks.preemption import launcher_ends, stop_signals
 from ..errors import UserError, refuse
 from ..files import atomic_write, disk_full_named
 from ..modules.evaluation import EvaluationModule
@@ -226,4 +226,6 @@ def _main() -> None:
         with disk_full_named("the run directory"):
             ERPDCLI()
     except (UserError, MisconfigurationException) as error:
+        if launcher_ends(seconds=4):  # It told the same mistake; Lightning kills it after 5 s if this process ends.
+            raise SystemExit(2) from error
         refuse(str(error))

@@ -75,3 +75,13 @@ def test_a_rank_beyond_the_world(monkeypatch: pytest.MonkeyPatch, refused: Run, 
     monkeypatch.setenv("RANK", "2")
     monkeypatch.setenv("WORLD_SIZE", "2")
     assert refused(*arguments(tmp_path / "run")).startswith("the environment variable RANK is 2, but WORLD_SIZE is 2")
+
+
+def test_a_mistake_is_told_once_by_two_processes(copy: Callable[..., Path]) -> None:
+    run_dir = copy(*STAGES[2:])
+    wild = ["--extreme_region.learning_rate=1e30", "--stage=extreme_region"]
+    argv = [*arguments(run_dir), "--trainer.devices=2", "--trainer.strategy=ddp", *wild]
+    command = [sys.executable, "-m", "erpd_lightning", *argv]
+    done = subprocess.run(command, cwd=ROOT, env=ENVIRONMENT, capture_output=True, text=True, timeout=60)
+    told = [line for line in done.stderr.splitlines() if line.startswith("error: ")]
+    assert (done.returncode, len(told)) == (2, 1), done.stderr
