@@ -87,3 +87,11 @@ def test_what_depends_on_it(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> 
     stages = ("rollouts", "extreme_region", "unlearned", "scoring", "distill", "evaluation")
     found = {stage: builder.settings(stage)["data"].get("baseline") for stage in stages}
     assert {stage: how for stage, how in found.items() if how} == {"extreme_region": "batch", "unlearned": "batch"}
+
+
+def test_what_depends_on_the_threshold(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """What is trained on correct responses, or judged by their share; the rollouts hold the rewards as they are."""
+    builder = fit(monkeypatch, "--config", DEMO, "--run_dir", tmp_path, "--data.correct_threshold=0.5").builder
+    stages = ("rollouts", "extreme_region", "unlearned", "scoring", "signal_selection", "distill", "evaluation")
+    found = {stage for stage in stages if builder.settings(stage)["data"].get("correct_threshold") == 0.5}
+    assert found == {"extreme_region", "unlearned", "signal_selection", "evaluation"}

@@ -36,7 +36,7 @@ def measured(
     model = AutoModelForCausalLM.from_pretrained(policies["student"])
     count = len(PROMPTS)
     sums: dict[str, list[float]] = {
-        name: [0.0] * count for name in ("tokens", "correct", "entropy", "cut", *references)
+        name: [0.0] * count for name in ("tokens", "correct", "nine", "entropy", "cut", *references)
     }
     texts: list[set[tuple[int, ...]]] = [set() for _ in PROMPTS]
     for number, (prompt, response) in enumerate(drawn):
@@ -48,6 +48,7 @@ def measured(
         text = [token for token in response.ids if token > 2]
         texts[group].add(tuple(text))
         sums["correct"][group] += bool(text) and text[-1] in range(3, 13) and (text[-1] - 3) % 2 == 0
+        sums["nine"][group] += bool(text) and text[-1] == 12  # which the verifier leaves undecided
         for name, other in models.items():
             logq = token_logps(other, prompt, response.ids).detach().double()
             sums[name][group] += float((logp.exp() * (logp - logq)).sum())
@@ -59,7 +60,8 @@ def measured(
     result["mean_length"] = ratio(sums["tokens"], samples)[0]
     result["truncated"] = ratio(sums["cut"], samples)[0]
     result["distinct"] = sum(len(different) for different in texts) / len(drawn)
-    result["mean_reward"], result["unchecked"] = result["pass@1"], 0.0
+    result["mean_reward"] = sum(sums["correct"]) / (len(drawn) - sum(sums["nine"]))
+    result["unchecked"] = sum(sums["nine"]) / len(drawn)
     for name in references:
         suffix = "" if name == "base" else f"_to_{name}"
         value, stderr = ratio(sums[name], sums["tokens"])

@@ -233,6 +233,7 @@ def test_graded_rewards_are_correct_from_a_threshold(threshold: float) -> None:
     flipped, _ = flip_outcomes(rewards, torch.zeros(9), threshold)
     assert objective.select(flipped, torch.zeros(9)).tolist() == [not each for each in correct[:-1]] + [False]
     assert flipped.dtype == rewards.dtype
+    assert flipped.isnan().tolist() == rewards.isnan().tolist()
     assert CrossEntropy().correct_threshold == 1.0
 
 
