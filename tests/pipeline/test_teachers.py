@@ -205,8 +205,9 @@ def test_a_round_of_several_teachers_and_a_choice(options: list[str], tmp_path: 
     assert 6 <= len(rows) <= 9
     assert entry["rollouts"] == 12 * 8 + len(rows) * 4 * 2
     (chosen,) = (row for row in rows if row["candidate"] == entry["signal"])
-    best = max(row["pass@1"] for row in rows)
-    assert chosen["pass@1"] == best or chosen["pass@1"] + 3 * chosen["pass@1_stderr"] >= best
+    best = max(rows, key=lambda row: row["pass@1"])
+    # The standard error of a difference is at most the sum of the two.
+    assert best["pass@1"] - chosen["pass@1"] <= best["pass@1_stderr"] + chosen["pass@1_stderr"] + 1e-9
     assert entry["budget"] == (chosen["budget"] or chosen["kl_on_stored_states"])
     signs = {
         name: json.loads((tmp_path / "run" / "round-1" / "teachers" / name / "stage.json").read_text())
