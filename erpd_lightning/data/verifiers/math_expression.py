@@ -34,13 +34,7 @@ FUNCTIONS: dict[str, Callable[[Any], Any]] = {
 }
 FUNCTIONS["log"] = _log
 INVERSES = {"sin": sympy.asin, "cos": sympy.acos, "tan": sympy.atan}
-SEVERAL = {
-    "max": sympy.Max,
-    "min": sympy.Min,
-    "gcd": lambda *n: sympy.gcd(list(n)),
-    "lcm": lambda *n: sympy.lcm(list(n)),
-}
-CLOSING = {"(": ")", "[": "]", "{": "}", r"\lfloor": r"\rfloor", r"\lceil": r"\rceil", "|": "|"}
+CLOSING = {"(": ")", "[": "]", "{": "}", r"\lfloor": r"\rfloor", r"\lceil": r"\rceil"}
 
 
 def parse_expression(text: str) -> Any:
@@ -136,7 +130,6 @@ class _Parser:
             or token in ("(", "[", "{", r"\lfloor", r"\lceil")
             or token[1:] in GREEK
             or token[1:] in FUNCTIONS
-            or token[1:] in SEVERAL
             or token in (r"\pi", r"\infty", r"\frac", r"\sqrt", r"\binom")
         )
 
@@ -210,8 +203,6 @@ class _Parser:
             return self.root()
         if name in ("pi", "infty") or token in ("inf", "infinity"):
             return sympy.pi if name == "pi" else sympy.oo
-        if name in SEVERAL:
-            return SEVERAL[name](*self.arguments())
         if name in FUNCTIONS:
             return self.function(name)
         if (len(token) == 1 and token.isalpha()) or (token.startswith("\\") and name in GREEK):
@@ -224,9 +215,6 @@ class _Parser:
             degree = self.group()
         value = self.group() if self.peek() == "(" else self.argument()
         return sympy.root(value, degree) if degree != 2 else sympy.sqrt(value)
-
-    def arguments(self) -> list[Any]:
-        raise Unreadable("a function of several arguments")
 
     def function(self, name: str) -> Any:
         function, power = FUNCTIONS[name], None
