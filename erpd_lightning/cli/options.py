@@ -17,7 +17,16 @@ CLASSES = {
 }
 
 BOUND_BY_CHAIN = {
-    "data": {"store", "tokenizer", "scores", "earlier", "fresh", "round", "preview_prompts", "seed"},
+    "data": {
+        "store",
+        "tokenizer",
+        "scores",
+        "replay_stores",
+        "on_policy_store",
+        "round",
+        "preview_prompts",
+        "seed",
+    },
     "extreme_region": {"policy", "references", "sign", "dtype"},
     "distill": {"policy", "references", "policies", "dtype"},
     "trainer": {"default_root_dir", "enable_checkpointing"},

@@ -42,6 +42,8 @@ def test_a_mistake_in_a_process_of_its_own(tmp_path: Path) -> None:
         ("--unlearned.kl_coeff=1", "unlearned.kl_coeff is no option: did you mean unlearned.kl_coef?"),
         ("--unlearned.sign=1", "unlearned.sign is no option: the chain of stages sets it"),
         ("--data.store=x", "data.store is no option: the chain of stages sets it"),
+        ("--data.replay_stores=[x]", "data.replay_stores is no option: the chain of stages sets it"),
+        ("--data.on_policy_store=x", "data.on_policy_store is no option: the chain of stages sets it"),
         ("--trainer.default_root_dir=x", "trainer.default_root_dir is no option: the chain of stages sets it"),
         # wrong types
         ("--data.group_size=x", "data.group_size: expected int, not x"),

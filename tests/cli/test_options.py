@@ -12,6 +12,7 @@ from lightning.pytorch.callbacks import EarlyStopping
 
 from erpd_lightning import DistillModule, ExtremeRegionModule, RolloutDataModule
 from erpd_lightning.callbacks import Throughput
+from erpd_lightning.cli.options import BOUND_BY_CHAIN, CLASSES
 from erpd_lightning.pipeline.rounds import STAGES as ALL_STAGES
 from erpd_lightning.pipeline.rounds import Rounds
 from support.chain import DEMO, arguments
@@ -165,3 +166,11 @@ def test_a_stage_whose_length_nobody_gave(chain: Callable[..., Rounds], tmp_path
     build = chain("fit", *args, "--trainer.max_steps=7", "--distill_trainer.max_epochs=2").builder
     assert [build.trainer(stage).max_steps for stage in ("extreme_region", "distill")] == [7, 7]
     assert [build.trainer(stage).max_epochs for stage in ("extreme_region", "distill")] == [None, 2]
+
+
+@pytest.mark.parametrize("group", CLASSES)
+def test_what_the_chain_fills_in_are_arguments(group: str) -> None:
+    """A name that is none would leave the argument that it stood for open to the user, and then pass over it."""
+    kinds = [kind for kind in CLASSES[group].__mro__ if "__init__" in vars(kind)]
+    arguments_there_are = {name for kind in kinds for name in inspect.signature(kind).parameters}
+    assert BOUND_BY_CHAIN[group] <= arguments_there_are
