@@ -35,6 +35,21 @@ class InvalidArgument(UserError):
         return InvalidArgument(f"{key}.{self.argument}", self.problem)
 
 
+def check_at_least(least: int, **values: int | None) -> None:
+    """Refuse numbers below the least that there may be; None stands for a number that is not given.
+
+    Args:
+        least: The least.
+        **values: Numbers by the names of the arguments that they are.
+
+    Raises:
+        InvalidArgument: Names the first that is below it.
+    """
+    for name, value in values.items():
+        if value is not None and value < least:
+            raise InvalidArgument(name, f"is {value}: it must be at least {least}")
+
+
 def first_line(error: Exception) -> str:
     """The first line of an error's message; its type where there is none."""
     return next(iter(str(error).strip().splitlines()), type(error).__name__)

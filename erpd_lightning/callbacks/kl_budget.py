@@ -18,7 +18,8 @@ from ..budget.controller import MAX_RELATIVE_ERROR, BudgetController
 from ..budget.interpolation import WeightInterpolation
 from ..budget.search import Measurement
 from ..data.samplers import Sampler
-from ..errors import InvalidArgument, UserError
+from ..errors import InvalidArgument, UserError, check_at_least
+from ..models.checks import is_finite
 from ..modules.training import TrainingModule
 from .fresh_kl import FreshKL, policy_of
 from .kl_estimate import KLEstimate
@@ -108,12 +109,8 @@ class KLBudget(Callback):
             raise InvalidArgument("confidence", f"is {confidence}: it must lie between 0.5 and 1")
         if not 0 < tolerance < 1:
             raise InvalidArgument("tolerance", f"is {tolerance}: it must lie between 0 and 1")
-        counts = {"max_prompts": max_prompts, "samples": samples, "every_n_steps": every_n_steps}
-        for name, value in counts.items():
-            if value is not None and value < 1:
-                raise InvalidArgument(name, f"is {value}: it must be at least 1")
-        if patience < 0:
-            raise InvalidArgument("patience", f"is {patience}: it must be at least 0")
+        check_at_least(1, max_prompts=max_prompts, samples=samples, every_n_steps=every_n_steps)
+        check_at_least(0, patience=patience)
         if not 0 < gain < 1 / MAX_RELATIVE_ERROR:
             raise InvalidArgument("gain", f"is {gain}: it must be above 0 and below {1 / MAX_RELATIVE_ERROR:g}")
         self.controller = BudgetController(budget, margin=NormalDist().inv_cdf(confidence), tolerance=tolerance)
@@ -336,7 +333,7 @@ class KLBudget(Callback):
             UserError: If a weight of the policy is not a number.
         """
         began = perf_counter()
-        if not all(parameter.isfinite().all() for parameter in _parameters(module)):
+        if not all(map(is_finite, _parameters(module))):
             raise UserError(DIVERGED.format(step=trainer.global_step, what="a weight of the policy is not a number"))
         found = self.fresh_kl.measure(trainer, module, purpose, stderr)
         self.seconds += perf_counter() - began

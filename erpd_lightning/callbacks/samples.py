@@ -19,7 +19,7 @@ from ..data.loader import micro_batches
 from ..data.prompt_batches import PromptBatch
 from ..data.rollouts import RolloutDataModule
 from ..data.samples import token_texts
-from ..errors import InvalidArgument, UserError
+from ..errors import UserError, check_at_least
 from ..models.policy import Policy
 from ..modules.eval_mode import eval_mode
 from ..modules.policy_module import PolicyModule
@@ -93,15 +93,9 @@ class SampleTable(Callback):
     """
 
     def __init__(self, prompts: int = 4, samples: int = 1, every_n_validations: int = 2, max_tokens: int = 512) -> None:
-        counts = {
-            "prompts": prompts,
-            "samples": samples,
-            "every_n_validations": every_n_validations,
-            "max_tokens": max_tokens,
-        }
-        for name, count in counts.items():
-            if count < 1:
-                raise InvalidArgument(name, f"is {count}: it must be at least 1")
+        check_at_least(
+            1, prompts=prompts, samples=samples, every_n_validations=every_n_validations, max_tokens=max_tokens
+        )
         self.prompts = prompts
         self.samples = samples
         self.every_n_validations = every_n_validations

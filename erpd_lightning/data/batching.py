@@ -136,7 +136,7 @@ class ScoreTable:
         tails, tail_offsets = _ragged(table["tail_logps"])
         support_ids, id_offsets = _ragged(table["support_ids"])
         support_logps, support_row_offsets = _ragged(table["support_logps"])
-        support_offsets = _offsets(sizes)
+        support_offsets = offsets_of(sizes)
         _check_equal_lengths("scores", logps=token_offsets, support_size=size_offsets, tail_logps=tail_offsets)
         _check_equal_lengths(
             "scores",
@@ -376,11 +376,11 @@ def _ragged(column: pa.ChunkedArray) -> tuple[Tensor, Tensor]:
     # By chunk: Arrow's own 32-bit offsets cannot count the tokens of a large store.
     values = [chunk.flatten().to_numpy(zero_copy_only=True) for chunk in column.chunks]
     lengths = [np.diff(chunk.offsets.to_numpy()) for chunk in column.chunks]
-    offsets = _offsets(torch.from_numpy(np.concatenate(lengths)))
+    offsets = offsets_of(torch.from_numpy(np.concatenate(lengths)))
     return torch.from_numpy(np.concatenate(values)), offsets
 
 
-def _offsets(lengths: Tensor) -> Tensor:
+def offsets_of(lengths: Tensor) -> Tensor:
     """(N+1,) long, 0 and the running sums of (N,) lengths."""
     return torch.cat([torch.zeros(1, dtype=torch.long), lengths.cumsum(0, dtype=torch.long)])
 

@@ -18,7 +18,7 @@ from torch import Tensor
 
 from ..errors import UserError
 from ..models.loading import has_tokenizer, load_tokenizer
-from .batching import RolloutBatch, RolloutTable, ScoreTable, opaque
+from .batching import RolloutBatch, RolloutTable, ScoreTable, offsets_of, opaque
 from .loader import micro_batches, micro_batches_needed, partition_step
 from .prompt_batches import PromptBatch
 from .ranks import ranks
@@ -319,5 +319,5 @@ def _score_columns(rollouts: RolloutBatch, scores: Scores) -> dict[str, Any]:
 
 def _lists(values: Tensor, lengths: Tensor) -> pa.Array:
     """Flat values as an Arrow array of lists of the given lengths."""
-    offsets = torch.cat([lengths.new_zeros(1), lengths.cumsum(0)]).to(torch.int32)
+    offsets = offsets_of(lengths).to(torch.int32)
     return pa.ListArray.from_arrays(pa.array(offsets.numpy()), pa.array(values.numpy()))

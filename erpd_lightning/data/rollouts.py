@@ -12,7 +12,7 @@ from lightning.pytorch import LightningDataModule
 from lightning.pytorch.trainer.states import TrainerFn
 from torch import Tensor
 
-from ..errors import InvalidArgument, UserError
+from ..errors import InvalidArgument, UserError, check_at_least
 from ..models.loading import context_length, load_tokenizer
 from ..seeds import derive_seed
 from .batching import RolloutTable
@@ -136,28 +136,19 @@ class RolloutDataModule(LightningDataModule):
         seed: int = 0,
     ) -> None:
         super().__init__()
-        counts = {
-            "group_size": group_size,
-            "prompts_per_round": prompts_per_round,
-            "round": round,
-            "iterations": iterations,
-            "batch_size": batch_size,
-            "max_tokens": max_tokens,
-            "validation_samples": validation_samples,
-            "max_validation_prompts": max_validation_prompts,
-            "calibration_samples": calibration_samples,
-        }
-        for name, count in counts.items():
-            if count is not None and count < 1:
-                raise InvalidArgument(name, f"is {count}: it must be at least 1")
-        optional = {
-            "calibration_prompts": calibration_prompts,
-            "preview_prompts": preview_prompts,
-            "replay": replay,
-        }
-        for name, count in optional.items():
-            if count < 0:
-                raise InvalidArgument(name, f"is {count}: it must be at least 0")
+        check_at_least(
+            1,
+            group_size=group_size,
+            prompts_per_round=prompts_per_round,
+            round=round,
+            iterations=iterations,
+            batch_size=batch_size,
+            max_tokens=max_tokens,
+            validation_samples=validation_samples,
+            max_validation_prompts=max_validation_prompts,
+            calibration_samples=calibration_samples,
+        )
+        check_at_least(0, calibration_prompts=calibration_prompts, preview_prompts=preview_prompts, replay=replay)
         if baseline not in ("group", "batch"):
             raise InvalidArgument("baseline", f"is {baseline!r}: it must be 'group' or 'batch'")
         if not math.isfinite(correct_threshold):
@@ -317,10 +308,8 @@ class RolloutDataModule(LightningDataModule):
     def _sampling(self, rollouts: TrainRollouts) -> SamplingData:
         # The answers of a student that is distilled are not verified.
         verifier = self.verifier if rollouts is self.stored else Unverified()
-        source = self.prompt_plan.source
-
         settings = {
-            "prompts": prompts_fingerprint(source),
+            "prompts": prompts_fingerprint(self.prompt_plan.source),
             "prompts_per_round": self.prompts_per_round,
             "round": self.round,
             "iteration": rollouts.iteration,

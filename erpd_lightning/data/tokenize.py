@@ -6,7 +6,7 @@ from typing import Any
 from lightning.pytorch.utilities import rank_zero_warn
 
 from ..errors import UserError, first_line
-from ..models.loading import eos_token_ids
+from ..models.generation import eos_token_ids
 
 Message = dict[str, str]
 

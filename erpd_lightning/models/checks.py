@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from ..errors import UserError, first_line
+from .generation import generation_config
 
 MAX_DIFFERENCE = {torch.float64: 1e-3, torch.float32: 1e-3, torch.float16: 0.1, torch.bfloat16: 0.5}
 """Nats by which two ways to the same log-prob may differ, by the weights' data type.
@@ -51,13 +52,13 @@ def check_weights(model: Any, loaded: dict[str, Any], path: str | Path) -> None:
         )
     if errors := loaded["error_msgs"]:
         raise UserError(f"policy {path}: {first_line(Exception(errors[0]))}")
-    broken = [name for name, weight in model.named_parameters() if not _is_finite(weight)]
+    broken = [name for name, weight in model.named_parameters() if not is_finite(weight)]
     if broken:
         raise UserError(f"policy {path}: {broken[0]}{_and_others(broken)} has values that are NaN or infinite")
 
 
-def _is_finite(weight: Tensor) -> bool:
-    """Whether all values are; one pass without a temporary, where `isfinite` makes two."""
+def is_finite(weight: Tensor) -> bool:
+    """Whether all values of a weight are finite; one pass without a temporary, where `isfinite` makes two."""
     weight = weight.detach()
     if not weight.numel() or not weight.is_floating_point():
         return True
@@ -160,20 +161,15 @@ def _disagreement(policy: Any) -> tuple[str, float, float] | None:
 
 def _generate(model: Any, prompts: list[list[int]]) -> tuple[Tensor, list[list[int]]]:
     """Log-probs `(prompts, NEW_TOKENS, V)` that tokens were generated from, and the tokens; padded on the left."""
-    from transformers import GenerationConfig
-
     width, device = max(map(len, prompts)), model.device
     # A token that the prompts hold too: padding is what the mask says, whatever stands there.
     ids = torch.tensor([[*[prompts[0][0]] * (width - len(prompt)), *prompt] for prompt in prompts], device=device)
     mask = torch.tensor([[*[0] * (width - len(prompt)), *[1] * len(prompt)] for prompt in prompts], device=device)
-    shipped = model.generation_config
-    model.generation_config = GenerationConfig(
-        do_sample=False, max_new_tokens=NEW_TOKENS, min_new_tokens=NEW_TOKENS, pad_token_id=int(ids[0, 0])
+    greedy = generation_config(
+        model, do_sample=False, max_new_tokens=NEW_TOKENS, min_new_tokens=NEW_TOKENS, pad_token_id=int(ids[0, 0])
     )
-    try:
+    with greedy:
         out = model.generate(input_ids=ids, attention_mask=mask, output_logits=True, return_dict_in_generate=True)
-    finally:
-        model.generation_config = shipped
     logits = torch.stack(out.logits, dim=1)
     logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
     return logits.log_softmax(-1), out.sequences[:, width:].tolist()

@@ -1,7 +1,7 @@
 """What is read beside a policy: its tokenizer and its context length, with one clear line where that fails."""
 
 from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 from weakref import WeakKeyDictionary
@@ -58,23 +58,6 @@ def has_tokenizer(path: str | Path) -> bool:
     """Whether a tokenizer lies beside a policy; of a hub name it is taken for granted."""
     folder = Path(path)
     return not folder.is_dir() or any(folder.glob("tokenizer*")) or any(folder.glob("vocab*"))
-
-
-def eos_token_ids(tokenizer: Any) -> set[int]:
-    """Tokens that end a response: the tokenizer's end of sequence, and those that the policy beside it is shipped with.
-
-    Where nothing can be read beside it, the tokenizer's alone.
-    """
-    from transformers import AutoConfig, GenerationConfig
-
-    found: set[int] = {tokenizer.eos_token_id}
-    for kind in (GenerationConfig, AutoConfig):
-        with suppress(Exception):  # Of an absent file and of a damaged one they raise many errors.
-            shipped = kind.from_pretrained(tokenizer.name_or_path, trust_remote_code=False).eos_token_id
-            return found | {
-                token for token in (shipped if isinstance(shipped, list) else [shipped]) if token is not None
-            }
-    return found
 
 
 def context_length(path: str | Path) -> int | None:

@@ -13,7 +13,8 @@ from ..budget.controller import BudgetController, spending_warning
 from ..budget.interpolation import WeightInterpolation
 from ..budget.search import Measurement
 from ..data.batching import RolloutBatch, RolloutTable, replaced
-from ..errors import InvalidArgument, UserError
+from ..errors import InvalidArgument, UserError, check_at_least
+from ..models.checks import is_finite
 from ..objectives.distillation import DistillObjective, TiltedTarget, TokenObjective
 from ..objectives.divergences import exact_kl
 from ..objectives.signal import AutoSignal, Signal
@@ -106,8 +107,7 @@ class DistillModule(TrainingModule):
             raise InvalidArgument(
                 "objective", f"is {type(self.objective).__name__}: it must be a SupportObjective or a TokenObjective"
             )
-        if iterations < 1:
-            raise InvalidArgument("iterations", f"is {iterations}: it must be at least 1")
+        check_at_least(1, iterations=iterations)
         self.reasons: list[str] = []
         self.iterations = iterations
         self.policies = policies or {}
@@ -236,7 +236,7 @@ class DistillModule(TrainingModule):
             weights.move_to(alpha)
             return self._measure_spent(f"landing {next(attempts)}")
 
-        if not all(parameter.isfinite().all() for parameter in self.policy.parameters()):
+        if not all(map(is_finite, self.policy.parameters())):
             raise TrainingDiverged(f"optimiser step {self.global_step}: a weight of the policy is not a number")
         with eval_mode(trainer, self):
             fit = self.budget.fit_alpha(measure)

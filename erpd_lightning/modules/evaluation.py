@@ -13,7 +13,7 @@ from ..data.batching import RolloutBatch, RolloutTable
 from ..data.loader import micro_batches
 from ..data.prompt_batches import PromptBatch
 from ..data.samples import kept_rows, sample_table, write_samples
-from ..errors import InvalidArgument, UserError
+from ..errors import UserError, check_at_least
 from ..metrics import ClusteredRatio, PassAtK, distinct_responses
 from ..models.policy import Policy
 from ..seeds import derive_seed
@@ -44,8 +44,7 @@ class EvaluationModule(PolicyModule):
 
     def __init__(self, policy: str | Path, pass_at_k: int | None = None, **kwargs: Any) -> None:
         super().__init__(policy, **kwargs)
-        if pass_at_k is not None and pass_at_k < 1:
-            raise InvalidArgument("pass_at_k", f"is {pass_at_k}: it must be at least 1")
+        check_at_least(1, pass_at_k=pass_at_k)
         self.pass_at_k = pass_at_k
         self.metrics = nn.ModuleDict({stage: nn.ModuleDict() for stage in EVALUATIONS})
 
@@ -220,13 +219,16 @@ def prompt_sums(
     device = policy.head.weight.device
     sums: dict[str, Tensor] = defaultdict(lambda: torch.zeros(len(prompts.prompts), dtype=torch.float64))
     reasons = table["finish_reason"].to_numpy(zero_copy_only=False)
-    truncated = torch.tensor(reasons == "length").double()
     checked = torch.tensor(table["checked"].to_numpy(zero_copy_only=False))
     correct = checked & (rollouts.rewards >= prompts.correct_threshold)
-    sums["correct"].index_add_(0, rollouts.groups - first, correct.double())
-    sums["reward"].index_add_(0, rollouts.groups - first, rollouts.rewards.double().where(checked, 0.0))
-    sums["unchecked"].index_add_(0, rollouts.groups - first, (~checked).double())
-    sums["truncated"].index_add_(0, rollouts.groups - first, truncated)
+    of_responses = {
+        "correct": correct,
+        "reward": rollouts.rewards.double().where(checked, 0.0),
+        "unchecked": ~checked,
+        "truncated": torch.tensor(reasons == "length"),
+    }
+    for name, values in of_responses.items():
+        sums[name].index_add_(0, rollouts.groups - first, values.double())
     sums["distinct"] = distinct_responses(table["response"].to_pylist(), rollouts.groups)
     for batch in micro_batches(rollouts, prompts.max_tokens):
         group = rollouts.groups[batch.rows] - first

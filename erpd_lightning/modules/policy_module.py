@@ -11,7 +11,7 @@ from lightning.pytorch import LightningModule
 
 from ..data.predict_data import PredictToStore, Scores, ScoringPart
 from ..data.prompt_batches import PromptBatch
-from ..errors import InvalidArgument
+from ..errors import check_at_least
 from ..models.head import MAX_LOGITS
 from ..models.policy import Policy, check_dtype, export_policy, load_policy, load_reference, policy_fingerprint
 from .scoring import score
@@ -40,8 +40,7 @@ class PolicyModule(LightningModule):
         max_logits: int = MAX_LOGITS,
     ) -> None:
         super().__init__()
-        if max_logits < 1:
-            raise InvalidArgument("max_logits", f"is {max_logits}: it must be at least 1")
+        check_at_least(1, max_logits=max_logits)
         check_dtype(dtype)
         self.policy_path = policy
         self.references = {"base": str(policy)} if references is None else references
@@ -100,9 +99,14 @@ class PolicyModule(LightningModule):
         """
         check_strategy(self.trainer.strategy)
         check_ranks(self.trainer)
-        data: Any = getattr(self.trainer, "datamodule", None)
-        if isinstance(data, PredictToStore):
+        if (data := self._predict_data) is not None:
             data.connect(self)
+
+    @property
+    def _predict_data(self) -> PredictToStore | None:
+        """The trainer's data module, if what is predicted goes into a store."""
+        data: Any = getattr(self.trainer, "datamodule", None)
+        return data if isinstance(data, PredictToStore) else None
 
     @torch.no_grad()
     def predict_step(self, batch: PromptBatch | ScoringPart | None, batch_idx: int) -> pa.Table | list[Scores]:
@@ -119,14 +123,12 @@ class PolicyModule(LightningModule):
 
     def on_predict_batch_end(self, outputs: Any, batch: Any, batch_idx: int, dataloader_idx: int = 0) -> None:
         """Hand over what a store is to keep."""
-        data: Any = getattr(self.trainer, "datamodule", None)
-        if isinstance(data, PredictToStore) and batch is not None:
+        if (data := self._predict_data) is not None and batch is not None:
             data.write(batch, outputs)
 
     def on_predict_end(self) -> None:
         """Finish the store."""
-        data: Any = getattr(self.trainer, "datamodule", None)
-        if isinstance(data, PredictToStore):
+        if (data := self._predict_data) is not None:
             data.finish()
 
     # Export.

@@ -10,7 +10,7 @@ from torch.optim.lr_scheduler import LambdaLR
 
 from ..data.batching import RolloutBatch
 from ..data.rollouts import RolloutDataModule
-from ..errors import InvalidArgument, UserError
+from ..errors import InvalidArgument, UserError, check_at_least
 from ..objectives.reduction import masked_sum
 from .evaluation import EvaluationModule
 from .old_logps import OldLogps
@@ -63,8 +63,7 @@ class TrainingModule(EvaluationModule):
         super().__init__(policy, **kwargs)
         if not 0 < learning_rate < float("inf"):
             raise InvalidArgument("learning_rate", f"is {learning_rate}: it must be a positive number")
-        if warmup_steps < 0:
-            raise InvalidArgument("warmup_steps", f"is {warmup_steps}: it must be at least 0")
+        check_at_least(0, warmup_steps=warmup_steps)
         if not 0 <= weight_decay < float("inf"):
             raise InvalidArgument("weight_decay", f"is {weight_decay}: it must be at least 0")
         if not all(0 <= beta < 1 for beta in betas):

@@ -4,7 +4,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
-from ...errors import InvalidArgument
+from ...errors import InvalidArgument, check_at_least
 from ..settings import public_settings
 
 
@@ -32,9 +32,7 @@ class Sampler(ABC):
     """
 
     def __init__(self, max_new_tokens: int = 256, temperature: float = 1.0, batch_size: int = 256) -> None:
-        for name, count in (("max_new_tokens", max_new_tokens), ("batch_size", batch_size)):
-            if count < 1:
-                raise InvalidArgument(name, f"is {count}: it must be at least 1")
+        check_at_least(1, max_new_tokens=max_new_tokens, batch_size=batch_size)
         if not 0 < temperature < float("inf"):
             raise InvalidArgument("temperature", f"is {temperature}: it must be above 0")
         self.max_new_tokens = max_new_tokens

@@ -7,6 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ...models.generation import end_tokens, generation_config
 from ...models.loading import check_tokenizer
 from .base import Response, Sampler
 
@@ -51,7 +52,19 @@ class TransformersSampler(Sampler):
     def generate(self, model: Any, tokenizer: Any, encoded: Any, recorder: "LogpRecorder") -> list[Response]:
         """One response to each of some padded prompts, drawn from what the recorder makes of the logits."""
         device = encoded["input_ids"].device
-        with self._plain_sampling(model, tokenizer):
+        ends = sorted(end_tokens(tokenizer, model.generation_config.eos_token_id))
+        plain = generation_config(
+            model,
+            do_sample=True,
+            temperature=self.temperature,
+            top_k=0,
+            top_p=1.0,
+            max_new_tokens=self.max_new_tokens,
+            eos_token_id=ends,
+            pad_token_id=tokenizer.pad_token_id,
+            bos_token_id=tokenizer.bos_token_id,
+        )
+        with plain:
             sequences = model.generate(
                 input_ids=encoded["input_ids"],
                 attention_mask=encoded["attention_mask"],
@@ -59,7 +72,7 @@ class TransformersSampler(Sampler):
             )
         ids = sequences[:, encoded["input_ids"].shape[1] :]
         logps = recorder.finish(sequences)
-        ended = torch.isin(ids, torch.tensor(_eos_ids(model, tokenizer), device=device))
+        ended = torch.isin(ids, torch.tensor(ends, device=device))
         # Up to and including the first end-of-sequence token; what follows is padding.
         lengths = ((ended.cumsum(1) - ended.long()) == 0).sum(1).tolist()
         reasons = ["stop" if stop else "length" for stop in ended.any(1).tolist()]
@@ -67,34 +80,6 @@ class TransformersSampler(Sampler):
             Response(row[:length], logp[:length], reason)
             for row, logp, length, reason in zip(ids.tolist(), logps.tolist(), lengths, reasons, strict=True)
         ]
-
-    @contextmanager
-    def _plain_sampling(self, model: Any, tokenizer: Any) -> Iterator[None]:
-        """Sample from the policy itself: a checkpoint's own top-k, top-p or penalties would bias log-probs."""
-        from transformers import GenerationConfig
-
-        shipped = model.generation_config
-        model.generation_config = GenerationConfig(
-            do_sample=True,
-            temperature=self.temperature,
-            top_k=0,
-            top_p=1.0,
-            max_new_tokens=self.max_new_tokens,
-            eos_token_id=_eos_ids(model, tokenizer),
-            pad_token_id=tokenizer.pad_token_id,
-            bos_token_id=tokenizer.bos_token_id,
-        )
-        try:
-            yield
-        finally:
-            model.generation_config = shipped
-
-
-def _eos_ids(model: Any, tokenizer: Any) -> list[int]:
-    """The tokenizer's end of sequence and those that the model was shipped with (a chat model has several)."""
-    shipped = model.generation_config.eos_token_id
-    listed = shipped if isinstance(shipped, list) else [shipped]
-    return sorted({tokenizer.eos_token_id, *(token for token in listed if token is not None)})
 
 
 class LogpRecorder:

@@ -6,7 +6,7 @@ from functools import lru_cache
 
 from ...errors import InvalidArgument
 from .base import Verifier
-from .worker_pool import WorkerPool
+from .worker_pool import WorkerPool, check_timeout
 
 
 class ExactMatch(Verifier):
@@ -26,8 +26,7 @@ class ExactMatch(Verifier):
             raise InvalidArgument("pattern", f"is {pattern!r}, which is no regular expression: {error}") from None
         if self.pattern.groups != 1:
             raise InvalidArgument("pattern", f"is {pattern!r}: it must have exactly one group, the answer")
-        if not 0 < timeout < float("inf"):
-            raise InvalidArgument("timeout", f"is {timeout}: it must be above 0 seconds, and finite")
+        check_timeout(timeout)
         self.timeout = timeout
         self._pool = WorkerPool(f"{__name__}:match_answer")
 

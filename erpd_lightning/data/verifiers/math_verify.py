@@ -2,10 +2,9 @@
 
 from collections.abc import Sequence
 
-from ...errors import InvalidArgument
 from .base import Verifier
 from .final_answer import final_answer, without_box
-from .worker_pool import WorkerPool
+from .worker_pool import WorkerPool, check_timeout
 
 
 class MathVerify(Verifier):
@@ -31,8 +30,7 @@ class MathVerify(Verifier):
     """
 
     def __init__(self, timeout: float = 10.0, require_box: bool = False) -> None:
-        if not 0 < timeout < float("inf"):
-            raise InvalidArgument("timeout", f"is {timeout}: it must be above 0 seconds, and finite")
+        check_timeout(timeout)
         self.timeout = timeout
         self.require_box = require_box
         self._pool = WorkerPool(f"{__package__}.math_compare:check")

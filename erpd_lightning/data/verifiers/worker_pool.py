@@ -25,7 +25,7 @@ from collections.abc import Callable, Sequence
 from multiprocessing.connection import Connection, wait
 from typing import Any
 
-from ...errors import UserError
+from ...errors import InvalidArgument, UserError
 
 START_SECONDS = 120
 """Longest start of a server: it imports sympy, perhaps from a slow file system."""
@@ -40,6 +40,16 @@ MEMORY_BYTES = 2 * 2**30
 
 SERVE = "import json, sys; sys.path[:] = json.loads(sys.argv[1]); from {module} import serve; serve(*sys.argv[2:])"
 PR_SET_PDEATHSIG = 1
+
+
+def check_timeout(timeout: float) -> None:
+    """Refuse a time limit that is none.
+
+    Raises:
+        InvalidArgument: If it is not a positive, finite number of seconds.
+    """
+    if not 0 < timeout < float("inf"):
+        raise InvalidArgument("timeout", f"is {timeout}: it must be above 0 seconds, and finite")
 
 
 class WorkerPool:
