@@ -18,17 +18,18 @@ from ..data.rollouts import RolloutDataModule
 from ..errors import InvalidArgument, UserError
 from ..modules.distill import UNRESTRAINED, DistillModule
 from ..modules.extreme_region import ExtremeRegionModule
-from ..modules.strategies import check_strategy
+from ..modules.strategies import check_steps, check_strategy
 from ..modules.training import TrainingModule
 from ..objectives.signal import AutoSignal
 from ..pipeline.stages import is_teacher, teacher_stage
 from .dependencies import (
-    INFERENCE_STAGE_KEYS,
     OPERATIONAL_TRAINER_KEYS,
-    SIGNAL_SELECTION_KEYS,
+    TARGET_DISTILL_KEYS,
+    UNUSED_DATA_KEYS,
     canonical_class_paths,
     class_of,
-    data_keys,
+    data_settings,
+    is_watched,
     trainer_settings,
 )
 from .errors import one_line, rejected_value, unknown_option, with_key
@@ -191,8 +192,9 @@ class ConfigBuilder:
             raise UserError(f"{key}: {one_line(error)}") from error
         try:
             check_strategy(trainer.strategy)
+            check_steps(trainer)
         except InvalidArgument as error:  # Before it starts any process.
-            raise error.under(own if "strategy" in self._own_settings(own) else "trainer") from error
+            raise error.under(own if error.argument in self._own_settings(own) else "trainer") from error
         stop_signals.watch(trainer)
         return trainer
 
@@ -201,21 +203,20 @@ class ConfigBuilder:
         data = canonical_class_paths(self.config["data"].as_dict())
         distill = canonical_class_paths(self.config["distill"].as_dict())
         own_trainer = trainer_of(stage)
-        of_trainer = trainer_settings(stage, self._settings("trainer", own_trainer).as_dict())
-        if stage == "signal_selection":
-            own = {"distill": {key: distill[key] for key in SIGNAL_SELECTION_KEYS["distill"]}}
-        elif stage in INFERENCE_STAGE_KEYS:
-            own = {"trainer": of_trainer}
+        all_of_trainer = self._settings("trainer", own_trainer).as_dict()
+        watched = False
+        if stage in UNUSED_DATA_KEYS:
+            own = {"trainer": trainer_settings(stage, all_of_trainer, None)}
+            if stage == "signal_selection":
+                own["distill"] = {key: distill[key] for key in sorted(TARGET_DISTILL_KEYS)}
         else:
             of_module = canonical_class_paths(self._settings(_group(stage), stage).as_dict())
+            of_trainer = trainer_settings(stage, all_of_trainer, of_module)
+            watched = is_watched(of_module, of_trainer)
             own = {stage: of_module, own_trainer: of_trainer}
             if is_teacher(stage):
                 own[stage]["sign"] = self._sign(stage)
-        return {
-            **own,
-            "dtype": self.config["dtype"],
-            "data": {key: data[key] for key in data_keys(stage, data, distill)},
-        }
+        return {**own, "dtype": self.config["dtype"], "data": data_settings(stage, data, distill, watched)}
 
     def built(self, key: str, value: Any, name: str | None = None) -> Any:
         """The value of an option with its classes instantiated.

@@ -1,4 +1,7 @@
-"""What each stage's result depends on, of the user's settings: recorded with it, and compared when a run goes on."""
+"""What each stage's result depends on, of the user's settings: recorded with it, and compared when a run goes on.
+
+What does not count is listed: an option that is new, here or in Lightning, counts.
+"""
 
 from collections.abc import Mapping
 from importlib import import_module
@@ -26,6 +29,33 @@ OPERATIONAL_TRAINER_KEYS = {
 }
 """Trainer settings that change how a stage runs and is watched, but not what it makes."""
 
+TRAINING_TRAINER_KEYS = {
+    "max_epochs",
+    "min_epochs",
+    "max_steps",
+    "min_steps",
+    "max_time",
+    "limit_train_batches",
+    "overfit_batches",
+    "accumulate_grad_batches",
+    "gradient_clip_val",
+    "gradient_clip_algorithm",
+    "fast_dev_run",
+    "deterministic",
+    "benchmark",
+    "inference_mode",
+    "use_distributed_sampler",
+    "detect_anomaly",
+    "barebones",
+    "sync_batchnorm",
+    "reload_dataloaders_every_n_epochs",
+    "model_registry",
+}
+"""Those that only training depends on."""
+
+VALIDATION_TRAINER_KEYS = {"check_val_every_n_epoch", "val_check_interval", "limit_val_batches"}
+"""Those that say when a policy is validated, and on how much."""
+
 MONITORING_CALLBACKS = {
     "DeviceStatsMonitor",
     "LearningRateMonitor",
@@ -39,71 +69,107 @@ MONITORING_CALLBACKS = {
 }
 """Callbacks that do the same; of any other, such as `EarlyStopping` or `KLBudget`, the outcome may depend."""
 
-ROLLOUT_DATA_KEYS = ("sampler", "verifier", "group_size", "prompts_per_round")
-"""What of `data` the rollouts depend on."""
+CONTENT_DATA_KEYS = {"prompts", "validation_prompts", "max_tokens"}
+"""What of `data` never counts: prompts are told apart by what is in them, which is an input of the stages, and how
+much is run through a policy at a time changes nothing."""
 
-ADVANTAGE_DATA_KEYS = ("replay", "baseline", "correct_threshold")
-"""What of `data` teacher and unlearned policy depend on besides the rollouts."""
+ROLLOUT_DATA_KEYS = {"group_size", "prompts_per_round"}
+"""What of `data` the rollouts depend on beside sampler and verifier; other stages have the rollouts themselves as an
+input."""
 
-ON_POLICY_DATA_KEYS = ("sampler", "group_size", "prompts_per_round")
-"""What of `data` a student depends on that answers the prompts itself."""
+TRAINING_DATA_KEYS = {"batch_size", "iterations", "replay", "baseline"}
+"""What of `data` only training depends on; `correct_threshold` is also what evaluation counts by."""
 
-INFERENCE_STAGE_KEYS: dict[str, tuple[tuple[str, ...], tuple[str, ...]]] = {
-    "rollouts": (ROLLOUT_DATA_KEYS, ("precision",)),
-    "scoring": ((), ("precision",)),
-    "evaluation": (
-        ("sampler", "verifier", "correct_threshold", "validation_samples", "max_validation_prompts"),
-        ("precision", "limit_test_batches", "fast_dev_run"),
-    ),
+VALIDATION_DATA_KEYS = {"validation_samples", "max_validation_prompts"}
+CALIBRATION_DATA_KEYS = {"calibration_prompts", "calibration_samples"}
+
+UNUSED_DATA_KEYS: dict[str, set[str]] = {
+    "rollouts": {*TRAINING_DATA_KEYS, "correct_threshold", *VALIDATION_DATA_KEYS, *CALIBRATION_DATA_KEYS},
+    "scoring": {
+        *ROLLOUT_DATA_KEYS,
+        *TRAINING_DATA_KEYS,
+        *VALIDATION_DATA_KEYS,
+        *CALIBRATION_DATA_KEYS,
+        "sampler",
+        "verifier",
+        "correct_threshold",
+    },
+    "signal_selection": {
+        *ROLLOUT_DATA_KEYS,
+        *TRAINING_DATA_KEYS,
+        *VALIDATION_DATA_KEYS,
+        *CALIBRATION_DATA_KEYS,
+    },
+    "evaluation": {*ROLLOUT_DATA_KEYS, *TRAINING_DATA_KEYS, *CALIBRATION_DATA_KEYS},
 }
-"""Stages that train nothing: what of `data` and of `trainer` their result depends on."""
+"""Stages that train nothing: what of `data` their result does not depend on."""
 
-CALIBRATION_KEYS = {
-    "data": ("sampler", "calibration_prompts", "calibration_samples"),
-    "trainer": ("check_val_every_n_epoch", "val_check_interval", "limit_val_batches"),
-}
-"""What a student depends on that other trained policies do not: beta is corrected in validation."""
+TARGET_DISTILL_KEYS = {"signal", "kl_budget"}
+"""What of `distill` the choice of a signal depends on: it ends before anything is distilled."""
 
 
-SIGNAL_SELECTION_KEYS = {"data": ("sampler", "verifier", "correct_threshold"), "distill": ("signal", "kl_budget")}
-"""What of `data` and of `distill` the choice of a signal depends on."""
-
-
-def data_keys(stage: str, data: Mapping[str, Any], distill: Mapping[str, Any]) -> tuple[str, ...]:
-    """What of `data` a stage's result depends on.
+def data_settings(stage: str, data: Mapping[str, Any], distill: Mapping[str, Any], watched: bool) -> dict[str, Any]:
+    """The settings of `data` that a stage's result depends on.
 
     Args:
         stage: The stage.
-        data: Settings of `data`.
+        data: All settings of `data`.
         distill: Settings of `distill`.
+        watched: Whether a training stage's result depends on what is measured while it trains; see `is_watched`.
     """
-    if stage == "signal_selection":
-        return SIGNAL_SELECTION_KEYS["data"]
-    if stage in INFERENCE_STAGE_KEYS:
-        return INFERENCE_STAGE_KEYS[stage][0]
-    own_rollouts: tuple[str, ...] = ("iterations", *ROLLOUT_DATA_KEYS) if data["iterations"] > 1 else ()
-    if stage != "distill":
-        return ("batch_size", *own_rollouts, *ADVANTAGE_DATA_KEYS)
-    if distill["iterations"] > 1:
-        own_rollouts = ON_POLICY_DATA_KEYS
-    return ("batch_size", *own_rollouts, *CALIBRATION_KEYS["data"])
+    unused = UNUSED_DATA_KEYS.get(stage)
+    if unused is None:
+        unused = _unused_in_distillation(distill, watched) if stage == "distill" else _unused_in_region(data, watched)
+    return {key: value for key, value in data.items() if key not in CONTENT_DATA_KEYS | unused}
 
 
-def trainer_settings(stage: str, trainer: Mapping[str, Any]) -> dict[str, Any]:
+def _unused_in_region(data: Mapping[str, Any], watched: bool) -> set[str]:
+    unused = set() if watched else VALIDATION_DATA_KEYS | CALIBRATION_DATA_KEYS
+    if data["iterations"] == 1:
+        unused = unused | ROLLOUT_DATA_KEYS
+        if not watched:
+            unused = unused | {"sampler", "verifier"}
+    return unused
+
+
+def _unused_in_distillation(distill: Mapping[str, Any], watched: bool) -> set[str]:
+    """A student's KL is measured on calibration prompts anyway; its own answers are not verified."""
+    unused = TRAINING_DATA_KEYS - {"batch_size"}
+    if not watched:
+        unused = unused | VALIDATION_DATA_KEYS | {"verifier", "correct_threshold"}
+    return unused if distill["iterations"] > 1 else unused | ROLLOUT_DATA_KEYS
+
+
+def is_watched(module: Mapping[str, Any], trainer: Mapping[str, Any]) -> bool:
+    """Whether what a training stage makes depends on what is measured while it trains.
+
+    Args:
+        module: Settings of the stage's module.
+        trainer: What of its trainer's settings counts.
+    """
+    return module.get("keep") == "best" or module.get("stop_at_kl") is not None or "callbacks" in trainer
+
+
+def trainer_settings(stage: str, trainer: Mapping[str, Any], module: Mapping[str, Any] | None) -> dict[str, Any]:
     """The trainer's settings that a stage's result depends on.
 
     Args:
         stage: The stage.
         trainer: All settings of its trainer.
+        module: Settings of the stage's module; None where the stage trains nothing.
     """
-    if stage in INFERENCE_STAGE_KEYS:
-        return {key: trainer[key] for key in INFERENCE_STAGE_KEYS[stage][1]}
-    ignored = OPERATIONAL_TRAINER_KEYS.difference(CALIBRATION_KEYS["trainer"] if stage == "distill" else ())
-    settings = {key: value for key, value in trainer.items() if key not in ignored}
+    if module is None:
+        ignored = OPERATIONAL_TRAINER_KEYS | TRAINING_TRAINER_KEYS
+        if stage == "evaluation":
+            ignored = ignored - {"limit_test_batches", "fast_dev_run"}
+        return {key: value for key, value in trainer.items() if key not in ignored}
+    settings = {key: value for key, value in trainer.items() if key not in OPERATIONAL_TRAINER_KEYS}
     callbacks = trainer["callbacks"] or []
     callbacks = callbacks if isinstance(callbacks, list) else [callbacks]
     if acting := [canonical_class_paths(each) for each in callbacks if affects_outcome(each)]:
         settings["callbacks"] = acting
+    if stage == "distill" or is_watched(module, settings):
+        settings |= {key: trainer[key] for key in sorted(VALIDATION_TRAINER_KEYS)}
     return settings
 
 

@@ -18,19 +18,26 @@ NOT_SETTINGS = {"config", "help", "print_config"}
 """Options of every parser that set nothing themselves."""
 
 
+NOT_EMPTY = "run_dir"
+"""An option whose empty value is a mistake that parsing hides."""
+
+
 def check_files(args: Sequence[str], keys: Collection[str]) -> None:
-    """Read the configuration files among the arguments.
+    """Read the configuration files among the arguments, and the mappings that are given as they are.
 
     Args:
         args: Arguments of the command line.
         keys: Options that take a configuration file besides `config`.
 
     Raises:
-        UserError: Names the file that holds no options.
+        UserError: Names the file that holds no options, or a key that is given twice or, where it must not, empty.
     """
     for name, value in _options(args):
-        if name == "config" or name in keys:
-            _read(value)
+        settings = {name: value}
+        if name == "config" or name in keys or value.startswith("{"):
+            settings = {**settings, **_read(value)}
+        if settings.get(NOT_EMPTY) == "":  # Parsed, it would be the current directory.
+            raise UserError(f"{NOT_EMPTY} is empty: a directory for all that a run makes is expected")
 
 
 def unknown_keys(args: Sequence[str], options: Collection[str]) -> Iterator[str]:
@@ -75,6 +82,21 @@ def _options(args: Sequence[str]) -> Iterator[tuple[str, str]]:
             yield name.removesuffix("+"), value if equals or following.startswith("--") else following
 
 
+def _repeated_keys(node: Any) -> Iterator[Any]:
+    """The nodes of keys that a mapping in YAML has already: parsers keep the last of them in silence."""
+    if isinstance(node, yaml.MappingNode):
+        seen = set()
+        for key, value in node.value:
+            if isinstance(key, yaml.ScalarNode) and key.value in seen:
+                yield key
+            if isinstance(key, yaml.ScalarNode):
+                seen.add(key.value)
+            yield from _repeated_keys(value)
+    elif isinstance(node, yaml.SequenceNode):
+        for each in node.value:
+            yield from _repeated_keys(each)
+
+
 def _read(value: str) -> dict[Any, Any]:
     """The settings in a configuration file, or in a value that is none; empty where a value is something else.
 
@@ -86,7 +108,9 @@ def _read(value: str) -> dict[Any, Any]:
     except OSError:  # Too long to be the name of a file.
         path = None
     try:
-        settings = get_loader("yaml")(value if path is None else path.read_text())
+        text = value if path is None else path.read_text()
+        settings = get_loader("yaml")(text)
+        repeated = next(_repeated_keys(yaml.compose(text, Loader=yaml.SafeLoader)), None)
     except (yaml.YAMLError, UnicodeDecodeError, OSError) as error:
         if path is None:
             return {}
@@ -95,6 +119,9 @@ def _read(value: str) -> dict[Any, Any]:
         problem = getattr(error, "problem", None) or one_line(error)
         raise UserError(f"{path} cannot be read as options: {where}{problem}") from error
     if isinstance(settings, dict):
+        if repeated is not None:
+            where = "" if path is None else f"{path}, line {repeated.start_mark.line + 1}: "
+            raise UserError(f"{where}{repeated.value} is given twice in the same place: leave one of them out")
         return settings
     if path is None:
         return {}

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from ..data.batching import RolloutBatch, RolloutTable
 from ..data.loader import micro_batches
 from ..data.prompt_batches import PromptBatch
+from ..data.ranks import gathered
 from ..data.samples import kept_rows, sample_table, write_samples
 from ..errors import UserError, check_at_least
 from ..metrics import ClusteredRatio, PassAtK, distinct_responses
@@ -147,10 +148,7 @@ class EvaluationWithSamples(EvaluationModule):
     def on_test_epoch_end(self) -> None:
         """Log and reset, and write what all ranks noted."""
         super().on_test_epoch_end()
-        noted: list[Any] = [self._tables]
-        if self.trainer.world_size > 1:
-            noted = [None] * self.trainer.world_size
-            torch.distributed.all_gather_object(noted, self._tables)
+        noted = gathered(self._tables)
         if self.trainer.is_global_zero:
             write_samples(self._samples_path, [table for tables in noted for table in tables])
 

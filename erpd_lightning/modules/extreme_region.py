@@ -30,7 +30,8 @@ class ExtremeRegionModule(TrainingModule):
             and the sampler's log-probs alone, which vary more: `k2` for `reverse`, `k1` or `k3` for `forward`. What
             they constrain to is the sampler as it sampled, temperature and all.
         keep: What training ends with: the `last` weights, or the `best` of those that were validated, by pass@1 on
-            the held-out prompts (with `sign` -1 the lowest). Judge what was chosen so on other prompts.
+            the training prompts outside the round (with `sign` -1 the lowest), so that what is measured on the
+            held-out prompts is not what was chosen by; `RolloutDataModule.calibration_prompts` says how many of them.
         stop_at_kl: Stop after the first validation with at least this KL to the base policy, in nats per token; None
             for the trainer's own end.
         old_policy: pi_old, which the objective's importance ratio divides by: `base`, the policy that sampled the
@@ -80,6 +81,7 @@ class ExtremeRegionModule(TrainingModule):
         self.kl_direction = kl_direction
         self.kl_estimator = kl_estimator
         self.keep = keep
+        self.calibrates = keep == "best"
         self.stop_at_kl = stop_at_kl
         self.old_policy = old_policy
         self._best: float | None = None
@@ -125,6 +127,13 @@ class ExtremeRegionModule(TrainingModule):
             self.objective.correct_threshold = self.correct_threshold
         if stage == "fit" and self._rollout_data is not None:
             self.check_rollouts(self._rollout_data)
+            plan = self._rollout_data.prompt_plan
+            if self.keep == "best" and plan.held_out and not plan.calibration:
+                raise InvalidArgument(
+                    "keep",
+                    "is best, but no training prompts are left outside the round to choose on: it takes "
+                    "prompts_per_round below their number and calibration_prompts of at least 1",
+                )
 
     def check_rollouts(self, data: RolloutDataModule) -> None:
         """Whether the rollouts are those that the KL term takes them for.
@@ -150,6 +159,13 @@ class ExtremeRegionModule(TrainingModule):
             self.trainer.should_stop = True
         super().on_train_start()
 
+    def on_validation_epoch_end(self) -> None:
+        """Log and reset, also what was measured on the prompts that the best weights are chosen by."""
+        super().on_validation_epoch_end()
+        metrics: Any = self.metrics["calibration"]
+        if len(metrics):
+            self._log_metrics("calibration")
+
     def on_validation_end(self) -> None:
         """Keep the weights that are the best so far, and the base policy where the loss needs it."""
         if self.kl_coef == 0 or self.kl_estimator != "exact":
@@ -158,10 +174,11 @@ class ExtremeRegionModule(TrainingModule):
         training = self.trainer.state.fn == TrainerFn.FITTING and not self.trainer.sanity_checking
         if not training or "val/pass@1" not in found:
             return
-        score = self.sign * float(found["val/pass@1"])
-        if self.keep == "best" and (self._best is None or score > self._best):
-            self._best = score
-            self._best_weights = {name: value.cpu().clone() for name, value in self.policy.state_dict().items()}
+        if self.keep == "best":
+            score = self.sign * float(found["calibration/pass@1"])
+            if self._best is None or score > self._best:
+                self._best = score
+                self._best_weights = {name: value.cpu().clone() for name, value in self.policy.state_dict().items()}
         if self.stop_at_kl is not None and float(found["val/kl_per_token"]) >= self.stop_at_kl:
             self._kl_reached = True
             self.trainer.should_stop = True

@@ -1,4 +1,4 @@
-"""Strategies of Lightning's that a policy can be trained and sampled with: those whose results are known."""
+"""Strategies of Lightning's that a policy can be trained and sampled with, and steps that it can be trained in."""
 
 import os
 from collections.abc import Mapping
@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from lightning.pytorch.strategies import DDPStrategy, SingleDeviceStrategy, Strategy
 
-from ..errors import InvalidArgument, UserError
+from ..errors import InvalidArgument, UserError, check_at_least
 
 REMEDY = "use ddp, or auto on one device"
 
@@ -32,6 +32,18 @@ def check_strategy(strategy: Strategy) -> None:
             return
         name = f"{name} with start_method {start_method} (ddp_{start_method})"
     raise InvalidArgument("strategy", f"is {name}, which is not supported: {REMEDY}")
+
+
+def check_steps(trainer: Any) -> None:
+    """Refuse numbers that Lightning takes for something else: a negative clip for none, no batches for a step.
+
+    Raises:
+        InvalidArgument: Names the trainer's argument.
+    """
+    clip = trainer.gradient_clip_val
+    if clip is not None and not 0 <= clip < float("inf"):
+        raise InvalidArgument("gradient_clip_val", f"is {clip}: it must be at least 0; null or 0 for no clipping")
+    check_at_least(1, accumulate_grad_batches=trainer.accumulate_grad_batches)
 
 
 def started_rank(environment: Mapping[str, str] = os.environ) -> int:

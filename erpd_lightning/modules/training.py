@@ -14,6 +14,7 @@ from ..errors import InvalidArgument, UserError, check_at_least
 from ..objectives.reduction import masked_sum
 from .evaluation import EvaluationModule
 from .old_logps import OldLogps
+from .strategies import check_steps
 
 HALF_PRECISIONS = ("bf16-true", "16-true")
 """Precisions of a trainer that round the weights themselves."""
@@ -118,10 +119,15 @@ class TrainingModule(EvaluationModule):
             raise InvalidArgument("precision", problem)
 
     def setup(self, stage: str) -> None:
-        """Say what the data module needs to know of the training."""
+        """Say what the data module needs to know of the training.
+
+        Raises:
+            InvalidArgument: If the trainer's precision or steps are none that training can have.
+        """
         super().setup(stage)
         if stage != "fit":
             return
+        check_steps(self.trainer)
         self.check_precision(self.trainer)
         self._total_steps = None
         if self._rollout_data is not None:

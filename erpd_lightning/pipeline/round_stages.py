@@ -6,6 +6,7 @@ from pathlib import Path
 
 import numpy as np
 
+from ..data.ranks import gathered, started_ranks
 from ..data.samples import SAMPLES_FILE
 from ..data.store import Store
 from ..errors import UserError
@@ -16,7 +17,7 @@ from ..objectives.signal import AutoSignal, Signal, Term
 from ..objectives.tilted_policy import UnreachableBudget
 from .records import Record
 from .run import Run
-from .signal_search import candidates_within_budget, choose, load_models, preview
+from .signal_search import Preview, candidates_within_budget, choose, load_models, preview
 from .stages import Stages, say
 
 
@@ -101,16 +102,17 @@ class RoundStages:
             scores = {name: data.rollouts.flat_scores(name) for name in {"base", *names}}
             assert self.run.distillation.kl_budget is not None
             try:
-                candidates = candidates_within_budget(auto, self.run.distillation.kl_budget, scores)
+                # What is within the budget is told by the first process: others may round differently.
+                candidates = gathered(candidates_within_budget(auto, self.run.distillation.kl_budget, scores))[0]
             except UnreachableBudget as error:
                 raise UserError(f"distill.kl_budget: {error}") from error
-            batches = list(data.batcher.batches(data.prompt_plan.previewed, auto.samples, "choice"))
+            batches = list(data.batcher.batches(data.prompt_plan.previewed, auto.samples, "choice", *started_ranks()))
             trainer = self.run.builder.trainer("signal_selection", logger=False)
             paths = {name: path for name, path in self.run.policies(number).items() if name in scores}
             models = load_models(paths, trainer, self.run.dtype)
             with trainer.precision_plugin.forward_context():
-                rows = preview(candidates, models, scores, batches)
-            best = choose(rows)
+                rows = preview(candidates, models, scores, batches, gathered)
+            best: Preview = gathered(choose(rows))[0]
             return {
                 "name": best.candidate.name,
                 "terms": [asdict(term) for term in best.candidate.signal.terms],

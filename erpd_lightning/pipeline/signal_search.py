@@ -4,7 +4,7 @@ The student ends about where decoding from its target leads, so a signal and a b
 before anything is distilled.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -105,6 +105,7 @@ def preview(
     models: Mapping[str, Any],
     scores: Mapping[str, Tensor],
     batches: Sequence[PromptBatch],
+    gather: Callable[[Any], list[Any]] = lambda value: [value],
 ) -> list[Preview]:
     """Decode from each candidate and measure what it gains and spends, in the order that they are given.
 
@@ -115,16 +116,24 @@ def preview(
         candidates: The targets.
         models: `base` and the policies that the signals compare, as language models on one device.
         scores: Of the same policies, `(N, K+1)` log-probs of support and tail on the stored states, in nats.
-        batches: Prompts, at least one, with sampler, verifier and seed.
+        batches: Prompts, at least one, with sampler, verifier and seed; where several processes share them, this one's.
+        gather: What each of the processes has, by rank; see `gathered`.
 
     Raises:
         UnreachableBudget: For a budget that no beta spends.
     """
-    solutions = [solve(candidate, scores) for candidate in candidates]
-    return [
-        _measure(candidate, solution, models, batches)
-        for candidate, solution in zip(candidates, solutions, strict=True)
-    ]
+    # Processes may round differently: all of them decode from what the first one solved.
+    solutions: list[BetaSolution] = gather([solve(candidate, scores) for candidate in candidates])[0]
+    previews = []
+    for candidate, solution in zip(candidates, solutions, strict=True):
+        own = {
+            batch.index: _prompt_sums(TiltedSampler(batch.sampler, candidate.signal, solution.beta), models, batch)
+            for batch in batches
+            if batch.prompts
+        }
+        parts = {index: sums for each in gather(own) for index, sums in each.items()}
+        previews.append(_summarise(candidate, solution, [parts[index] for index in sorted(parts)]))
+    return previews
 
 
 def load_models(paths: Mapping[str, str | Path], trainer: Trainer, dtype: str = "float32") -> dict[str, Any]:
@@ -193,14 +202,8 @@ def solve(candidate: Candidate, scores: Mapping[str, Tensor]) -> BetaSolution:
     return BetaSolution(beta=candidate.beta, kl=mean_tilted_kl(base, signal, candidate.beta))
 
 
-def _measure(
-    candidate: Candidate, solution: BetaSolution, models: Mapping[str, Any], batches: Sequence[PromptBatch]
-) -> Preview:
-    sums = [
-        _prompt_sums(TiltedSampler(batch.sampler, candidate.signal, solution.beta), models, batch)
-        for batch in batches
-        if batch.prompts
-    ]
+def _summarise(candidate: Candidate, solution: BetaSolution, sums: Sequence[Mapping[str, Tensor]]) -> Preview:
+    """What the sums over each prompt's responses show, those of all batches."""
     total = {name: torch.cat([part[name] for part in sums]) for name in sums[0]}
     passed = clustered_ratio(total["correct"], total["samples"])
     kl = clustered_ratio(total["kl"], total["tokens"])

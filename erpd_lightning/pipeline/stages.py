@@ -86,6 +86,7 @@ class Stages:
 
     def __post_init__(self) -> None:
         self.ran = False
+        self._found_finished = False
 
     def fit(
         self,
@@ -153,6 +154,9 @@ class Stages:
         title = f"[round {number}/{self.rounds}] {stage}" if number else f"[base] {stage}"
         done = read_record(folder / "stage.json", made_with)
         if done is None and self.only is not None and not wanted:
+            if self._found_finished:  # A job that is tried again has nothing to do, which is no mistake.
+                say(f"--stage {self.only} is finished; what comes next is the stage {stage} in {folder}")
+                raise StageOnly
             raise UserError(
                 f"--stage {self.only} needs the stage {stage} in {folder}, which is not finished: "
                 f"run --stage {stage} first"
@@ -163,6 +167,7 @@ class Stages:
             elif makes is not None and not Path(makes).is_file():
                 raise UserError(f"{makes} is missing: delete {folder / 'stage.json'}, and fit makes it again")
             say(f"{title}: done already")
+            self._found_finished |= wanted
             if wanted and (self.only_round is not None or number == 0) and stage != "evaluation":
                 raise StageOnly
             return done

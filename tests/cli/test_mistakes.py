@@ -170,6 +170,12 @@ def test_a_mistake_in_a_process_of_its_own(tmp_path: Path) -> None:
         ("--policy=some/model", "give either policy, the base policy to start from, or task"),
         ("--data.prompts=x.jsonl", "data.prompts is given, but task makes the prompts"),
         ("--run_dir=/proc/nope", "run_dir /proc/nope cannot be used: "),
+        ("--run_dir=", "run_dir is empty: a directory"),
+        # what Lightning takes in silence
+        ("--trainer.gradient_clip_val=-1", "trainer.gradient_clip_val is -1: it must be at least 0"),
+        ("--trainer.gradient_clip_val=.nan", "trainer.gradient_clip_val is nan: it must be at least 0"),
+        ("--distill_trainer.accumulate_grad_batches=0", "distill_trainer.accumulate_grad_batches is 0: it must be at"),
+        ('--distill_trainer={"max_epochs": 2, "max_epochs": 3}', "max_epochs is given twice in the same place"),
     ],
 )
 def test_a_mistake_on_the_command_line(refused: Run, tmp_path: Path, given: str, expected: str) -> None:
@@ -195,6 +201,9 @@ def test_a_mistake_on_the_command_line(refused: Run, tmp_path: Path, given: str,
         ("distill: [", "{file} cannot be read as options: line "),
         ("\tdistill: 3", "{file} cannot be read as options: "),
         ("- a\n- b", "{file} cannot be read as options: it holds a list, where keys and their values are expected"),
+        ("rounds: 1\nseed_everything: 2\nrounds: 2", "{file}, line 3: rounds is given twice in the same place"),
+        ("distill:\n  objective:\n  - a: 1\n    a: 2\n", "{file}, line 4: a is given twice in the same place"),
+        ("run_dir: ''", "run_dir is empty: a directory"),
         ("", "{file} cannot be read as options: it holds nothing, where keys and their values are expected"),
         ("rounds: é", "{file} cannot be read as options: 'utf-8' codec can't decode byte"),
     ],

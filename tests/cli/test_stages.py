@@ -28,10 +28,17 @@ distill_trainer:
     run(*args, "--stage=base")
     assert "[base] base: done already" in run(*args, "--stage=base")
     assert "needs the stage rollouts in" in refused(*args, "--stage=extreme_region")
-    for stage in STAGES[1:]:
+    for stage, following in zip(STAGES[1:], [*STAGES[2:], None], strict=True):
         assert not (folder / stage / "stage.json").exists()
         out = run(*args, f"--stage={stage}")
         assert f"[round 1/1] {stage}: " in out
+        again = run(*args, f"--stage={stage}")
+        assert f"[round 1/1] {stage}: done already\n" in again
+        if following is not None:
+            assert (
+                f"--stage {stage} is finished; what comes next is the stage {following} in {folder / following}"
+                in again
+            )
     assert student(tmp_path / "run") == student(finished[0])
     summaries = [json.loads((path / "summary.json").read_text()) for path in (tmp_path / "run", finished[0])]
     assert summaries[0]["rounds"][0]["policies"] == summaries[1]["rounds"][0]["policies"]

@@ -21,7 +21,7 @@ from erpd_lightning.data.samplers.tilted import TiltedSampler
 from erpd_lightning.data.verifiers import Verifier
 from erpd_lightning.objectives.signal import Signal, Term
 from erpd_lightning.objectives.tilted_policy import UnreachableBudget
-from erpd_lightning.pipeline.signal_search import Candidate, preview, solve
+from erpd_lightning.pipeline.signal_search import Candidate, Preview, preview, solve
 from support.chain import arguments, parsers_built_once
 from support.command_line import Run, digests, printed, refusal
 from support.policies import TASK, make_model, token_logps
@@ -156,6 +156,29 @@ def test_the_same_again(models: dict[str, Any], scores: dict[str, torch.Tensor])
     first = preview(candidates, models, scores, batches())
     torch.manual_seed(123)
     assert preview(candidates[::-1], models, scores, batches()) == first[::-1]
+
+
+def test_processes_share_the_prompts_and_agree(models: dict[str, Any], scores: dict[str, torch.Tensor]) -> None:
+    """Each decodes for its own prompts; the beta is that of the first, whatever another one solved."""
+    candidates = [Candidate("first", SIGNAL, 0.1), TEACHER_ITSELF]
+    alone = preview(candidates, models, scores, batches())
+    shares = [batches()[:1], batches()[1:]]
+    told: list[list[Any]] = [[], []]
+
+    def share(rank: int) -> list[Preview]:
+        def gather(value: Any) -> list[Any]:
+            told[rank].append(value)
+            if rank == 0:
+                return [value, {}]
+            return [told[0][len(told[1]) - 1], value]
+
+        differently = {name: (0.9 * values).log_softmax(-1) for name, values in scores.items()}
+        return preview(candidates, models, differently if rank else scores, shares[rank], gather)
+
+    share(0)
+    assert share(1) == alone
+    assert [[*sums] for sums in told[0][1:]] == [[0], [0]]
+    assert [[*sums] for sums in told[1][1:]] == [[1], [1]]
 
 
 def test_an_unreachable_budget_is_told_before_anything_is_sampled(scores: dict[str, torch.Tensor]) -> None:

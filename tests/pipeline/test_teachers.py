@@ -24,6 +24,9 @@ from support.runs import Runs, contents
 from support.trainers import make_trainer
 
 ACCURACY = [0.1, 0.5, 0.3, 0.5]
+HELD_OUT_ACCURACY = [0.3, 0.1, 0.9, 0.0]
+"""What is reported: nothing is chosen by it."""
+
 KL = [0.01, 0.05, 0.2, 0.4]
 
 
@@ -32,7 +35,8 @@ class Scripted(ExtremeRegionModule):
 
     def on_validation_epoch_end(self) -> None:
         step = min(self.trainer.current_epoch, len(KL) - 1)
-        self.log("val/pass@1", ACCURACY[step])
+        self.log("calibration/pass@1", ACCURACY[step])
+        self.log("val/pass@1", HELD_OUT_ACCURACY[step])
         self.log("val/kl_per_token", KL[step])
 
     def evaluate(self, prompts: PromptBatch, metrics: Any) -> None:
@@ -55,10 +59,16 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return write_round(tmp_path_factory.mktemp("data"))
 
 
-def train(folder: Path, validate: bool = True, epochs: int = 4, **settings: Any) -> tuple[Scripted, Weights]:
+def train(
+    folder: Path, validate: bool = True, epochs: int = 4, prompts_per_round: int | None = 1, **settings: Any
+) -> tuple[Scripted, Weights]:
+    training = folder / "training.jsonl"
+    training.write_text("".join(json.dumps({"prompt": f"{n}+70=", "answer": f"{n + 70}"}) + "\n" for n in range(3)))
     data = RolloutDataModule(
         folder / "rollouts",
         tokenizer=folder / "base",
+        prompts=training,
+        prompts_per_round=prompts_per_round,
         validation_prompts=folder / "prompts.jsonl" if validate else None,
         batch_size=8,
         sampler=TransformersSampler(4),
@@ -88,6 +98,11 @@ def test_a_teacher_stops_where_its_kl_exceeds_a_threshold(folder: Path, threshol
 def test_the_best_of_nothing(folder: Path) -> None:
     with pytest.raises(UserError, match=r"^keep is best, but nothing was validated"):
         train(folder, validate=False, keep="best", epochs=1)
+
+
+def test_no_weights_are_chosen_on_what_is_reported(folder: Path) -> None:
+    with pytest.raises(UserError, match=r"^keep is best, but no training prompts are left outside the round"):
+        train(folder, keep="best", epochs=1, prompts_per_round=None)
 
 
 @pytest.mark.parametrize(
@@ -185,7 +200,7 @@ distill:
     init_args: {prompts: 4, samples: 2, teachers: [teacher, mild, wrong], denominators: [unlearned]}
 teachers:
   mild: {kl_coef: 0.3, trainer: {max_epochs: 1}}
-  wrong: {sign: -1, keep: best}
+  wrong: {sign: -1, keep: best, learning_rate: 0.005}
 """
 
 
