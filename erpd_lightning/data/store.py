@@ -3,7 +3,8 @@
 A store is `part-00000.parquet …` and a `manifest.json` that is written last: a directory without a
 manifest is unfinished. Every file is written under a temporary name and renamed, so a killed writer
 leaves whole parts only, and the same rows give the same bytes, so a resumed run ends with the same
-fingerprint.
+fingerprint. Until then the digest of each part lies beside it, in a hidden file: a part that was damaged
+before the store was finished is not taken for one that was written.
 """
 
 import hashlib
@@ -18,7 +19,7 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from ..errors import UserError
-from ..files import atomic_write, disk_full_named, sha256_file
+from ..files import atomic_write, sha256_file, write_errors_named
 
 VERSION = 2
 MANIFEST = "manifest.json"
@@ -152,14 +153,17 @@ class StoreWriter:
         self.schema = schema.with_metadata(
             {"name": schema.metadata[b"name"], "metadata": _canonical_json(self.metadata)}
         )
-        with disk_full_named(self.path):
+        with write_errors_named(self.path):
             self.path.mkdir(parents=True, exist_ok=True)
 
     def has_part(self, index: int) -> bool:
-        """Whether the part was written already, under the same schema and metadata."""
+        """Whether the part was written already, under the same schema and metadata, and is as it was written."""
         try:
+            # Of a finished store the manifest says what its parts are.
+            if not Store.exists(self.path) and self._digest(index).read_text() != sha256_file(self._part(index)):
+                return False
             written = pq.read_schema(self._part(index))
-        except (OSError, pa.ArrowInvalid):
+        except (OSError, ValueError):
             return False
         return bool(written.equals(self.schema) and written.metadata == self.schema.metadata)
 
@@ -185,20 +189,25 @@ class StoreWriter:
         sink = pa.BufferOutputStream()
         # One chunk, so that the bytes do not depend on how the table was put together.
         pq.write_table(table.combine_chunks(), sink, compression="zstd")
-        atomic_write(self._part(index), sink.getvalue())
+        content = sink.getvalue()
+        # First: a part without its digest would be written again.
+        atomic_write(self._digest(index), hashlib.sha256(content).hexdigest())
+        atomic_write(self._part(index), content)
 
     def finish(self, parts: int) -> Store:
         """Write the manifest over parts 0 … `parts` - 1 and remove what killed writers left behind.
 
         Raises:
-            UserError: a part is missing, or the store was finished before with other content.
+            UserError: a part is missing or damaged, or the store was finished before with other content.
         """
         if parts < 1:
             raise ValueError(f"parts is {parts}: a store has at least one")
+        if Store.exists(self.path):
+            Store.open(self.path)
         for index in range(parts):
             if not self.has_part(index):
                 raise UserError(
-                    f"{self._part(index)} is missing or was written under other settings: "
+                    f"{self._part(index)} is missing or was written under other settings, or was altered since: "
                     "write it, or use another directory"
                 )
         described = [_describe_part(self._part(index)) for index in range(parts)]
@@ -212,7 +221,7 @@ class StoreWriter:
         manifest["fingerprint"] = _fingerprint(manifest)
         if not Store.exists(self.path):
             atomic_write(self.path / MANIFEST, json.dumps(manifest, indent=2) + "\n")
-        for leftover in self.path.glob(".*.tmp"):
+        for leftover in (*self.path.glob(".*.tmp"), *self.path.glob(".*.sha256")):
             leftover.unlink(missing_ok=True)
         store = Store.open(self.path, verify=False)
         if store.fingerprint != manifest["fingerprint"]:
@@ -223,6 +232,9 @@ class StoreWriter:
 
     def _part(self, index: int) -> Path:
         return self.path / f"part-{index:05d}.parquet"
+
+    def _digest(self, index: int) -> Path:
+        return self.path / f".part-{index:05d}.sha256"
 
 
 def _check_complete(name: str, column: pa.ChunkedArray) -> None:
