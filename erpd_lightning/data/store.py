@@ -3,8 +3,8 @@
 A store is `part-00000.parquet …` and a `manifest.json` that is written last: a directory without a
 manifest is unfinished. Every file is written under a temporary name and renamed, so a killed writer
 leaves whole parts only, and the same rows give the same bytes, so a resumed run ends with the same
-fingerprint. Until then the digest of each part lies beside it, in a hidden file: a part that was damaged
-before the store was finished is not taken for one that was written.
+fingerprint. Each part holds its own digest: one that was damaged before the store was finished is not
+taken for one that was written.
 """
 
 import hashlib
@@ -23,6 +23,9 @@ from ..files import atomic_write, sha256_file, write_errors_named
 
 VERSION = 2
 MANIFEST = "manifest.json"
+DIGEST = b"sha256"
+"""Key in the metadata of a part's file under which it holds the SHA-256 of its bytes, taken with `NO_DIGEST` there."""
+NO_DIGEST = b"SHA-256 of this file with these 64 characters in its place".ljust(64)
 
 
 def _schema(name: str, columns: dict[str, pa.DataType]) -> pa.Schema:
@@ -158,14 +161,15 @@ class StoreWriter:
 
     def has_part(self, index: int) -> bool:
         """Whether the part was written already, under the same schema and metadata, and is as it was written."""
+        path = self._part(index)
         try:
-            # Of a finished store the manifest says what its parts are.
-            if not Store.exists(self.path) and self._digest(index).read_text() != sha256_file(self._part(index)):
-                return False
-            written = pq.read_schema(self._part(index))
-        except (OSError, ValueError):
+            written = pq.read_schema(path)
+            digest = pq.read_metadata(path).metadata[DIGEST]
+            content = path.read_bytes()
+        except (OSError, KeyError, pa.ArrowException):
             return False
-        return bool(written.equals(self.schema) and written.metadata == self.schema.metadata)
+        same_settings = written.equals(self.schema) and written.metadata == self.schema.metadata
+        return bool(same_settings and _digest(_replace_last(content, digest, NO_DIGEST)) == digest)
 
     def write_part(self, index: int, columns: Mapping[str, Any] | pa.Table) -> None:
         """Write one part atomically.
@@ -187,12 +191,12 @@ class StoreWriter:
         for name in self.schema.names:
             _check_complete(name, table[name])
         sink = pa.BufferOutputStream()
-        # One chunk, so that the bytes do not depend on how the table was put together.
-        pq.write_table(table.combine_chunks(), sink, compression="zstd")
-        content = sink.getvalue()
-        # First: a part without its digest would be written again.
-        atomic_write(self._digest(index), hashlib.sha256(content).hexdigest())
-        atomic_write(self._part(index), content)
+        with pq.ParquetWriter(sink, self.schema, compression="zstd") as writer:
+            # One chunk, so that the bytes do not depend on how the table was put together.
+            writer.write_table(table.combine_chunks())
+            writer.add_key_value_metadata({DIGEST: NO_DIGEST})
+        content = sink.getvalue().to_pybytes()
+        atomic_write(self._part(index), _replace_last(content, NO_DIGEST, _digest(content)))
 
     def finish(self, parts: int) -> Store:
         """Write the manifest over parts 0 … `parts` - 1 and remove what killed writers left behind.
@@ -221,7 +225,7 @@ class StoreWriter:
         manifest["fingerprint"] = _fingerprint(manifest)
         if not Store.exists(self.path):
             atomic_write(self.path / MANIFEST, json.dumps(manifest, indent=2) + "\n")
-        for leftover in (*self.path.glob(".*.tmp"), *self.path.glob(".*.sha256")):
+        for leftover in self.path.glob(".*.tmp"):
             leftover.unlink(missing_ok=True)
         store = Store.open(self.path, verify=False)
         if store.fingerprint != manifest["fingerprint"]:
@@ -233,8 +237,15 @@ class StoreWriter:
     def _part(self, index: int) -> Path:
         return self.path / f"part-{index:05d}.parquet"
 
-    def _digest(self, index: int) -> Path:
-        return self.path / f".part-{index:05d}.sha256"
+
+def _digest(content: bytes) -> bytes:
+    return hashlib.sha256(content).hexdigest().encode()
+
+
+def _replace_last(content: bytes, old: bytes, new: bytes) -> bytes:
+    """Replace the last occurrence, which in a part is that in its metadata."""
+    before, _, behind = content.rpartition(old)
+    return before + new + behind
 
 
 def _check_complete(name: str, column: pa.ChunkedArray) -> None:
