@@ -33,7 +33,7 @@ NOT_WRITABLE = (
 """Why a file or folder cannot be written, where its permissions, or what lies in its place, are the reason."""
 
 SEAL = "sha256"
-"""Key under which a sealed JSON object holds the digest of all its other keys."""
+"""Key under which a sealed JSON object holds the digest of the others."""
 
 
 def atomic_write(path: str | Path, data: bytes | str) -> None:
@@ -78,7 +78,10 @@ def sha256_file(path: str | Path) -> str:
 
 
 def seal(content: dict[str, Any]) -> dict[str, Any]:
-    """The same JSON object with a digest of its content, by which damage that leaves it JSON is noticed."""
+    """The same JSON object with a digest of its content, by which damage that leaves it JSON is noticed.
+
+    The time that something took is left out: what is the same but for that has the same digest.
+    """
     return {**content, SEAL: _content_digest(content)}
 
 
@@ -88,8 +91,17 @@ def is_altered(content: Any) -> bool:
 
 
 def _content_digest(content: dict[str, Any]) -> str:
-    kept = {key: value for key, value in content.items() if key != SEAL}
-    return hashlib.sha256(json.dumps(kept, sort_keys=True, default=str).encode()).hexdigest()
+    kept = _without(content, {SEAL, "seconds", "cpu_seconds"})
+    return hashlib.sha256(json.dumps(kept, sort_keys=True).encode()).hexdigest()
+
+
+def _without(value: Any, keys: set[str]) -> Any:
+    """A JSON value without some keys of the objects in it."""
+    if isinstance(value, list):
+        return [_without(each, keys) for each in value]
+    if isinstance(value, dict):
+        return {key: _without(each, keys) for key, each in value.items() if key not in keys}
+    return value
 
 
 @contextmanager
