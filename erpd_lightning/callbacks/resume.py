@@ -1,12 +1,17 @@
 """Checkpoints that a killed run goes on from, bit for bit."""
 
+import re
+import zipfile
 from pathlib import Path
 from typing import Any
 
 from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.callbacks import Checkpoint
 
+from ..errors import UserError, first_line
 from .preemption import stop_signals
+
+CHECKPOINT = re.compile(r"step=(\d+)\.ckpt")
 
 
 class ResumeCheckpoint(Checkpoint):
@@ -29,9 +34,21 @@ class ResumeCheckpoint(Checkpoint):
         self._steps = 0
 
     def latest(self) -> Path | None:
-        """The checkpoint with the most steps, or None if there is none."""
-        found = self.folder.glob("step=*.ckpt")
-        return max(found, key=lambda path: int(path.stem.removeprefix("step=")), default=None)
+        """The checkpoint with the most steps, or None if there is none; files of other names do not count.
+
+        Raises:
+            UserError: If it is damaged.
+        """
+        steps = {path: int(found[1]) for path in self._checkpoints() if (found := CHECKPOINT.fullmatch(path.name))}
+        latest = max(steps, key=lambda path: steps[path], default=None)
+        if latest is not None:
+            check_checkpoint(latest)
+        return latest
+
+    def _checkpoints(self) -> list[Path]:
+        """What was saved here, parts of a save that was killed included."""
+        found = self.folder.iterdir() if self.folder.is_dir() else []
+        return [path for path in found if CHECKPOINT.fullmatch(path.name.removesuffix(".partial"))]
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         self._steps = trainer.global_step
@@ -71,10 +88,36 @@ class ResumeCheckpoint(Checkpoint):
         trainer.save_checkpoint(partial)
         if trainer.is_global_zero:
             partial.replace(path)
-            for other in self.folder.glob("step=*.ckpt*"):
+            for other in self._checkpoints():
                 if other != path:
                     trainer.strategy.remove_checkpoint(other)
         trainer.strategy.barrier()
+
+
+def check_checkpoint(path: Path) -> None:
+    """Refuse a checkpoint that is damaged.
+
+    `torch.save` writes a checksum of every tensor, which `torch.load` does not look at: an altered tensor would be
+    loaded without a word.
+
+    Raises:
+        UserError: Names the checkpoint, and what to do.
+    """
+    if path.is_dir():
+        raise UserError(f"{path} is a folder, where a checkpoint is expected: move it away, the run did not make it")
+    try:
+        with zipfile.ZipFile(path) as archive:
+            damaged = archive.testzip()
+    except Exception as error:  # A damaged archive raises errors of many kinds.
+        problem = first_line(error)
+    else:
+        if damaged is None:
+            return
+        problem = f"{damaged} in it is not what was saved"
+    raise UserError(
+        f"{path} is damaged ({problem}): delete this file alone, and the stage is trained again from an older "
+        "checkpoint, or from its start"
+    )
 
 
 def _validation_follows(trainer: Trainer, batch_idx: int) -> bool:

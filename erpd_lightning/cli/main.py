@@ -7,6 +7,7 @@ import sys
 import warnings
 import zipfile
 from collections.abc import Sequence
+from contextlib import nullcontext
 from dataclasses import fields
 from pathlib import Path
 from typing import Any
@@ -18,9 +19,10 @@ from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
 
 from ..callbacks.preemption import launcher_ends, stop_signals
 from ..errors import UserError, refuse
-from ..files import atomic_write, disk_full_named
+from ..files import atomic_write, write_errors_named
 from ..modules.evaluation import EvaluationModule
 from ..modules.strategies import check_environment, started_rank
+from ..pipeline.lock import lock_run_directory
 from ..pipeline.preview import PreviewTrainer
 from ..pipeline.rounds import Rounds
 from ..pipeline.stages import teacher_stage
@@ -141,20 +143,27 @@ class ERPDCLI(LightningCLI):
         only = self.rounds.stage
         self.builder.check_trainable([stage for stage in trained if only in (None, stage)])
         run_dir = Path(self.rounds.run_dir)
-        written = run_dir / "config.yaml"
         try:
             run_dir.mkdir(parents=True, exist_ok=True)
-            before = written.read_text() if written.is_file() else None
         except OSError as error:
             raise UserError(f"run_dir {run_dir} cannot be used: {error.strerror}") from error
-        with disk_full_named(run_dir):
-            self._write(written, self._parser("fit").dump(self.config["fit"], skip_unset=False))
-            try:
-                self.rounds.run()
-            except UserError:
-                if before is not None:  # What is there was made with the configuration that was there.
-                    self._write(written, before)
-                raise
+        # The other ranks are started by rank zero, or together with it.
+        with write_errors_named(run_dir), lock_run_directory(run_dir) if started_rank() == 0 else nullcontext():
+            self._run_chain(run_dir / "config.yaml")
+
+    def _run_chain(self, written: Path) -> None:
+        """Run the chain with its configuration written, and the one before put back where a mistake ends it."""
+        try:
+            before = written.read_bytes() if written.exists() else None
+        except OSError as error:
+            raise UserError(f"{written} cannot be read: {error.strerror}") from error
+        self._write(written, self._parser("fit").dump(self.config["fit"], skip_unset=False))
+        try:
+            self.rounds.run()
+        except UserError:
+            if before is not None:  # What is there was made with the configuration that was there.
+                self._write(written, before)
+            raise
 
     def preview(self, budgets: list[float] | None = None, **_: Any) -> None:
         """Decode from the targets of a round's signal; nothing of the run changes."""
@@ -191,9 +200,9 @@ class ERPDCLI(LightningCLI):
             self.model = self.builder.module(stage, policy=policy, references=references)
         self.datamodule = rounds.data(number)
 
-    def _write(self, path: Path, text: str) -> None:
+    def _write(self, path: Path, content: bytes | str) -> None:
         if self.trainer.is_global_zero:
-            atomic_write(path, text)
+            atomic_write(path, content)
 
 
 def main() -> None:
@@ -223,7 +232,7 @@ def _main() -> None:
         warnings.filterwarnings("ignore", message=message)
     try:
         check_environment(os.environ)
-        with disk_full_named("the run directory"):
+        with write_errors_named("the run directory"):
             ERPDCLI()
     except (UserError, MisconfigurationException) as error:
         if launcher_ends(seconds=4):  # It told the same mistake; Lightning kills it after 5 s if this process ends.

@@ -3,7 +3,8 @@
 A store is `part-00000.parquet …` and a `manifest.json` that is written last: a directory without a
 manifest is unfinished. Every file is written under a temporary name and renamed, so a killed writer
 leaves whole parts only, and the same rows give the same bytes, so a resumed run ends with the same
-fingerprint.
+fingerprint. Each part holds its own digest: one that was damaged before the store was finished is not
+taken for one that was written.
 """
 
 import hashlib
@@ -18,10 +19,13 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from ..errors import UserError
-from ..files import atomic_write, disk_full_named, sha256_file
+from ..files import atomic_write, sha256_file, write_errors_named
 
 VERSION = 2
 MANIFEST = "manifest.json"
+DIGEST = b"sha256"
+"""Key in the metadata of a part's file under which it holds the SHA-256 of its bytes, taken with `NO_DIGEST` there."""
+NO_DIGEST = b"SHA-256 of this file with these 64 characters in its place".ljust(64)
 
 
 def _schema(name: str, columns: dict[str, pa.DataType]) -> pa.Schema:
@@ -152,16 +156,20 @@ class StoreWriter:
         self.schema = schema.with_metadata(
             {"name": schema.metadata[b"name"], "metadata": _canonical_json(self.metadata)}
         )
-        with disk_full_named(self.path):
+        with write_errors_named(self.path):
             self.path.mkdir(parents=True, exist_ok=True)
 
     def has_part(self, index: int) -> bool:
-        """Whether the part was written already, under the same schema and metadata."""
+        """Whether the part was written already, under the same schema and metadata, and is as it was written."""
+        path = self._part(index)
         try:
-            written = pq.read_schema(self._part(index))
-        except (OSError, pa.ArrowInvalid):
+            written = pq.read_schema(path)
+            digest = pq.read_metadata(path).metadata[DIGEST]
+            content = path.read_bytes()
+        except (OSError, KeyError, pa.ArrowException):
             return False
-        return bool(written.equals(self.schema) and written.metadata == self.schema.metadata)
+        same_settings = written.equals(self.schema) and written.metadata == self.schema.metadata
+        return bool(same_settings and _digest(_replace_last(content, digest, NO_DIGEST)) == digest)
 
     def write_part(self, index: int, columns: Mapping[str, Any] | pa.Table) -> None:
         """Write one part atomically.
@@ -183,22 +191,27 @@ class StoreWriter:
         for name in self.schema.names:
             _check_complete(name, table[name])
         sink = pa.BufferOutputStream()
-        # One chunk, so that the bytes do not depend on how the table was put together.
-        pq.write_table(table.combine_chunks(), sink, compression="zstd")
-        atomic_write(self._part(index), sink.getvalue())
+        with pq.ParquetWriter(sink, self.schema, compression="zstd") as writer:
+            # One chunk, so that the bytes do not depend on how the table was put together.
+            writer.write_table(table.combine_chunks())
+            writer.add_key_value_metadata({DIGEST: NO_DIGEST})
+        content = sink.getvalue().to_pybytes()
+        atomic_write(self._part(index), _replace_last(content, NO_DIGEST, _digest(content)))
 
     def finish(self, parts: int) -> Store:
         """Write the manifest over parts 0 … `parts` - 1 and remove what killed writers left behind.
 
         Raises:
-            UserError: a part is missing, or the store was finished before with other content.
+            UserError: a part is missing or damaged, or the store was finished before with other content.
         """
         if parts < 1:
             raise ValueError(f"parts is {parts}: a store has at least one")
+        if Store.exists(self.path):
+            Store.open(self.path)
         for index in range(parts):
             if not self.has_part(index):
                 raise UserError(
-                    f"{self._part(index)} is missing or was written under other settings: "
+                    f"{self._part(index)} is missing or was written under other settings, or was altered since: "
                     "write it, or use another directory"
                 )
         described = [_describe_part(self._part(index)) for index in range(parts)]
@@ -223,6 +236,16 @@ class StoreWriter:
 
     def _part(self, index: int) -> Path:
         return self.path / f"part-{index:05d}.parquet"
+
+
+def _digest(content: bytes) -> bytes:
+    return hashlib.sha256(content).hexdigest().encode()
+
+
+def _replace_last(content: bytes, old: bytes, new: bytes) -> bytes:
+    """Replace the last occurrence, which in a part is that in its metadata."""
+    before, _, behind = content.rpartition(old)
+    return before + new + behind
 
 
 def _check_complete(name: str, column: pa.ChunkedArray) -> None:

@@ -15,6 +15,7 @@ from ..modules.extreme_region import ExtremeRegionModule
 from ..objectives.extreme import CrossEntropy
 from ..seeds import derive_seed
 from .records import Record
+from .run import task_files
 from .stages import Stages
 
 
@@ -43,17 +44,16 @@ def make_base(task: Arithmetic, run_dir: Path, stages: Stages) -> None:
         return {"policy": policy_fingerprint(run_dir / "base")}
 
     about = f"a deliberately weak base policy on {task.demonstrations} demonstrations"
-    stages.run("base", 0, folder, about, {}, body, makes=run_dir / "base")
+    stages.run("base", 0, folder, about, {}, body, policy=run_dir / "base", files=task_files(run_dir))
 
 
 @rank_zero_only
 def _write_task(task: Arithmetic, run_dir: Path, seed: int) -> None:
-    """Prompts, the initial policy and its demonstrations; what is there already stays."""
-    folder, prompts = run_dir / "prepare", run_dir / "prompts"
-    prompts.mkdir(parents=True, exist_ok=True)
-    for name, rows in zip(("train", "validation"), task.prompts(seed), strict=True):
-        atomic_write(prompts / f"{name}.jsonl", "".join(json.dumps(row) + "\n" for row in rows))
-    if not (folder / "initial").is_dir():
-        export_policy(task.initial_policy(seed), task.tokenizer(), folder / "initial")
+    """Prompts, the initial policy and its demonstrations, which take longer and stay if they are there already."""
+    folder = run_dir / "prepare"
+    for path, rows in zip(task_files(run_dir), task.prompts(seed), strict=True):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        atomic_write(path, "".join(json.dumps(row) + "\n" for row in rows))
+    export_policy(task.initial_policy(seed), task.tokenizer(), folder / "initial")
     if not Store.exists(folder / "demonstrations"):
         write_demonstrations(task, seed, folder / "demonstrations")

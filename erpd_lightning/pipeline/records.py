@@ -1,6 +1,7 @@
 """Records of stages, `stage.json`: what a stage was made from and what came of it."""
 
 import json
+import os
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
@@ -10,7 +11,7 @@ from lightning.pytorch.utilities import rank_zero_only
 from ..budget.controller import spending_warning
 from ..budget.search import Measurement
 from ..errors import UserError, first_line
-from ..files import atomic_write
+from ..files import atomic_write, is_altered, seal, sha256_file, write_errors_named
 from ..models.policy import policy_fingerprint
 
 Record = dict[str, Any]
@@ -29,13 +30,14 @@ RECORD_KEYS: tuple[tuple[str, Any], ...] = (
 
 @rank_zero_only
 def write_record(path: Path, content: Record) -> None:
-    """Write a record whole, on one rank.
+    """Write a record whole and sealed, on one rank.
 
     Raises:
-        UserError: If the disk is full.
+        UserError: If the disk is full, or the folder cannot be written.
     """
-    path.parent.mkdir(parents=True, exist_ok=True)
-    atomic_write(path, json.dumps(content, indent=2) + "\n")
+    with write_errors_named(path):
+        path.parent.mkdir(parents=True, exist_ok=True)
+    atomic_write(path, json.dumps(seal(content), indent=2) + "\n")
 
 
 def read_record(path: Path, made_with: Record) -> Record | None:
@@ -75,6 +77,8 @@ def load_record(path: Path) -> Record:
     keys = RECORD_KEYS if path.name == "stage.json" else RECORD_KEYS[:3]
     if not isinstance(record, dict) or not all(isinstance(record.get(key), kind) for key, kind in keys):
         raise UserError(f"{path} is no record of a stage: keys are missing or hold something else. {_remedy(path)}")
+    if is_altered(record):
+        raise UserError(f"{path} was altered: it is not the record that the stage wrote. {_remedy(path)}")
     return record
 
 
@@ -110,6 +114,34 @@ def check_policy(path: Path | str, folder: Path) -> None:
             f"{path} was altered or truncated: restore it, delete {record} to have it made again, or give another "
             "run_dir"
         )
+
+
+def made_files(folder: Path, made: Iterable[Path]) -> dict[str, str]:
+    """Digests of the files of a stage, by their paths from its directory: those that it made, and its logs."""
+    files = [*made, *folder.glob("metrics/version_*/metrics.csv")]
+    return {os.path.relpath(path, folder): sha256_file(path) for path in sorted(files) if path.is_file()}
+
+
+def check_files(paths: Iterable[Path], folder: Path) -> None:
+    """Whether files are those that a finished stage recorded.
+
+    Args:
+        paths: The files.
+        folder: The directory of the stage that made them.
+
+    Raises:
+        UserError: If one is missing, or was altered since.
+    """
+    record = folder / "stage.json"
+    if not record.exists():
+        raise UserError(f"{record} is missing: fit has to finish that stage first")
+    recorded = load_record(record).get("files", {})
+    for path in paths:
+        expected = recorded.get(os.path.relpath(path, folder))
+        if not path.is_file():
+            raise UserError(f"{path} is missing: delete {record}, and fit makes it again")
+        if expected is not None and sha256_file(path) != expected:
+            raise UserError(f"{path} was altered or truncated: restore it, or delete {record}, and fit makes it again")
 
 
 def holds_work(folder: Path) -> bool:
@@ -163,16 +195,17 @@ def write_summary(run_dir: Path, rounds: list[Record]) -> None:
         summary["rollouts_total"] = total
     path = run_dir / "summary.json"
     if _rounds_in(path)[: len(rounds)] != rounds:
-        atomic_write(path, json.dumps({"rounds": rounds}, indent=2) + "\n")
+        atomic_write(path, json.dumps(seal({"rounds": rounds}), indent=2) + "\n")
 
 
 def _rounds_in(path: Path) -> list[Any]:
     """The rounds of a summary; none where it is damaged: it is made of the records, and is written again."""
     try:
-        rounds = json.loads(path.read_text(encoding="utf-8"))["rounds"]
+        summary = json.loads(path.read_text(encoding="utf-8"))
+        rounds = summary["rounds"]
     except (OSError, ValueError, RecursionError, KeyError, TypeError):
         return []
-    return rounds if isinstance(rounds, list) else []
+    return rounds if isinstance(rounds, list) and not is_altered(summary) else []
 
 
 def _difference(old: Any, new: Any, key: str) -> tuple[str, Any, Any] | None:

@@ -73,7 +73,7 @@ class RoundStages:
             if self.run.iterates
             else "training the student on the fixed rollouts",
         }.get(name, f"driving {name} away from the base policy on the fixed rollouts")
-        return self.stages.run(stage, number, folder, about, inputs, body, makes=path)
+        return self.stages.run(stage, number, folder, about, inputs, body, policy=path)
 
     def scoring(self, number: int, inputs: dict[str, str]) -> Record:
         """Score the rollouts with each policy."""
@@ -164,7 +164,7 @@ class RoundStages:
             }
 
         about = "distilling the signal back into the base policy under the KL budget"
-        return self.stages.run("distill", number, folder, about, inputs, body, makes=self.run.student(number))
+        return self.stages.run("distill", number, folder, about, inputs, body, policy=self.run.student(number))
 
     def evaluate(self, number: int, inputs: dict[str, str]) -> None:
         """Measure every policy of the round on fresh samples for held-out prompts."""
@@ -187,7 +187,7 @@ class RoundStages:
 
             about = f"measuring {name} on fresh samples for held-out prompts"
             prints = {key: inputs[key] for key in ("base", name)}
-            self.stages.run("evaluation", number, folder, about, prints, body, makes=folder / SAMPLES_FILE)
+            self.stages.run("evaluation", number, folder, about, prints, body, files=[folder / SAMPLES_FILE])
 
 
 def _outcome(stores: list[Store]) -> Record:

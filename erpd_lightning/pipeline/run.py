@@ -11,7 +11,7 @@ from ..data.rollouts import RolloutDataModule
 from ..modules.distill import DistillModule
 from ..objectives.signal import AutoSignal
 from ..seeds import derive_seed
-from .records import Record, check_policy
+from .records import Record, check_files, check_policy
 from .stages import Builder
 
 
@@ -62,7 +62,7 @@ class Run:
         return policies
 
     def check_policies(self, policies: Iterable[Path | str]) -> None:
-        """Whether policies of the run are those that its finished stages recorded.
+        """Whether policies of the run, and the prompts of its task, are those that its finished stages recorded.
 
         Raises:
             UserError: Names the one that is not, or the stage that is not finished.
@@ -72,14 +72,15 @@ class Run:
                 continue
             made = Path(path)
             check_policy(made, self.run_dir / "prepare" if made == self.student(0) else made.parent)
+        if self.task is not None:
+            check_files(task_files(self.run_dir), self.run_dir / "prepare")
 
     def data(self, number: int, with_scores: bool = False) -> RolloutDataModule:
         """The data module of a round."""
         folder = self.round_dir(number)
         bound: Record = {}
         if self.task is not None:
-            bound["prompts"] = self.run_dir / "prompts" / "train.jsonl"
-            bound["validation_prompts"] = self.run_dir / "prompts" / "validation.jsonl"
+            bound["prompts"], bound["validation_prompts"] = task_files(self.run_dir)
         return self.builder.data(
             store=folder / "rollouts",
             tokenizer=self.student(0),
@@ -132,3 +133,8 @@ class Run:
         data = self.data(1)
         sources = {"prompts": data.prompts, "validation_prompts": data.validation_prompts}
         return {name: str(prompts_fingerprint(source)) for name, source in sources.items()}
+
+
+def task_files(run_dir: Path) -> list[Path]:
+    """Files of a task's prompts in a run directory: those for training, and the held-out ones."""
+    return [run_dir / "prompts" / f"{name}.jsonl" for name in ("train", "validation")]

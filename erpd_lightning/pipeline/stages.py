@@ -9,7 +9,7 @@ happened. A stage whose record names other settings is never overwritten: that i
 import json
 import time
 import traceback
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
@@ -27,7 +27,7 @@ from ..errors import InvalidArgument, UserError
 from ..modules.policy_module import PolicyModule
 from ..modules.training import TrainingModule
 from ..seeds import derive_seed
-from .records import Record, check_policy, holds_work, read_record, write_record
+from .records import Record, check_files, check_policy, holds_work, made_files, read_record, write_record
 
 
 class Builder(Protocol):
@@ -130,7 +130,8 @@ class Stages:
         about: str,
         inputs: dict[str, str],
         body: Callable[[], Record],
-        makes: Path | str | None = None,
+        policy: Path | str | None = None,
+        files: Sequence[Path] = (),
     ) -> Record:
         """Skip a stage that is done, or run it and record it.
 
@@ -141,7 +142,8 @@ class Stages:
             about: What it does, for the user.
             inputs: Fingerprints of what it is made from.
             body: Does it, and gives its outcome.
-            makes: The policy or the file that is there where it is done.
+            policy: The policy that is there where it is done.
+            files: The files that are there where it is done.
 
         Raises:
             UserError: If the directory was made with other settings or from other inputs, or what the stage made is
@@ -162,10 +164,9 @@ class Stages:
                 f"run --stage {stage} first"
             )
         if done is not None:
-            if makes is not None and "policy" in done["outcome"]:
-                check_policy(makes, folder)
-            elif makes is not None and not Path(makes).is_file():
-                raise UserError(f"{makes} is missing: delete {folder / 'stage.json'}, and fit makes it again")
+            if policy is not None:
+                check_policy(policy, folder)
+            check_files(files, folder)
             say(f"{title}: done already")
             self._found_finished |= wanted
             if wanted and (self.only_round is not None or number == 0) and stage != "evaluation":
@@ -188,6 +189,7 @@ class Stages:
             "seconds": round(time.perf_counter() - wall, 3),
             "cpu_seconds": round(time.process_time() - cpu, 3),
             "outcome": outcome,
+            "files": made_files(folder, files),
         }
         write_record(folder / "stage.json", record)
         barrier()

@@ -11,6 +11,7 @@ from typing import Any, TypeVar
 
 from ..data.samples import SAMPLES_FILE
 from ..errors import UserError
+from ..files import is_altered, sha256_file
 
 Measured = Mapping[str, float]
 """Evaluation of a policy, by the names of `test/…` in docs/metrics.md."""
@@ -125,6 +126,8 @@ def read_run(path: Path, name: str) -> Run:
     for number in sorted({*folders, *entries}):
         folder = path / f"round-{number}"
         records = {p.parent: _read_json(p, _record) for p in _record_files(folder)}
+        for stage, record in records.items():
+            _check_files(stage, record)
         seeds += [record["seed"] for record in records.values()]
         first = "student" if options.get("last_stage") == "extreme_region" else "teacher"
         rounds.append(_round(number, folder, first, entries.get(number), records))
@@ -208,13 +211,30 @@ def _read_json(path: Path, take: Callable[[Any], T]) -> T:
         UserError: If it is no JSON, or `take` refuses it.
     """
     try:
-        return take(json.loads(path.read_text(encoding="utf-8")))
+        content = json.loads(path.read_text(encoding="utf-8"))
+        if is_altered(content):
+            raise UserError(f"{path} is damaged: it was altered since the run wrote it")
+        return take(content)
+    except UserError:
+        raise
     except OSError as error:
         raise UserError(f"{path} cannot be read: {error.strerror}") from error
     except (ValueError, RecursionError) as error:
         raise UserError(f"{path} is damaged or half-written: {error}") from error
     except (KeyError, TypeError, AttributeError) as error:
         raise UserError(f"{path} is damaged: it is not what a run writes under that name") from error
+
+
+def _check_files(stage: Path, record: Any) -> None:
+    """Refuse logs and samples that are not those of a finished stage's record; those that are gone are not shown.
+
+    Raises:
+        UserError: Names the file.
+    """
+    for name, digest in record.get("files", {}).items():
+        path = stage / name
+        if path.is_file() and sha256_file(path) != digest:
+            raise UserError(f"{path} is damaged: it is not the file that {stage / 'stage.json'} recorded")
 
 
 def _summary(content: Any) -> dict[int, Any]:
@@ -232,6 +252,7 @@ def _record(content: Any) -> Any:
     _number(content["seconds"])
     _integer(content["seed"])
     content.get("inputs", {}).get("base")
+    content.get("files", {}).items()
     outcome = content["outcome"]
     spending = outcome.get("spending", {})
     for value in (outcome.get("rollouts"), spending.get("budget"), spending.get("total_budget")):

@@ -178,7 +178,7 @@ def test_two_rounds_killed_between_and_within_end_the_same(runs: Runs, reference
 
 def test_a_finished_run_is_left_alone(runs: Runs, reference: Path) -> None:
     def state() -> dict[Path, tuple[int, int]]:
-        files = (path for path in reference.rglob("*") if path.is_file() and path.name != "config.yaml")
+        files = (p for p in reference.rglob("*") if p.is_file() and p.name not in ("config.yaml", ".lock"))
         return {path: (path.stat().st_mtime_ns, path.stat().st_size) for path in files}
 
     before = state()

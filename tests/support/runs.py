@@ -75,12 +75,13 @@ def contents(run_dir: Path) -> dict[str, str]:
     """What a run has made: digests of its files by name, records without the time that they took.
 
     Left out are checkpoints and logs, which no one reads once a stage is done, the configuration, which names the
-    run directory, and what a killed writer leaves under a temporary name.
+    run directory, the lock, and what a killed writer leaves under a temporary name.
     """
     made = {}
+    left_out = r"/(checkpoints|metrics)/|config\.yaml$|/\.lock$|/\.[^/]*\.tmp$"
     for path in sorted(run_dir.rglob("*")):
         name = str(path.relative_to(run_dir))
-        if not path.is_file() or re.search(r"/(checkpoints|metrics)/|config\.yaml$|/\.[^/]*\.tmp$", f"/{name}"):
+        if not path.is_file() or re.search(left_out, f"/{name}"):
             continue
         content = path.read_bytes()
         if path.name in ("stage.json", "summary.json"):
