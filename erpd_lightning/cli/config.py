@@ -13,7 +13,7 @@ from lightning.pytorch.cli import LightningArgumentParser
 from lightning.pytorch.loggers import CSVLogger
 
 from ..callbacks import KLBudget
-from ..callbacks.preemption import stop_signals
+from ..callbacks.preemption import take_over_signals
 from ..data.rollouts import RolloutDataModule
 from ..errors import InvalidArgument, UserError
 from ..modules.distill import UNRESTRAINED, DistillModule
@@ -193,7 +193,7 @@ class ConfigBuilder:
             check_strategy(trainer.strategy)
         except InvalidArgument as error:  # Before it starts any process.
             raise error.under(own if "strategy" in self._own_settings(own) else "trainer") from error
-        stop_signals.watch(trainer)
+        take_over_signals(trainer)
         return trainer
 
     def settings(self, stage: str) -> dict[str, Any]:

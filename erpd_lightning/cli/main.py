@@ -16,14 +16,14 @@ from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch import LightningDataModule, LightningModule
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
 
-from ..callbacks.preemption import launcher_ends, stop_signals
 from ..errors import UserError, refuse
 from ..files import atomic_write, disk_full_named
 from ..modules.evaluation import EvaluationModule
-from ..modules.strategies import check_environment, started_rank
+from ..modules.strategies import check_environment
 from ..pipeline.preview import PreviewTrainer
 from ..pipeline.rounds import Rounds
 from ..pipeline.stages import teacher_stage
+from ..processes import run_process
 from .config import ConfigBuilder
 from .errors import rejected_value, unknown_option, with_key
 from .given import check_files, unknown_keys
@@ -198,16 +198,8 @@ class ERPDCLI(LightningCLI):
 
 def main() -> None:
     """Run the command line; a mistake of the user's ends in a line or two and exit code 2, a signal in one line."""
-    with stop_signals.installed():
-        try:
-            _main()
-        except BaseException as error:
-            ending = stop_signals.received
-            if ending is None:
-                raise
-            if started_rank() == 0:
-                print(f"stopped by {ending.name}: the same command goes on from here", file=sys.stderr)
-            raise SystemExit(128 + ending) from error
+    with run_process.unwinding():
+        _main()
 
 
 def _main() -> None:
@@ -223,9 +215,10 @@ def _main() -> None:
         warnings.filterwarnings("ignore", message=message)
     try:
         check_environment(os.environ)
+    except UserError as error:  # Nobody can tell which rank this is.
+        refuse(str(error))
+    try:
         with disk_full_named("the run directory"):
             ERPDCLI()
     except (UserError, MisconfigurationException) as error:
-        if launcher_ends(seconds=4):  # It told the same mistake; Lightning kills it after 5 s if this process ends.
-            raise SystemExit(2) from error
-        refuse(str(error))
+        run_process.refuse(str(error))

@@ -1,6 +1,5 @@
 """Strategies of Lightning's that a policy can be trained and sampled with: those whose results are known."""
 
-import os
 from collections.abc import Mapping
 from typing import Any
 
@@ -8,11 +7,9 @@ import torch
 from lightning.pytorch.strategies import DDPStrategy, SingleDeviceStrategy, Strategy
 
 from ..errors import InvalidArgument, UserError
+from ..processes import started_rank
 
 REMEDY = "use ddp, or auto on one device"
-
-RANK_VARIABLES = ("SLURM_PROCID", "RANK", "LOCAL_RANK")
-"""Where a process is told its rank, the most telling first."""
 
 
 def check_strategy(strategy: Strategy) -> None:
@@ -32,22 +29,6 @@ def check_strategy(strategy: Strategy) -> None:
             return
         name = f"{name} with start_method {start_method} (ddp_{start_method})"
     raise InvalidArgument("strategy", f"is {name}, which is not supported: {REMEDY}")
-
-
-def started_rank(environment: Mapping[str, str] = os.environ) -> int:
-    """The rank that this process was started as, by whatever started it; 0 where nobody says.
-
-    Raises:
-        UserError: If what is said is no rank.
-    """
-    for name in RANK_VARIABLES:
-        if name in environment:
-            if not environment[name].isdecimal():
-                raise UserError(
-                    f"the environment variable {name} is {environment[name]!r}: a rank, from 0, is expected"
-                )
-            return int(environment[name])
-    return 0
 
 
 def check_ranks(trainer: Any) -> None:
