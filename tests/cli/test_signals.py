@@ -12,11 +12,7 @@ import pytest
 
 from support.chain import arguments
 from support.command_line import STAGES, Run, student
-from support.processes import ENVIRONMENT, ROOT
-
-
-def children(process: int) -> list[int]:
-    return [int(child) for child in Path(f"/proc/{process}/task/{process}/children").read_text().split()]
+from support.processes import ENVIRONMENT, ROOT, children
 
 
 def stopped(

@@ -49,6 +49,11 @@ def fork(act: Callable[[], None], environment: Mapping[str, str] | None = None) 
         os._exit(code)
 
 
+def children(process: int) -> list[int]:
+    """The processes that a process has started and that are there."""
+    return [int(child) for child in Path(f"/proc/{process}/task/{process}/children").read_text().split()]
+
+
 def exit_code(child: int) -> int:
     """Wait for a child to end; returns its exit code, negative for a signal."""
     _, status = os.waitpid(child, 0)
