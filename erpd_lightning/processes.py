@@ -4,6 +4,7 @@ It does not wait for torch: signals are handled before anything large is importe
 talk to other ranks inside the handler, where they may meet another rank's collectives, and end with exit code 0.
 """
 
+import atexit
 import ctypes
 import os
 import signal
@@ -87,7 +88,9 @@ class RunProcess:
         A process that Lightning started ends with the one that started it.
         """
         self._is_main = True
-        self._install()
+        handlers = self._install()
+        # Called last, before Python puts the default actions back: nothing is left to end, and the exit code stands.
+        atexit.register(lambda: [signal.signal(number, signal.SIG_IGN) for number in handlers])
         launcher = os.environ.pop(LAUNCHER_VARIABLE, "")
         if launcher.isdecimal() and os.environ.get("LOCAL_RANK", "0") not in ("", "0"):
             self._launcher = self._rank_zero = int(launcher)

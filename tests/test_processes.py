@@ -78,6 +78,20 @@ def test_a_signal_ends_the_process_at_any_time(number: signal.Signals, source: s
     assert end(process) == END[number]
 
 
+@pytest.mark.parametrize("number", [*END, signal.SIGUSR1])
+def test_a_signal_to_what_is_left_of_a_process(number: signal.Signals) -> None:
+    """Python puts the default actions back before a process is gone: its exit code stands."""
+    process = begun("""
+import ctypes
+libc = ctypes.CDLL(None)
+libc.__cxa_atexit(ctypes.cast(libc.sleep, ctypes.c_void_p), ctypes.c_void_p(1), None)  # sleep(1) once Python is gone
+with run_process.unwinding(): pass
+""")
+    time.sleep(0.5)
+    process.send_signal(number)
+    assert end(process) == (0, "")
+
+
 def test_a_signal_while_a_step_is_made_waits_for_its_end() -> None:
     process = begun("""
 with run_process.unwinding():

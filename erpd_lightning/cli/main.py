@@ -32,6 +32,7 @@ from .options import CLASSES, DEFAULT_EPOCHS, add_options, bound_keys, class_opt
 USELESS_WARNINGS = (
     r"The `srun` command is available on your system but is not used",
     r"Total length of `\w+` across ranks is zero",
+    r"The ``compute`` method of metric \w+ was called before the ``update`` method",  # A rank without prompts.
     r"The number of training batches .* is smaller than the logging interval",
 )
 """Beginnings of warnings that tell a user of the command line nothing."""
