@@ -10,6 +10,9 @@ def main() -> None:
 
         report(sys.argv[2:])
     else:
+        from .processes import run_process
+
+        run_process.begin()  # Before the imports, which take seconds.
         from .cli.main import main as cli
 
         cli()

@@ -13,7 +13,7 @@ ROOT = Path(__file__).parents[1] / PACKAGE
 # From the bottom up: a part imports from itself and from lower layers, not from its neighbours.
 LAYERS: list[set[str]] = [
     {"objectives"},
-    {"files", "seeds", "text"},
+    {"files", "processes", "seeds", "text"},
     {"models"},
     {"metrics", "data"},
     {"budget"},

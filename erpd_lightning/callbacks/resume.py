@@ -9,7 +9,8 @@ from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.callbacks import Checkpoint
 
 from ..errors import UserError, first_line
-from .preemption import stop_signals
+from ..processes import run_process
+from .preemption import stop_agreed
 
 CHECKPOINT = re.compile(r"step=(\d+)\.ckpt")
 
@@ -58,26 +59,26 @@ class ResumeCheckpoint(Checkpoint):
     ) -> None:
         stepped, self._steps = trainer.global_step > self._steps, trainer.global_step
         due = stepped and self._steps % self.every_n_steps == 0
-        stops = stepped and stop_signals.agreed(trainer)
+        stops = stepped and stop_agreed(trainer)
         follows = _validation_follows(trainer, batch_idx)
         if (due or stops) and not follows:
             self._save(trainer)
         if stops:
-            stop_signals.stop()
+            run_process.stop()
         if stepped and follows:
-            stop_signals.deferring = False
+            run_process.deferring = False
 
     def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
-        stop_signals.deferring = True
+        run_process.deferring = True
 
     def on_validation_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        stop_signals.deferring = False
+        run_process.deferring = False
 
     def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
-        stop_signals.deferring = False
+        run_process.deferring = False
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        stop_signals.deferring = False
+        run_process.deferring = False
 
     def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         self._save(trainer)

@@ -13,7 +13,7 @@ from lightning.pytorch.cli import LightningArgumentParser
 from lightning.pytorch.loggers import CSVLogger
 
 from ..callbacks import KLBudget
-from ..callbacks.preemption import stop_signals
+from ..callbacks.preemption import take_over_signals
 from ..data.rollouts import RolloutDataModule
 from ..errors import InvalidArgument, UserError
 from ..modules.distill import UNRESTRAINED, DistillModule
@@ -187,7 +187,7 @@ class ConfigBuilder:
             bound = {"fast_dev_run": False, "limit_predict_batches": None, **bound}
         try:
             trainer = kind(**{**kwargs, "enable_checkpointing": saves, **bound})
-        except CONSTRUCTION_ERRORS as error:  # Lightning's say which argument it is in words alone.
+        except (*CONSTRUCTION_ERRORS, RuntimeError) as error:  # Lightning's say what it is about in words alone.
             key = own if self._own_settings(own) else "trainer"
             raise UserError(f"{key}: {one_line(error)}") from error
         try:
@@ -195,7 +195,7 @@ class ConfigBuilder:
             check_steps(trainer)
         except InvalidArgument as error:  # Before it starts any process.
             raise error.under(own if error.argument in self._own_settings(own) else "trainer") from error
-        stop_signals.watch(trainer)
+        take_over_signals(trainer)
         return trainer
 
     def settings(self, stage: str) -> dict[str, Any]:

@@ -17,15 +17,15 @@ from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch import LightningDataModule, LightningModule
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
 
-from ..callbacks.preemption import launcher_ends, stop_signals
 from ..errors import UserError, refuse
 from ..files import atomic_write, write_errors_named
 from ..modules.evaluation import EvaluationModule
-from ..modules.strategies import check_environment, started_rank
+from ..modules.strategies import check_environment
 from ..pipeline.lock import lock_run_directory
 from ..pipeline.preview import PreviewTrainer
 from ..pipeline.rounds import Rounds
 from ..pipeline.stages import teacher_stage
+from ..processes import run_process, started_rank
 from .config import ConfigBuilder
 from .errors import rejected_value, unknown_option, with_key
 from .given import check_files, unknown_keys
@@ -34,6 +34,7 @@ from .options import CLASSES, DEFAULT_EPOCHS, add_options, bound_keys, class_opt
 USELESS_WARNINGS = (
     r"The `srun` command is available on your system but is not used",
     r"Total length of `\w+` across ranks is zero",
+    r"The ``compute`` method of metric \w+ was called before the ``update`` method",  # A rank without prompts.
     r"The number of training batches .* is smaller than the logging interval",
 )
 """Beginnings of warnings that tell a user of the command line nothing."""
@@ -207,16 +208,8 @@ class ERPDCLI(LightningCLI):
 
 def main() -> None:
     """Run the command line; a mistake of the user's ends in a line or two and exit code 2, a signal in one line."""
-    with stop_signals.installed():
-        try:
-            _main()
-        except BaseException as error:
-            ending = stop_signals.received
-            if ending is None:
-                raise
-            if started_rank() == 0:
-                print(f"stopped by {ending.name}: the same command goes on from here", file=sys.stderr)
-            raise SystemExit(128 + ending) from error
+    with run_process.unwinding():
+        _main()
 
 
 def _main() -> None:
@@ -232,9 +225,10 @@ def _main() -> None:
         warnings.filterwarnings("ignore", message=message)
     try:
         check_environment(os.environ)
+    except UserError as error:  # Nobody can tell which rank this is.
+        refuse(str(error))
+    try:
         with write_errors_named("the run directory"):
             ERPDCLI()
     except (UserError, MisconfigurationException) as error:
-        if launcher_ends(seconds=4):  # It told the same mistake; Lightning kills it after 5 s if this process ends.
-            raise SystemExit(2) from error
-        refuse(str(error))
+        run_process.refuse(str(error))

@@ -1,6 +1,5 @@
 """Strategies of Lightning's that a policy can be trained and sampled with, and steps that it can be trained in."""
 
-import os
 from collections.abc import Mapping
 from typing import Any
 
@@ -8,11 +7,9 @@ import torch
 from lightning.pytorch.strategies import DDPStrategy, SingleDeviceStrategy, Strategy
 
 from ..errors import InvalidArgument, UserError, check_at_least
+from ..processes import started_rank
 
 REMEDY = "use ddp, or auto on one device"
-
-RANK_VARIABLES = ("SLURM_PROCID", "RANK", "LOCAL_RANK")
-"""Where a process is told its rank, the most telling first."""
 
 
 def check_strategy(strategy: Strategy) -> None:
@@ -44,22 +41,6 @@ def check_steps(trainer: Any) -> None:
     if clip is not None and not 0 <= clip < float("inf"):
         raise InvalidArgument("gradient_clip_val", f"is {clip}: it must be at least 0; null or 0 for no clipping")
     check_at_least(1, accumulate_grad_batches=trainer.accumulate_grad_batches)
-
-
-def started_rank(environment: Mapping[str, str] = os.environ) -> int:
-    """The rank that this process was started as, by whatever started it; 0 where nobody says.
-
-    Raises:
-        UserError: If what is said is no rank.
-    """
-    for name in RANK_VARIABLES:
-        if name in environment:
-            if not environment[name].isdecimal():
-                raise UserError(
-                    f"the environment variable {name} is {environment[name]!r}: a rank, from 0, is expected"
-                )
-            return int(environment[name])
-    return 0
 
 
 def check_ranks(trainer: Any) -> None:

@@ -12,7 +12,8 @@ from erpd_lightning.errors import InvalidArgument, UserError
 from erpd_lightning.modules.evaluation import EvaluationModule
 from erpd_lightning.modules.extreme_region import ExtremeRegionModule
 from erpd_lightning.modules.policy_module import PolicyModule
-from erpd_lightning.modules.strategies import check_strategy, started_rank
+from erpd_lightning.modules.strategies import check_strategy
+from erpd_lightning.processes import started_rank
 from support.modules import make_data, make_trainer
 
 
@@ -79,6 +80,7 @@ def test_rank_that_a_process_was_started_as() -> None:
     assert started_rank({}) == 0
     assert started_rank({"RANK": "5", "LOCAL_RANK": "1"}) == 5
     assert started_rank({"SLURM_PROCID": "3", "LOCAL_RANK": "0"}) == 3
+    assert started_rank({"SLURM_PROCID": "0", "RANK": "1", "LOCAL_RANK": "1"}) == 1  # torchrun inside of SLURM
 
 
 class NoGradients(ExtremeRegionModule):

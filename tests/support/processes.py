@@ -49,18 +49,27 @@ def fork(act: Callable[[], None], environment: Mapping[str, str] | None = None) 
         os._exit(code)
 
 
+def children(process: int) -> list[int]:
+    """The processes that a process has started and that are there."""
+    return [int(child) for child in Path(f"/proc/{process}/task/{process}/children").read_text().split()]
+
+
 def exit_code(child: int) -> int:
     """Wait for a child to end; returns its exit code, negative for a signal."""
     _, status = os.waitpid(child, 0)
     return os.waitstatus_to_exitcode(status)
 
 
-def rank_environments(processes: int) -> list[dict[str, str]]:
-    """Environment variables of each process of a group, by which they find one another."""
+def free_port() -> int:
+    """A port of this machine that nobody listens on."""
     with socket.socket() as listener:
         listener.bind(("127.0.0.1", 0))
-        port = listener.getsockname()[1]
-    place = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "NODE_RANK": "0"}
+        return int(listener.getsockname()[1])
+
+
+def rank_environments(processes: int) -> list[dict[str, str]]:
+    """Environment variables of each process of a group, by which they find one another."""
+    place = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port()), "NODE_RANK": "0"}
     return [{**place, "LOCAL_RANK": str(rank)} for rank in range(processes)]
 
 

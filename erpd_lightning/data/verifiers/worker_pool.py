@@ -10,7 +10,6 @@ look, so the kernel ends it with the server (on Linux) or when its time is over 
 """
 
 import contextlib
-import ctypes
 import importlib
 import json
 import os
@@ -26,6 +25,7 @@ from multiprocessing.connection import Connection, wait
 from typing import Any
 
 from ...errors import InvalidArgument, UserError
+from ...processes import end_with_parent
 
 START_SECONDS = 120
 """Longest start of a server: it imports sympy, perhaps from a slow file system."""
@@ -39,7 +39,6 @@ MEMORY_BYTES = 2 * 2**30
 """Address space of a worker: `9^{9^9}` must not take a machine's memory."""
 
 SERVE = "import json, sys; sys.path[:] = json.loads(sys.argv[1]); from {module} import serve; serve(*sys.argv[2:])"
-PR_SET_PDEATHSIG = 1
 
 
 def check_timeout(timeout: float) -> None:
@@ -340,7 +339,4 @@ def _end_with(server: int) -> None:
         _, hard = resource.getrlimit(resource.RLIMIT_AS)
         limit = MEMORY_BYTES if hard == resource.RLIM_INFINITY else min(MEMORY_BYTES, hard)
         resource.setrlimit(resource.RLIMIT_AS, (limit, hard))
-    if sys.platform == "linux":
-        ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
-    if os.getppid() != server:
-        os._exit(1)
+    end_with_parent(server)
