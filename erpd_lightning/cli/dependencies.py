@@ -39,33 +39,43 @@ MONITORING_CALLBACKS = {
 }
 """Callbacks that do the same; of any other, such as `EarlyStopping` or `KLBudget`, the outcome may depend."""
 
-ROLLOUT_DATA_KEYS = ("sampler", "verifier", "group_size", "prompts_per_round")
+ROLLOUT_DATA_KEYS = ("sampler", "verifier", "group_size", "prompts_per_round", "chat_template_kwargs")
 """What of `data` the rollouts depend on."""
 
 ADVANTAGE_DATA_KEYS = ("replay", "baseline", "correct_threshold")
 """What of `data` teacher and unlearned policy depend on besides the rollouts."""
 
-ON_POLICY_DATA_KEYS = ("sampler", "group_size", "prompts_per_round")
+ON_POLICY_DATA_KEYS = ("sampler", "group_size", "prompts_per_round", "chat_template_kwargs")
 """What of `data` a student depends on that answers the prompts itself."""
 
 INFERENCE_STAGE_KEYS: dict[str, tuple[tuple[str, ...], tuple[str, ...]]] = {
     "rollouts": (ROLLOUT_DATA_KEYS, ("precision",)),
     "scoring": ((), ("precision",)),
     "evaluation": (
-        ("sampler", "verifier", "correct_threshold", "validation_samples", "max_validation_prompts"),
+        (
+            "sampler",
+            "verifier",
+            "correct_threshold",
+            "validation_samples",
+            "max_validation_prompts",
+            "chat_template_kwargs",
+        ),
         ("precision", "limit_test_batches", "fast_dev_run"),
     ),
 }
 """Stages that train nothing: what of `data` and of `trainer` their result depends on."""
 
 CALIBRATION_KEYS = {
-    "data": ("sampler", "calibration_prompts", "calibration_samples"),
+    "data": ("sampler", "calibration_prompts", "calibration_samples", "chat_template_kwargs"),
     "trainer": ("check_val_every_n_epoch", "val_check_interval", "limit_val_batches"),
 }
 """What a student depends on that other trained policies do not: beta is corrected in validation."""
 
 
-SIGNAL_SELECTION_KEYS = {"data": ("sampler", "verifier", "correct_threshold"), "distill": ("signal", "kl_budget")}
+SIGNAL_SELECTION_KEYS = {
+    "data": ("sampler", "verifier", "correct_threshold", "chat_template_kwargs"),
+    "distill": ("signal", "kl_budget"),
+}
 """What of `data` and of `distill` the choice of a signal depends on."""
 
 
