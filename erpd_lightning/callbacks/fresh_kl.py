@@ -4,6 +4,7 @@ import math
 from collections.abc import Collection, Mapping
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
@@ -13,7 +14,7 @@ from torch import nn
 
 from ..budget.search import Measurement
 from ..data.prompt_batches import PromptBatcher
-from ..data.prompts import PromptSet, read_prompts, tokenize
+from ..data.prompts import PromptSet, PromptSource, read_prompts, tokenize
 from ..data.ranks import ranks
 from ..data.rollouts import RolloutDataModule
 from ..data.samplers import Sampler, TransformersSampler
@@ -39,7 +40,8 @@ class FreshKL:
     Args:
         reference: A name among the `references` of a `PolicyModule`, or a folder or hub name.
         per: Whether the KL is per response `token` or per `response`.
-        prompts: JSONL file or data set of the prompts; None for those of the trainer's `RolloutDataModule`.
+        prompts: File or data set of the prompts, or a `PromptSource`; None for those of the trainer's
+            `RolloutDataModule`.
         tokenizer: Where the tokenizer for them is; None for beside the reference.
         sampler: Draws responses to them; None for the default.
         max_prompts: Prompts that are taken at a time.
@@ -51,7 +53,7 @@ class FreshKL:
         self,
         reference: str,
         per: Literal["token", "response"],
-        prompts: str | Path | None,
+        prompts: PromptSource | str | Path | None,
         tokenizer: str | Path | None,
         sampler: Sampler | None,
         max_prompts: int,
@@ -159,10 +161,11 @@ class FreshKL:
                 raise InvalidArgument("prompts", "is missing: the KL is measured on fresh responses to some prompts")
         return self._source
 
-    def _own_prompts(self, source: str | Path, path: str | Path) -> tuple[PromptBatcher, PromptSet]:
+    def _own_prompts(self, source: PromptSource | str | Path, path: str | Path) -> tuple[PromptBatcher, PromptSet]:
         """Prompts of a file or data set, with the tokenizer beside a policy."""
         tokenizer, sampler = load_tokenizer(path), self.sampler or TransformersSampler()
-        prompts = PromptSet(read_prompts(source), lambda prompt: tokenize(tokenizer, prompt))
+        encode = partial(tokenize, tokenizer)
+        prompts = PromptSet(read_prompts(source, encode, answered=False).prompts, encode)
         return PromptBatcher(tokenizer, sampler, Unverified(), MAX_TOKENS, context_length(path), self.seed), prompts
 
     def _path(self, module: LightningModule) -> str:

@@ -18,6 +18,7 @@ from ..budget.controller import MAX_RELATIVE_ERROR, BudgetController
 from ..budget.interpolation import WeightInterpolation
 from ..budget.search import Measurement
 from ..data.samplers import Sampler
+from ..data.sources import PromptSource
 from ..errors import InvalidArgument, UserError, check_at_least
 from ..models.checks import is_finite
 from ..modules.training import TrainingModule
@@ -62,8 +63,8 @@ class KLBudget(Callback):
         confidence: One-sided confidence of the upper bound.
         patience: Measurements outside in a row that are let pass. The last one, at the end of training, is not.
         tolerance: For `search`, the most of the budget that is to be left, as a share of it.
-        prompts: JSONL file or data set of the prompts to measure on; None for the training prompts of the trainer's
-            `RolloutDataModule` that its round does not use, or else its held-out ones.
+        prompts: File or data set of the prompts to measure on, or a `PromptSource`; None for the training prompts of
+            the trainer's `RolloutDataModule` that its round does not use, or else its held-out ones.
         tokenizer: Where the tokenizer for them is; None for beside the reference.
         sampler: Draws responses to them; None for the default.
         max_prompts: Prompts of a measurement. A search takes up to 16 times as many where it needs them and there are
@@ -90,7 +91,7 @@ class KLBudget(Callback):
         confidence: float = 0.95,
         patience: int = 0,
         tolerance: float = 0.05,
-        prompts: str | Path | None = None,
+        prompts: PromptSource | str | Path | None = None,
         tokenizer: str | Path | None = None,
         sampler: Sampler | None = None,
         max_prompts: int = 512,

@@ -17,6 +17,7 @@ from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch import LightningDataModule, LightningModule
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
 
+from ..data.sources import ReadPrompts
 from ..errors import UserError, refuse
 from ..files import atomic_write, write_errors_named
 from ..modules.evaluation import EvaluationModule
@@ -24,7 +25,7 @@ from ..modules.strategies import check_environment
 from ..pipeline.lock import lock_run_directory
 from ..pipeline.preview import PreviewTrainer
 from ..pipeline.rounds import Rounds
-from ..pipeline.stages import teacher_stage
+from ..pipeline.stages import say, teacher_stage
 from ..processes import run_process, started_rank
 from .config import ConfigBuilder
 from .errors import rejected_value, unknown_option, with_key
@@ -132,14 +133,7 @@ class ERPDCLI(LightningCLI):
 
     def fit(self, **_: Any) -> None:
         """Run the chain; the configuration lies in the run directory first."""
-        if self.rounds.task is None:
-            plan = self.rounds.data(1).prompt_plan
-            with self.builder.keys_named("data"):
-                plan.sampled()
-            if not plan.held_out:
-                raise UserError(
-                    "data.validation_prompts is missing: what a student gained is measured on held-out prompts"
-                )
+        read = [] if self.rounds.task is not None else self._read_prompts()
         trained = [*DEFAULT_EPOCHS, *map(teacher_stage, self.builder.teachers)]
         only = self.rounds.stage
         self.builder.check_trainable([stage for stage in trained if only in (None, stage)])
@@ -150,21 +144,46 @@ class ERPDCLI(LightningCLI):
             raise UserError(f"run_dir {run_dir} cannot be used: {error.strerror}") from error
         # The other ranks are started by rank zero, or together with it.
         with write_errors_named(run_dir), lock_run_directory(run_dir) if started_rank() == 0 else nullcontext():
-            self._run_chain(run_dir / "config.yaml")
+            self._run_chain(run_dir / "config.yaml", read)
 
-    def _run_chain(self, written: Path) -> None:
+    def _run_chain(self, written: Path, read: list[ReadPrompts]) -> None:
         """Run the chain with its configuration written, and the one before put back where a mistake ends it."""
         try:
             before = written.read_bytes() if written.exists() else None
         except OSError as error:
             raise UserError(f"{written} cannot be read: {error.strerror}") from error
         self._write(written, self._parser("fit").dump(self.config["fit"], skip_unset=False))
+        self._list_left_out(read, written.parent / "prompts" / "left_out.jsonl")
         try:
             self.rounds.run()
         except UserError:
             if before is not None:  # What is there was made with the configuration that was there.
                 self._write(written, before)
             raise
+
+    def _read_prompts(self) -> list[ReadPrompts]:
+        """What is read of the prompts, before any work is done.
+
+        Raises:
+            UserError: If they cannot be used, or none are held out.
+        """
+        plan = self.rounds.data(1).prompt_plan
+        with self.builder.keys_named("data"):
+            plan.sampled()
+            if not plan.held_out:
+                raise UserError(
+                    "data.validation_prompts is missing: what a student gained is measured on held-out prompts"
+                )
+        return plan.read
+
+    def _list_left_out(self, read: list[ReadPrompts], path: Path) -> None:
+        """Tell which prompts were left out, and list them in a file."""
+        if lines := [line for each in read for line in each.listed()]:
+            path.parent.mkdir(exist_ok=True)
+            self._write(path, "".join(f"{line}\n" for line in lines))
+        for each in read:
+            if each.left_out:
+                say(f"{each.report()} (listed in {path})")
 
     def preview(self, budgets: list[float] | None = None, **_: Any) -> None:
         """Decode from the targets of a round's signal; nothing of the run changes."""

@@ -5,7 +5,7 @@ that are missing, on any number of processes, and ends with the same store.
 """
 
 from abc import abstractmethod
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -19,6 +19,7 @@ from torch import Tensor
 from ..errors import UserError
 from ..models.loading import has_tokenizer, load_tokenizer
 from .batching import RolloutBatch, RolloutTable, ScoreTable, offsets_of, opaque
+from .deferred import Deferred
 from .loader import micro_batches, micro_batches_needed, partition_step
 from .prompt_batches import PromptBatch
 from .ranks import ranks
@@ -43,10 +44,10 @@ class Scores(NamedTuple):
 
 
 class BatchList:
-    """Ready batches as a data loader; Lightning would take a list for several loaders."""
+    """Batches as a data loader, each made when it is asked for; Lightning would take a list for several loaders."""
 
-    def __init__(self, batches: Iterable[Any]) -> None:
-        self._batches = list(batches)
+    def __init__(self, batches: Sequence[Any]) -> None:
+        self._batches = batches
 
     def __len__(self) -> int:
         return len(self._batches)
@@ -125,11 +126,11 @@ class PredictToStore(LightningDataModule):
             )
         self._writer = StoreWriter(self.path, self.schema, {"policy": self._policy.fingerprint, **self.settings})
         rank, world_size = ranks(self.trainer)
-        missing = []
+        missing: list[int] = []
         if not Store.exists(self.path):
             mine = range(rank, self.part_count(), world_size)
-            missing = [self.part(index) for index in mine if not self._writer.has_part(index)]
-        return BatchList(missing or [None])
+            missing = [index for index in mine if not self._writer.has_part(index)]
+        return BatchList(Deferred(self.part, missing) if missing else [None])
 
     def write(self, batch: Any, output: Any) -> None:
         """Store what the policy made of a part."""

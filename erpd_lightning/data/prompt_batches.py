@@ -1,7 +1,8 @@
 """Prompts in batches, with all that it takes to sample and verify responses to them."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import pyarrow as pa
@@ -9,10 +10,14 @@ import pyarrow as pa
 from ..errors import InvalidArgument
 from ..seeds import derive_seed
 from .batching import opaque
+from .deferred import Deferred
 from .prompts import Prompt, PromptSet, as_text
 from .samplers import Response, Sampler
 from .store import ROLLOUTS
 from .verifiers import Verifier, take_rewards
+
+ADDED_TOKENS = 512
+"""Tokens that a chat template may add to a prompt; more of them are found when a prompt's batch is made."""
 
 
 @opaque
@@ -143,8 +148,11 @@ class PromptBatcher:
 
     def batches(
         self, prompts: PromptSet, samples: int, purpose: str, rank: int = 0, world_size: int = 1
-    ) -> Iterator[PromptBatch]:
-        """This rank's batches; what is in a batch depends on no rank.
+    ) -> Sequence[PromptBatch]:
+        """This rank's batches, each made when it is asked for; what is in a batch depends on no rank.
+
+        A prompt that is too long for the policy is told at once where its length in bytes says that it may be, which
+        is nearly always, and otherwise with its batch.
 
         Args:
             prompts: The prompts of all ranks.
@@ -156,33 +164,44 @@ class PromptBatcher:
         Raises:
             InvalidArgument: If a prompt and its response do not fit the policy's context.
         """
-        token_ids = [prompts.token_ids(i) for i in range(len(prompts))]
-        self._check_context(token_ids, purpose)
+        if self.context is not None:
+            room = self.context - self.sampler.max_new_tokens - ADDED_TOKENS
+            self._check_context(prompts, [i for i, row in enumerate(prompts) if _bytes(row) > room], purpose)
         size = max(1, self.sampler.batch_size // samples)
         count = -(-len(prompts) // size)
         # A rank without prompts of its own still gets a batch, an empty one, to take part in the reductions.
-        for index in range(rank, max(count, rank + 1), world_size):
-            chosen = range(index * size, min((index + 1) * size, len(prompts)))
-            yield PromptBatch(
-                index=index,
-                prompts=[prompts[i] for i in chosen],
-                prompt_ids=[token_ids[i] for i in chosen],
-                groups=chosen,
-                samples=samples,
-                seed=derive_seed(self.seed, purpose, index),
-                max_tokens=self.max_tokens,
-                tokenizer=self.tokenizer,
-                sampler=self.sampler,
-                verifier=self.verifier,
-                correct_threshold=self.correct_threshold,
-            )
+        numbers = range(rank, max(count, rank + 1), world_size)
+        return Deferred(partial(self._batch, prompts, samples, purpose, size), numbers)
 
-    def _check_context(self, token_ids: Sequence[Sequence[int]], purpose: str) -> None:
-        longest = max((len(ids) for ids in token_ids), default=0)
+    def _batch(self, prompts: PromptSet, samples: int, purpose: str, size: int, index: int) -> PromptBatch:
+        chosen = range(index * size, min((index + 1) * size, len(prompts)))
+        self._check_context(prompts, chosen, purpose)
+        return PromptBatch(
+            index=index,
+            prompts=[prompts[i] for i in chosen],
+            prompt_ids=[prompts.token_ids(i) for i in chosen],
+            groups=chosen,
+            samples=samples,
+            seed=derive_seed(self.seed, purpose, index),
+            max_tokens=self.max_tokens,
+            tokenizer=self.tokenizer,
+            sampler=self.sampler,
+            verifier=self.verifier,
+            correct_threshold=self.correct_threshold,
+        )
+
+    def _check_context(self, prompts: PromptSet, chosen: Sequence[int], purpose: str) -> None:
+        lengths = {i: len(prompts.token_ids(i)) for i in chosen}
+        number = max(lengths, key=lambda i: lengths[i], default=0)
+        longest = lengths.get(number, 0)
         if self.context is not None and longest + self.sampler.max_new_tokens > self.context:
-            number = next(i for i, ids in enumerate(token_ids) if len(ids) == longest) + 1
             raise InvalidArgument(
                 "sampler.max_new_tokens",
-                f"is {self.sampler.max_new_tokens}: with the {longest} tokens of {purpose} prompt {number} that is "
+                f"is {self.sampler.max_new_tokens}: with the {longest} tokens of {purpose} prompt {number + 1} that is "
                 f"more than the policy's context of {self.context}",
             )
+
+
+def _bytes(prompt: Prompt) -> int:
+    """Bytes of a prompt: it has about as many tokens at the most, and what a chat template adds."""
+    return len(as_text(prompt.prompt).encode())

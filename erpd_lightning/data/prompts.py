@@ -1,48 +1,29 @@
-"""Prompts: read from files or data sets, told apart by content, and shared out over rounds."""
+"""Prompts with their token ids, and how they are shared out over rounds and uses."""
 
-import hashlib
-import json
-import math
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from copy import copy
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import Any, overload
+from typing import overload
 
-from lightning.pytorch.utilities import rank_zero_warn
+from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 
-from ..errors import InvalidArgument, UserError, first_line
-from ..files import sha256_file
+from ..errors import InvalidArgument
+from .sources import Prompt, PromptSource, ReadPrompts, fingerprint_of, read_prompts
 from .tokenize import Message, as_text, shorten, tokenize
 
 __all__ = [
-    "DataSetSource",
     "Message",
     "Prompt",
     "PromptPlan",
     "PromptSet",
+    "PromptSource",
     "as_text",
-    "check_sources",
-    "prompts_fingerprint",
     "read_prompts",
     "shorten",
     "tokenize",
 ]
-
-OPTIONS_EXAMPLE = "openai/gsm8k?config=main&split=test"
-"""A data set with a configuration and a split, for messages."""
-
-MAX_EXACT_FLOAT = 2**53
-"""Floats below this size that have an integer value stand for that integer alone."""
-
-
-@dataclass(frozen=True)
-class Prompt:
-    """A prompt, as text or as chat messages, and the answer that is correct for it."""
-
-    prompt: str | list[Message]
-    answer: str
 
 
 class PromptSet(Sequence[Prompt]):
@@ -96,8 +77,7 @@ class PromptPlan:
     """Which prompts a round samples from, and which it leaves for other uses; each source is read once.
 
     Attributes:
-        train: JSONL file or data set of the training prompts, as `read_prompts` takes it; None where nothing is
-            sampled from them.
+        train: The training prompts, as `read_prompts` takes them; None where nothing is sampled from them.
         validation: The same of held-out prompts; None for none.
         encode: Makes token ids of what a prompt says.
         per_round: Prompts of a round; each round takes the next ones, from the start again after the last. None for
@@ -108,8 +88,8 @@ class PromptPlan:
         max_calibration: The most prompts outside the round on which a student's KL is measured.
     """
 
-    train: str | Path | None
-    validation: str | Path | None
+    train: PromptSource | str | Path | None
+    validation: PromptSource | str | Path | None
     encode: Callable[[str | list[Message]], list[int]]
     per_round: int | None
     round: int
@@ -120,7 +100,8 @@ class PromptPlan:
     @cached_property
     def held_out(self) -> PromptSet:
         """The held-out prompts that are used; none where there is no file of them."""
-        held_out = PromptSet(self._validation_rows[: self.max_validation], self.encode)
+        rows = [] if self._read_validation is None else self._read_validation.prompts
+        held_out = PromptSet(rows[: self.max_validation], self.encode)
         self._warn_of_overlap()
         return held_out
 
@@ -155,41 +136,61 @@ class PromptPlan:
         """The training prompts outside the round on which a student's KL is measured; none where all are in it."""
         return self.unused[: self.max_calibration]
 
-    @property
-    def source(self) -> str | Path:
-        """Where the training prompts are.
+    @cached_property
+    def train_fingerprint(self) -> str:
+        """What tells the training prompts apart from others: what is asked and answered in all of them.
 
         Raises:
-            InvalidArgument: If nobody says.
+            InvalidArgument: If nobody says where they are.
         """
-        if self.train is None:
-            raise InvalidArgument("prompts", "is null: it has to name a file or data set to sample from")
-        return self.train
+        return fingerprint_of(self._read_train.prompts)
+
+    @cached_property
+    def validation_fingerprint(self) -> str | None:
+        """The same of the held-out prompts; None where there are none."""
+        return None if self._read_validation is None else fingerprint_of(self._read_validation.prompts)
+
+    @property
+    def read(self) -> list[ReadPrompts]:
+        """What was read of each source so far, and what was left out."""
+        found = [vars(self).get(name) for name in ("_read_train", "_read_validation")]
+        return [each for each in found if each is not None]
 
     @cached_property
     def _train(self) -> PromptSet:
-        prompts = PromptSet(self._train_rows, self.encode)
+        prompts = PromptSet(self._read_train.prompts, self.encode)
         self._warn_of_overlap()
         return prompts
 
     @cached_property
-    def _train_rows(self) -> list[Prompt]:
-        return read_prompts(self.source)
+    def _read_train(self) -> ReadPrompts:
+        if self.train is None:
+            raise InvalidArgument("prompts", "is null: it has to name a file or data set to sample from")
+        return self._read("prompts", self.train)
 
     @cached_property
-    def _validation_rows(self) -> list[Prompt]:
-        return [] if self.validation is None else read_prompts(self.validation)
+    def _read_validation(self) -> ReadPrompts | None:
+        return None if self.validation is None else self._read("validation_prompts", self.validation)
+
+    def _read(self, argument: str, source: PromptSource | str | Path) -> ReadPrompts:
+        try:
+            found = read_prompts(source, self.encode)
+        except InvalidArgument as error:
+            raise error.under(argument) from error
+        if found.left_out:
+            rank_zero_info(found.report())
+        return found
 
     def _warn_of_overlap(self) -> None:
         """Warn of held-out prompts that are training prompts too, as soon as both are read."""
-        if not {"_train_rows", "_validation_rows"} <= vars(self).keys():
+        if len(self.read) < 2:
             return
-        train = {as_text(row.prompt) for row in self._train_rows}
-        held_out = self._validation_rows[: self.max_validation]
-        if shared := sum(as_text(row.prompt) in train for row in held_out):
+        train, validation = self.read
+        asked, held_out = set(train.questions), validation.questions[: self.max_validation]
+        if shared := sum(question in asked for question in held_out):
             rank_zero_warn(
-                f"{shared} of the {len(held_out)} held-out prompts in {self.validation} are training prompts of "
-                f"{self.train} too: what is measured on them is no held-out accuracy"
+                f"{shared} of the {len(held_out)} held-out prompts in {validation.source} are training prompts of "
+                f"{train.source} too: what is measured on them is no held-out accuracy"
             )
 
     @cached_property
@@ -198,7 +199,8 @@ class PromptPlan:
         available = len(self._train)
         count = self.per_round or available
         if count > available:
-            raise InvalidArgument("prompts_per_round", f"is {count}, but {self.train} holds {available} prompts")
+            source = self._read_train.source
+            raise InvalidArgument("prompts_per_round", f"is {count}, but {source} holds {available} prompts")
         if self.previews >= count:
             raise InvalidArgument(
                 "preview_prompts",
@@ -206,172 +208,3 @@ class PromptPlan:
             )
         first = (self.round - 1) * count
         return [i % available for i in range(first, first + count)]
-
-
-@dataclass(frozen=True)
-class DataSetSource:
-    """A data set that `datasets.load_dataset` finds, and which part of it is meant.
-
-    Attributes:
-        name: Local folder or hub name.
-        config: Its configuration; None for the only one, or the default.
-        split: Its split, also in the slicing syntax of `datasets`, such as `train[:90%]`.
-    """
-
-    name: str
-    config: str | None = None
-    split: str = "train"
-
-    @classmethod
-    def parse(cls, source: str | Path) -> "DataSetSource | None":
-        """What a source says, such as `openai/gsm8k?config=main&split=test`; None where it is a JSONL file.
-
-        A folder whose own name has a question mark in it is taken for that folder.
-
-        Raises:
-            UserError: For an option that is not `config` or `split`, is empty or is given twice.
-        """
-        path, text = Path(source), str(source)
-        if path.suffix == ".jsonl" or path.is_file():
-            return None
-        name, has_options, options = text.partition("?")
-        if not has_options or path.exists():
-            return cls(text)
-        found: dict[str, str] = {}
-        for option in options.split("&"):
-            key, _, value = option.partition("=")
-            if key not in ("config", "split") or not value or key in found:
-                raise UserError(
-                    f"{text}: {option!r} is no option of a data set; it has config and split, once each, as in "
-                    f"{OPTIONS_EXAMPLE}"
-                )
-            found[key] = value
-        return cls(name, **found)
-
-    def same_rows(self, other: "DataSetSource") -> bool:
-        """Whether another source names the same part of the same data set."""
-        names = [str(Path(each.name).resolve()) if Path(each.name).is_dir() else each.name for each in (self, other)]
-        return names[0] == names[1] and (self.config, self.split) == (other.config, other.split)
-
-
-def check_sources(prompts: str | Path | None, validation_prompts: str | Path | None) -> None:
-    """Refuse one part of a data set for both training and validation.
-
-    Two files are left to `PromptPlan`, which counts what they share.
-
-    Raises:
-        InvalidArgument: If both name the same split of the same data set, such as `train`, which is the default.
-        UserError: For options that no data set has.
-    """
-    parsed = [None if source is None else DataSetSource.parse(source) for source in (prompts, validation_prompts)]
-    train, validation = parsed
-    if train is not None and validation is not None and train.same_rows(validation):
-        raise InvalidArgument(
-            "validation_prompts",
-            f"is {validation_prompts}, whose split {validation.split} is what prompts names too: name another split, "
-            f"as in {OPTIONS_EXAMPLE}",
-        )
-
-
-def read_prompts(source: str | Path) -> list[Prompt]:
-    """Prompts from a JSONL file, or from whatever `datasets.load_dataset` finds under a name.
-
-    Each row has `prompt`, a string or a list of chat messages, and `answer`, a string or a finite number, of which
-    `18.0` is `18`.
-
-    Args:
-        source: The file, or a data set as `DataSetSource.parse` takes it.
-
-    Raises:
-        UserError: If the file is missing or empty, or names the line that is no such row.
-    """
-    data_set = DataSetSource.parse(source)
-    if data_set is None:
-        prompts = list(_read_jsonl(Path(source)))
-    else:
-        rows = enumerate(_load_dataset(data_set), start=1)
-        prompts = [_as_prompt(row, f"{source}, row {number}") for number, row in rows]
-    if not prompts:
-        raise UserError(f"{source} holds no prompts: at least one is needed")
-    return prompts
-
-
-def prompts_fingerprint(source: str | Path | None) -> str | None:
-    """SHA-256 of what is in a source, in hexadecimal: the bytes of a file, or the rows of a data set; None for none.
-
-    Raises:
-        UserError: If it cannot be read.
-    """
-    if source is None:
-        return None
-    if DataSetSource.parse(source) is None:
-        try:
-            return sha256_file(source)
-        except FileNotFoundError:
-            raise UserError(_missing(source)) from None
-        except OSError as error:
-            raise UserError(f"{source} cannot be read as a JSONL file of prompts: {error}") from error
-    digest = hashlib.sha256()
-    for row in read_prompts(source):
-        digest.update(json.dumps([row.prompt, row.answer]).encode() + b"\n")
-    return digest.hexdigest()
-
-
-def _missing(path: str | Path) -> str:
-    return f"{path} is missing: a JSONL file of prompts is expected there"
-
-
-def _read_jsonl(path: Path) -> Iterator[Prompt]:
-    try:
-        # Not splitlines: it also cuts at characters that may stand in a JSON string, such as U+2028.
-        lines = path.read_text(encoding="utf-8-sig").split("\n")
-    except FileNotFoundError:
-        raise UserError(_missing(path)) from None
-    except (OSError, UnicodeDecodeError) as error:
-        raise UserError(f"{path} cannot be read as a JSONL file of prompts: {error}") from error
-    for number, line in enumerate(lines, start=1):
-        if not line.strip():
-            continue
-        where = f"{path}, line {number}"
-        try:
-            row = json.loads(line)
-        except RecursionError:
-            raise UserError(f"{where} is nested too deeply to be read") from None
-        except ValueError as error:
-            raise UserError(f"{where} is not JSON: {error}") from error
-        yield _as_prompt(row, where)
-
-
-def _as_prompt(row: Any, where: str) -> Prompt:
-    if not isinstance(row, dict) or "prompt" not in row or "answer" not in row:
-        raise UserError(f'{where} must be an object like {{"prompt": …, "answer": …}}')
-    prompt, answer = row["prompt"], row["answer"]
-    messages = isinstance(prompt, list) and all(
-        isinstance(message, dict) and {"role", "content"} <= message.keys() for message in prompt
-    )
-    if not prompt or not (isinstance(prompt, str) or messages):
-        raise UserError(f"{where}: prompt must be a string or a list of chat messages, not empty")
-    if isinstance(answer, float) and math.isfinite(answer) and answer.is_integer() and abs(answer) < MAX_EXACT_FLOAT:
-        answer = int(answer)
-    number = isinstance(answer, int | float) and not isinstance(answer, bool) and math.isfinite(answer)
-    if not (isinstance(answer, str) or number):
-        raise UserError(f"{where}: answer must be a string or a finite number")
-    for name, text in (("prompt", as_text(prompt)), ("answer", str(answer))):
-        try:
-            text.encode()
-        except UnicodeEncodeError as error:
-            half = ascii(text[error.start])
-            raise UserError(f"{where}: {name} has half a character, {half}: it was cut in two somewhere") from None
-    return Prompt(prompt, str(answer))
-
-
-def _load_dataset(source: DataSetSource) -> Any:
-    from datasets import load_dataset
-
-    try:
-        return load_dataset(source.name, source.config, split=source.split)
-    except Exception as error:  # The many ways in which a data set can be missing or broken.
-        raise UserError(
-            f"{source.name} is neither a JSONL file nor a data set that can be loaded (split {source.split}; others "
-            f"as in {OPTIONS_EXAMPLE}): {first_line(error)}"
-        ) from error

@@ -19,10 +19,12 @@ from .batching import RolloutTable
 from .loader import StepLoader
 from .predict_data import BatchList, PolicySource, SamplingData, ScoringData, predict_to_store
 from .prompt_batches import PromptBatch, PromptBatcher
-from .prompts import Message, PromptPlan, PromptSet, check_sources, prompts_fingerprint, tokenize
+from .prompts import Message, PromptPlan, PromptSet, PromptSource, tokenize
 from .ranks import ranks
 from .samplers import Sampler, TransformersSampler
+from .sources import check_sources
 from .store import Store
+from .tokenize import check_chat_template_kwargs
 from .train_rollouts import Baseline, OnPolicyRollouts, TrainRollouts
 from .verifiers import ExactMatch, Unverified, Verifier
 
@@ -70,10 +72,11 @@ class RolloutDataModule(LightningDataModule):
     Args:
         store: Directory of the rollout store.
         tokenizer: Folder or hub name of the tokenizer: that of the base policy.
-        prompts: JSONL file or data set of prompts to sample from, with `prompt` and `answer`; not needed where
-            the store is complete. A data set is a folder or hub name, of which configuration and split can be named as
-            in `openai/gsm8k?config=main&split=test`; without, its split is `train`.
-        validation_prompts: Held-out prompts in the same format, of another split; None for no validation.
+        prompts: Prompts to sample from: a file or data set with the columns `prompt` and `answer`, of which
+            configuration and split can be named as in `openai/gsm8k?config=main&split=test` (without, its split is
+            `train`), or a `PromptSource` for other columns and more; not needed where the store is complete.
+        validation_prompts: Held-out prompts in the same way, of another split; None for no validation.
+        chat_template_kwargs: Variables of the tokenizer's chat template, such as `enable_thinking: false`.
         scores: Directory with the stored scores of policies on the rollouts, for distillation.
         replay_stores: Rollout stores of the rounds before, the latest first.
         replay: How many of them are trained on again beside the round's own, each response with the log-probs of the
@@ -112,8 +115,9 @@ class RolloutDataModule(LightningDataModule):
         self,
         store: str | Path,
         tokenizer: str | Path,
-        prompts: str | Path | None = None,
-        validation_prompts: str | Path | None = None,
+        prompts: PromptSource | str | Path | None = None,
+        validation_prompts: PromptSource | str | Path | None = None,
+        chat_template_kwargs: dict[str, Any] | None = None,
         scores: str | Path | None = None,
         replay_stores: Sequence[str | Path] = (),
         replay: int = 0,
@@ -160,10 +164,12 @@ class RolloutDataModule(LightningDataModule):
                 "rollouts",
             )
         check_sources(prompts, validation_prompts)
+        check_chat_template_kwargs(chat_template_kwargs)
         self.root = Path(store)
         self.tokenizer_path = tokenizer
         self.prompts = prompts
         self.validation_prompts = validation_prompts
+        self.chat_template_kwargs = chat_template_kwargs
         self.scores = None if scores is None else Path(scores)
         self.replay_stores = [Path(path) for path in replay_stores]
         self.replay = replay
@@ -309,7 +315,8 @@ class RolloutDataModule(LightningDataModule):
         # The answers of a student that is distilled are not verified.
         verifier = self.verifier if rollouts is self.stored else Unverified()
         settings = {
-            "prompts": prompts_fingerprint(self.prompt_plan.source),
+            "prompts": self.prompt_plan.train_fingerprint,
+            "chat_template_kwargs": self.chat_template_kwargs,
             "prompts_per_round": self.prompts_per_round,
             "round": self.round,
             "iteration": rollouts.iteration,
@@ -324,10 +331,10 @@ class RolloutDataModule(LightningDataModule):
         batches = partial(self._batches_to_sample, verifier, rollouts.iteration, rollouts.iterations)
         return SamplingData(batches, rollouts.store, settings, self.clear_cache)
 
-    def _batches_to_sample(self, verifier: Verifier, iteration: int, iterations: int) -> list[PromptBatch]:
+    def _batches_to_sample(self, verifier: Verifier, iteration: int, iterations: int) -> Sequence[PromptBatch]:
         purpose = "rollouts" if iterations == 1 else f"rollouts {iteration}"
         prompts = self.prompt_plan.sampled(iteration, iterations)
-        return list(self._batcher(verifier).batches(prompts, self.group_size, purpose))
+        return self._batcher(verifier).batches(prompts, self.group_size, purpose)
 
     # Loaders.
 
@@ -465,7 +472,7 @@ class RolloutDataModule(LightningDataModule):
         )
 
     def _encode(self, prompt: str | list[Message]) -> list[int]:
-        return tokenize(self.tokenizer, prompt)
+        return tokenize(self.tokenizer, prompt, self.chat_template_kwargs)
 
 
 def _limit_to_whole_steps(trainer: Any, loader: StepLoader) -> None:

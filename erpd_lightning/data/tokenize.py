@@ -1,11 +1,14 @@
 """Token ids of prompts: plain ones, and chat messages through a tokenizer's template, the same at each run."""
 
 import json
+import re
+from collections.abc import Mapping
+from types import MappingProxyType
 from typing import Any
 
 from lightning.pytorch.utilities import rank_zero_warn
 
-from ..errors import UserError, first_line
+from ..errors import InvalidArgument, UserError, first_line
 from ..models.generation import eos_token_ids
 
 Message = dict[str, str]
@@ -24,6 +27,18 @@ FIXED_DATE = {
 PROBE = "PROBE OF THE END OF A TURN"
 """What an assistant says in a chat that is rendered to see how the template ends its turn."""
 
+OWN_ARGUMENTS = (
+    "chat_template",
+    "add_generation_prompt",
+    "continue_final_message",
+    "tokenize",
+    "messages",
+    "conversation",
+    "return_tensors",
+    "return_dict",
+)
+"""Arguments of a tokenizer's `apply_chat_template` that are no variables of a template, or follow from the prompt."""
+
 _told: set[tuple[str, str]] = set()
 
 
@@ -38,7 +53,9 @@ def shorten(prompt: str | list[Message], most: int = 60) -> str:
     return text if len(text) <= most else f"{text[:most]}…"
 
 
-def tokenize(tokenizer: Any, prompt: str | list[Message]) -> list[int]:
+def tokenize(
+    tokenizer: Any, prompt: str | list[Message], chat_template_kwargs: Mapping[str, Any] | None = None
+) -> list[int]:
     """Token ids of a prompt, for a response to follow; chat messages go through the tokenizer's chat template.
 
     A plain prompt gets what its tokenizer puts in front of a text, unless it begins with that already, as a rendered
@@ -46,19 +63,32 @@ def tokenize(tokenizer: Any, prompt: str | list[Message]) -> list[int]:
     turn is the assistant's is continued there. A template that prints the date always prints 26 July 2024. Of that,
     and of turns that end with a token at which sampling does not stop, one warning is given.
 
+    Args:
+        tokenizer: The tokenizer.
+        prompt: The prompt.
+        chat_template_kwargs: Variables of the chat template, such as `enable_thinking`; none for a plain prompt.
+
     Raises:
+        InvalidArgument: For a variable that the template does not have.
         UserError: If the prompt has no tokens, or the tokenizer has no template or refuses the messages.
     """
+    variables = chat_template_kwargs or {}
     if isinstance(prompt, str):
         ids = _plain_ids(tokenizer, prompt)
+        if variables:
+            _tell_once(
+                "chat_template_kwargs",
+                "chat_template_kwargs change no prompt that is text: chat: true makes chats of them (PromptSource)",
+            )
     else:
+        _check_variables(tokenizer, variables)
         try:
-            text = _rendered(tokenizer, prompt)
+            text = _rendered(tokenizer, prompt, variables)
         except Exception as error:  # Templates are programs: they raise what they like.
             raise UserError(
                 f"the tokenizer's chat template takes no prompt {shorten(prompt)}: {first_line(error)}"
             ) from error
-        _warn_of_turn_end(tokenizer, prompt)
+        _warn_of_turn_end(tokenizer, prompt, variables)
         ids = tokenizer(text, add_special_tokens=False).input_ids
     if not ids:
         raise UserError(f"prompt {shorten(prompt)} has no tokens: there must be one to predict a response from")
@@ -76,13 +106,39 @@ def _plain_ids(tokenizer: Any, text: str) -> list[int]:
     return plain if plain[: len(prefix)] == prefix else prefix + plain
 
 
-def _rendered(tokenizer: Any, messages: list[Message], closed: bool = False) -> str:
+def check_chat_template_kwargs(variables: Mapping[str, Any] | None) -> None:
+    """Refuse variables of a chat template that this module sets itself.
+
+    Raises:
+        InvalidArgument: Names the one that it does.
+    """
+    for name in variables or {}:
+        if name in OWN_ARGUMENTS:
+            raise InvalidArgument("chat_template_kwargs", f"has {name}, which is set for each prompt")
+
+
+def _check_variables(tokenizer: Any, variables: Mapping[str, Any]) -> None:
+    """Refuse what a template would leave unread.
+
+    Raises:
+        InvalidArgument: Names it.
+    """
+    for name in variables:
+        if tokenizer.chat_template and not re.search(rf"\b{re.escape(name)}\b", tokenizer.get_chat_template()):
+            raise InvalidArgument(
+                "chat_template_kwargs", f"has {name}, but the tokenizer's chat template has no such variable"
+            )
+
+
+def _rendered(
+    tokenizer: Any, messages: list[Message], variables: Mapping[str, Any] = MappingProxyType({}), closed: bool = False
+) -> str:
     """A chat as a text that an answer can follow; `closed` for one whose last turn is over."""
     continued = not closed and messages[-1]["role"] == "assistant"
     if continued and not messages[-1]["content"]:  # An answer that has not begun.
         messages, continued = messages[:-1], False
     template = tokenizer.get_chat_template()
-    settings: dict[str, Any] = {}
+    settings = dict(variables)
     if "strftime_now" in template:
         settings["chat_template"] = _fixed_clock() + template
         _tell_once(
@@ -107,7 +163,7 @@ def _fixed_clock() -> str:
     return f"{{% macro strftime_now(format) %}}{{{{ format{replaced} }}}}{{% endmacro %}}\n"
 
 
-def _warn_of_turn_end(tokenizer: Any, messages: list[Message]) -> None:
+def _warn_of_turn_end(tokenizer: Any, messages: list[Message], variables: Mapping[str, Any]) -> None:
     """Warn once of a template that ends the assistant's turns with a token that does not end a response."""
     template = tokenizer.get_chat_template()
     key = (template, f"end of turn {tokenizer.name_or_path} {tokenizer.eos_token_id}")
@@ -116,7 +172,7 @@ def _warn_of_turn_end(tokenizer: Any, messages: list[Message]) -> None:
     _told.add(key)
     turns = messages[:-1] if messages[-1]["role"] == "assistant" else messages
     try:
-        text = _rendered(tokenizer, [*turns, {"role": "assistant", "content": PROBE}], closed=True)
+        text = _rendered(tokenizer, [*turns, {"role": "assistant", "content": PROBE}], variables, closed=True)
     except Exception:  # A template that takes no such chat cannot be asked.
         return
     _, answered, rest = text.rpartition(PROBE)

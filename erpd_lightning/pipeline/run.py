@@ -6,7 +6,6 @@ from functools import cached_property
 from pathlib import Path
 
 from ..data.arithmetic import Arithmetic
-from ..data.prompts import prompts_fingerprint
 from ..data.rollouts import RolloutDataModule
 from ..modules.distill import DistillModule
 from ..objectives.signal import AutoSignal
@@ -129,10 +128,9 @@ class Run:
         return self.builder.data(store="", tokenizer="").iterations > 1
 
     def prompt_files(self) -> dict[str, str]:
-        """Fingerprints of the prompts, of what is in their files or data sets."""
-        data = self.data(1)
-        sources = {"prompts": data.prompts, "validation_prompts": data.validation_prompts}
-        return {name: str(prompts_fingerprint(source)) for name, source in sources.items()}
+        """Fingerprints of the prompts, of what is asked and answered in them."""
+        plan = self.data(1).prompt_plan
+        return {"prompts": plan.train_fingerprint, "validation_prompts": str(plan.validation_fingerprint)}
 
 
 def task_files(run_dir: Path) -> list[Path]:

@@ -20,8 +20,8 @@ PROMPT = '{"prompt": "1+1:", "answer": "2"}\n'
         ("", "{file} holds no prompts"),
         ("\n\n", "{file} holds no prompts"),
         (f"{PROMPT}{{oops\n{PROMPT}", "{file}, line 2 is not JSON"),
-        (f'{PROMPT}\n{{"prompt": "1+1:"}}\n', "{file}, line 3 must be an object like"),
-        (f'{PROMPT}{{"answer": "2"}}\n', "{file}, line 2 must be an object like"),
+        (f'{PROMPT}\n{{"prompt": "1+1:"}}\n', "{file}, line 3 has no column 'answer' (there are: prompt)"),
+        (f'{PROMPT}{{"answer": "2"}}\n', "{file}, line 2 has no column 'prompt' (there are: answer)"),
         (f'{PROMPT}{{"prompt": "", "answer": "2"}}\n', "{file}, line 2: prompt must be"),
     ],
 )

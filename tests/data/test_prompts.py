@@ -15,16 +15,15 @@ import torch
 
 from erpd_lightning.data.prompt_batches import PromptBatch
 from erpd_lightning.data.prompts import (
-    DataSetSource,
     Prompt,
     PromptPlan,
+    PromptSource,
     as_text,
-    check_sources,
-    prompts_fingerprint,
     read_prompts,
     tokenize,
 )
 from erpd_lightning.data.samplers import Response, Sampler
+from erpd_lightning.data.sources import check_sources, fingerprint_of
 from erpd_lightning.data.store import ROLLOUTS
 from erpd_lightning.data.tokenize import _rendered
 from erpd_lightning.data.verifiers import Verifier
@@ -68,7 +67,7 @@ def test_a_file_of_prompts(tmp_path: Path, end: str) -> None:
     ]
     lines = [json.dumps(rows[0]), "", *(json.dumps(row, ensure_ascii=False) for row in rows[1:]), " "]
     path = write_lines(tmp_path / "prompts.jsonl", *lines, end=end)
-    assert read_prompts(path) == [
+    assert read_prompts(path).prompts == [
         Prompt("1+2:", "3"),
         Prompt(MESSAGES, "5"),
         Prompt("half?", "0.5"),
@@ -77,12 +76,12 @@ def test_a_file_of_prompts(tmp_path: Path, end: str) -> None:
         Prompt("a googol", "1e+100"),
         Prompt("line\nline\u2028line\x85line\x0cline", "ä"),
     ]
-    assert read_prompts(str(path)) == read_prompts(path)
+    assert read_prompts(str(path)).prompts == read_prompts(path).prompts
 
 
 def test_a_file_by_another_name(tmp_path: Path) -> None:
     path = write_lines(tmp_path / "prompts.txt", '{"prompt": "1", "answer": "2"}')
-    assert read_prompts(path) == [Prompt("1", "2")]
+    assert read_prompts(path).prompts == [Prompt("1", "2")]
 
 
 @pytest.mark.parametrize(
@@ -92,15 +91,16 @@ def test_a_file_by_another_name(tmp_path: Path) -> None:
         ("1+2:", "not JSON"),
         ('["1", "2"]', "must be an object"),
         ("null", "must be an object"),
-        ('{"prompt": "1"}', "must be an object"),
-        ('{"question": "1", "answer": "2"}', "must be an object"),
+        ('{"prompt": "1"}', r"has no column 'answer' \(there are: prompt\)"),
+        ('{"question": "1", "answer": "2"}', r"has no column 'prompt' \(there are: question, answer\)"),
         ('{"prompt": "", "answer": "2"}', "prompt must be"),
         ('{"prompt": [], "answer": "2"}', "prompt must be"),
         ('{"prompt": 7, "answer": "2"}', "prompt must be"),
         ('{"prompt": null, "answer": "2"}', "prompt must be"),
         ('{"prompt": [{"role": "user"}], "answer": "2"}', "prompt must be"),
         ('{"prompt": ["1"], "answer": "2"}', "prompt must be"),
-        ('{"prompt": "1", "answer": null}', "answer must be"),
+        ('{"prompt": "1", "answer": null}', r"there is no answer in answer \(null\)"),
+        ('{"prompt": "1", "answer": " "}', "there is no answer in answer"),
         ('{"prompt": "1", "answer": true}', "answer must be"),
         ('{"prompt": "1", "answer": false}', "answer must be"),
         ('{"prompt": "1", "answer": ["2"]}', "answer must be"),
@@ -124,7 +124,7 @@ def test_a_bad_line_is_named(tmp_path: Path, line: str, complaint: str) -> None:
 def test_a_byte_order_mark_and_whole_emoji_are_read(tmp_path: Path) -> None:
     path = tmp_path / "windows.jsonl"
     path.write_bytes('{"prompt": "1+1=", "answer": "\\ud83d\\ude00"}\r\n'.encode("utf-8-sig"))
-    assert read_prompts(path) == [Prompt("1+1=", "\U0001f600")]
+    assert read_prompts(path).prompts == [Prompt("1+1=", "\U0001f600")]
 
 
 def test_files_that_hold_no_prompts(tmp_path: Path) -> None:
@@ -162,7 +162,7 @@ def test_a_data_set(tmp_path: Path, kind: str, monkeypatch: pytest.MonkeyPatch) 
         pq.write_table(pa.Table.from_pylist(rows), folder / "train.parquet")
     else:
         write_lines(folder / "train.jsonl", *(json.dumps(row) for row in rows))
-    assert read_prompts(folder) == [Prompt([{"role": "user", "content": "1"}], "2"), Prompt(MESSAGES, "5")]
+    assert read_prompts(folder).prompts == [Prompt([{"role": "user", "content": "1"}], "2"), Prompt(MESSAGES, "5")]
 
 
 def test_a_data_set_of_other_columns(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -185,11 +185,13 @@ def test_data_sets_that_cannot_be_loaded(tmp_path: Path, monkeypatch: pytest.Mon
     pq.write_table(pa.table({"prompt": ["1"]}), tmp_path / "test_only" / "test.parquet")
     (tmp_path / "script").mkdir()
     (tmp_path / "script" / "script.py").write_text(f"open({str(tmp_path / 'ran')!r}, 'w')")
-    for name in ("empty", "test_only", "script", "not there"):
+    for name in ("empty", "script", "not there"):
         with pytest.raises(UserError, match="neither a JSONL file nor a data set") as error:
             read_prompts(tmp_path / name)
         assert str(tmp_path / name) in message_of(error)
     assert not (tmp_path / "ran").exists()
+    with pytest.raises(UserError, match=r"test_only has no split train: there are test$"):
+        read_prompts(tmp_path / "test_only")
 
 
 @pytest.fixture
@@ -205,12 +207,13 @@ def splits(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 
 def test_a_split_of_a_data_set(splits: Path) -> None:
-    assert [row.answer for row in read_prompts(splits)] == ["1", "2", "3"]
-    assert [row.answer for row in read_prompts(f"{splits}?split=test")] == ["3", "4"]
-    assert [row.answer for row in read_prompts(f"{splits}?config=default&split=train[:1]+test[1:]")] == ["1", "4"]
-    with pytest.raises(UserError, match="neither a JSONL file nor a data set") as error:
+    assert [row.answer for row in read_prompts(splits).prompts] == ["1", "2", "3"]
+    assert [row.answer for row in read_prompts(f"{splits}?split=test").prompts] == ["3", "4"]
+    mixed = read_prompts(f"{splits}?config=default&split=train[:1]+test[1:]")
+    assert [row.answer for row in mixed.prompts] == ["1", "4"]
+    with pytest.raises(UserError) as error:
         read_prompts(f"{splits}?split=held_out")
-    assert "split held_out" in message_of(error)
+    assert message_of(error) == f"{splits} has no split held_out: there are train, test"
 
 
 @pytest.mark.parametrize("options", ["test", "splits=test", "split=", "split=a&split=b", "", "split=test&"])
@@ -222,7 +225,7 @@ def test_options_that_no_data_set_has(options: str) -> None:
 
 def test_a_folder_with_a_question_mark_in_its_name(splits: Path) -> None:
     odd = splits.rename(splits.with_name("mine?split=test"))
-    assert DataSetSource.parse(odd) == DataSetSource(str(odd))
+    assert PromptSource.parse(odd) == PromptSource(str(odd))
 
 
 def test_one_split_for_training_and_validation_is_refused(splits: Path) -> None:
@@ -238,18 +241,17 @@ def test_one_split_for_training_and_validation_is_refused(splits: Path) -> None:
 
 def test_a_fingerprint_is_of_the_rows(splits: Path) -> None:
     path = write_lines(splits.parent / "prompts.jsonl", '{"prompt": "1", "answer": "2"}')
-    before = [prompts_fingerprint(source) for source in (path, splits, f"{splits}?split=test")]
-    assert before == [prompts_fingerprint(source) for source in (path, splits, f"{splits}?split=test")]
+    before = [fingerprint_of(read_prompts(source).prompts) for source in (path, splits, f"{splits}?split=test")]
+    assert before == [fingerprint_of(read_prompts(source).prompts) for source in (path, splits, f"{splits}?split=test")]
     assert len(set(before)) == 3
     write_lines(path, '{"prompt": "1", "answer": "3"}')
     write_lines(splits / "train.jsonl", *(f'{{"prompt": "{n}=", "answer": "0"}}' for n in (1, 2, 3)))
-    after = [prompts_fingerprint(source) for source in (path, splits, f"{splits}?split=test")]
+    after = [fingerprint_of(read_prompts(source).prompts) for source in (path, splits, f"{splits}?split=test")]
     assert [old == new for old, new in zip(before, after, strict=True)] == [False, False, True]
     moved = splits.rename(splits.with_name("elsewhere"))
-    assert prompts_fingerprint(moved) == after[1]
-    assert prompts_fingerprint(None) is None
+    assert fingerprint_of(read_prompts(moved).prompts) == after[1]
     with pytest.raises(UserError, match="is missing"):
-        prompts_fingerprint(splits.parent / "none.jsonl")
+        read_prompts(splits.parent / "none.jsonl")
 
 
 def make_plan(train: Path | str, validation: Path | str | None, max_validation: int | None = None) -> PromptPlan:

@@ -1,0 +1,33 @@
+"""Lists whose items are made when they are asked for."""
+
+from collections.abc import Callable, Sequence
+from typing import Any, Generic, TypeVar, overload
+
+Item = TypeVar("Item")
+
+
+class Deferred(Sequence[Item], Generic[Item]):
+    """A list whose items are made each time that they are asked for.
+
+    Args:
+        make: Makes an item from its key.
+        keys: The key of each item.
+    """
+
+    def __init__(self, make: Callable[[Any], Item], keys: Sequence[Any]) -> None:
+        self._make = make
+        self._keys = keys
+
+    def __len__(self) -> int:
+        return len(self._keys)
+
+    @overload
+    def __getitem__(self, index: int) -> Item: ...
+
+    @overload
+    def __getitem__(self, index: slice) -> "Deferred[Item]": ...
+
+    def __getitem__(self, index: int | slice) -> "Item | Deferred[Item]":
+        if isinstance(index, slice):
+            return Deferred(self._make, self._keys[index])
+        return self._make(self._keys[index])
