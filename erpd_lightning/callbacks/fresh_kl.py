@@ -161,7 +161,7 @@ class FreshKL:
 
     def _own_prompts(self, source: str | Path, path: str | Path) -> tuple[PromptBatcher, PromptSet]:
         """Prompts of a file or data set, with the tokenizer beside a policy."""
-        tokenizer, sampler = load_tokenizer(path), self.sampler or TransformersSampler()
+        tokenizer, sampler = load_tokenizer(path), (self.sampler or TransformersSampler()).in_process
         prompts = PromptSet(read_prompts(source), lambda prompt: tokenize(tokenizer, prompt))
         return PromptBatcher(tokenizer, sampler, Unverified(), MAX_TOKENS, context_length(path), self.seed), prompts
 
