@@ -211,10 +211,9 @@ class SamplingData(PredictToStore):
         return batches
 
     def _serve(self) -> None:
-        trainer: Any = self.trainer
         assert self._policy is not None
-        device = trainer.strategy.root_device
-        own = device.index if trainer.world_size > 1 and device.type == "cuda" else None
+        _, world_size = ranks(self.trainer)
+        own = torch.cuda.current_device() if world_size > 1 and torch.cuda.is_available() else None
         self._served.enter_context(self._sampler.serving(self._policy.policy_path, self.path, own))
 
     def finish(self) -> None:

@@ -60,6 +60,7 @@ class Requests:
         self._retries = retries
         self._start_timeout = start_timeout
         self._restarts = 0
+        self._is_stopped = False
         self._lock = threading.Lock()
 
     def start(self) -> None:
@@ -74,10 +75,12 @@ class Requests:
 
     def stop(self) -> None:
         """Give up what is in flight, and end the managed server."""
+        self._is_stopped = True
         for client in self.clients:
             client.close()
         if self._managed is not None:
-            self._managed.stop()
+            with self._lock:  # It may be about to start again.
+                self._managed.stop()
 
     def responses(self, draws: Sequence[Draw], vocabulary: int, last: Set[int]) -> list[Response]:
         """The responses, in order.
@@ -136,7 +139,7 @@ class Requests:
         if self._managed is None:
             return
         with self._lock:
-            if client not in self.clients or self._managed.is_running:
+            if self._is_stopped or client not in self.clients or self._managed.is_running:
                 return
             self._restarts += 1
             if self._restarts > MOST_RESTARTS:
@@ -147,7 +150,13 @@ class Requests:
             self.start()
 
     def _answers(self, url: str) -> bool:
-        """Whether a server is ready."""
+        """Whether a server is ready.
+
+        Raises:
+            UserError: If it is not asked for any more.
+        """
+        if self._is_stopped:
+            raise UserError("sampling has ended")
         client = HttpClient(url, HEALTH_SECONDS)
         with suppress(ServerError):
             client.get(self.protocol.health_path)

@@ -44,8 +44,8 @@ def check_policy(protocol: ServerProtocol, client: HttpClient, policy: str | Pat
         return name
     if source is None or not _is_same(source, policy):
         raise UserError(
-            f"urls: the {protocol.name} server at {client.url} serves {source or name!r}, not {str(policy)!r}, which is "
-            "sampled from: start one with command, or say what it is called (served_as) if it is the same policy"
+            f"urls: the {protocol.name} server at {client.url} serves {source or name!r}, not {str(policy)!r}, "
+            "which is sampled from: start one with command, or say what it is called (served_as) if it is the same"
         )
     return name
 
