@@ -163,7 +163,7 @@ class FreshKL:
 
     def _own_prompts(self, source: PromptSource | str | Path, path: str | Path) -> tuple[PromptBatcher, PromptSet]:
         """Prompts of a file or data set, with the tokenizer beside a policy."""
-        tokenizer, sampler = load_tokenizer(path), self.sampler or TransformersSampler()
+        tokenizer, sampler = load_tokenizer(path), (self.sampler or TransformersSampler()).in_process
         encode = partial(tokenize, tokenizer)
         prompts = PromptSet(read_prompts(source, encode, answered=False).prompts, encode)
         return PromptBatcher(tokenizer, sampler, Unverified(), MAX_TOKENS, context_length(path), self.seed), prompts

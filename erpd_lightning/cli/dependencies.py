@@ -179,13 +179,19 @@ def affects_outcome(callback: Mapping[str, Any]) -> bool:
 
 
 def canonical_class_paths(settings: Any) -> Any:
-    """Nested settings in which every class has one name, whichever of its import paths the user gave."""
+    """Nested settings in which every class has one name, whichever of its import paths the user gave.
+
+    Arguments that change nothing of what a class makes (its `operational_arguments`) are left out.
+    """
     if not isinstance(settings, dict):
         return settings
     named = {key: canonical_class_paths(value) for key, value in settings.items()}
     if "class_path" in named:
         found = class_of(named["class_path"])
         named["class_path"] = f"{found.__module__}.{found.__qualname__}"
+        operational = getattr(found, "operational_arguments", ())
+        if operational and named.get("init_args"):
+            named["init_args"] = {k: value for k, value in named["init_args"].items() if k not in operational}
     return named
 
 

@@ -6,6 +6,7 @@ that are missing, on any number of processes, and ends with the same store.
 
 from abc import abstractmethod
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -23,6 +24,7 @@ from .deferred import Deferred
 from .loader import micro_batches, micro_batches_needed, partition_step
 from .prompt_batches import PromptBatch
 from .ranks import ranks
+from .samplers import Sampler
 from .store import ROLLOUTS, SCORES, Store, StoreWriter
 
 # Padded tokens of a part of the scores: what goes on with less memory still has to find its parts.
@@ -92,6 +94,11 @@ class PredictToStore(LightningDataModule):
         self.on_finish = on_finish
         self._policy: PolicySource | None = None
         self._writer: StoreWriter | None = None
+
+    @property
+    def needs_model(self) -> bool:
+        """Whether the policy has to be in memory."""
+        return True
 
     @abstractmethod
     def part_count(self) -> int:
@@ -168,7 +175,11 @@ def predict_to_store(data: PredictToStore, policy: PolicySource, predict: Callab
 class SamplingData(PredictToStore):
     """A data module for `Trainer.predict` that samples and verifies responses to prompts.
 
+    Whatever the sampler needs, such as a server, is there from when a rank has its prompts until it has all responses,
+    and goes as well where the prediction fails.
+
     Args:
+        sampler: Draws the responses.
         make_batches: Makes the batches of prompts of all ranks, once they are needed.
         path: Directory of the store.
         settings: All that the responses depend on, apart from the policy.
@@ -177,13 +188,43 @@ class SamplingData(PredictToStore):
 
     def __init__(
         self,
+        sampler: Sampler,
         make_batches: Callable[[], Sequence[PromptBatch]],
         path: Path,
         settings: Mapping[str, Any],
         on_finish: Callable[[], None] = lambda: None,
     ) -> None:
         super().__init__(path, ROLLOUTS, settings, on_finish)
+        self._sampler = sampler
         self._make_batches = make_batches
+        self._served = ExitStack()
+
+    @property
+    def needs_model(self) -> bool:
+        """See `PredictToStore`."""
+        return self._sampler.needs_model
+
+    def predict_dataloader(self) -> BatchList:
+        """See `PredictToStore`."""
+        batches = super().predict_dataloader()
+        if any(batch is not None and batch.prompts for batch in batches):
+            self._serve()
+        return batches
+
+    def _serve(self) -> None:
+        assert self._policy is not None
+        _, world_size = ranks(self.trainer)
+        own = torch.cuda.current_device() if world_size > 1 and torch.cuda.is_available() else None
+        self._served.enter_context(self._sampler.serving(self._policy.policy_path, self.path, own))
+
+    def finish(self) -> None:
+        """See `PredictToStore`."""
+        self._served.close()
+        super().finish()
+
+    def on_exception(self, exception: BaseException) -> None:
+        """Let go of what the sampler needed."""
+        self._served.close()
 
     def part_count(self) -> int:
         """See `PredictToStore`."""

@@ -59,7 +59,7 @@ class PromptBatch:
         """Sample and verify `samples` responses to each prompt: a table of the `ROLLOUTS` schema.
 
         Args:
-            model: The language model to sample from.
+            model: The language model to sample from; None for a sampler that needs none.
             seed: Another seed than the batch's own.
 
         Raises:

@@ -314,6 +314,9 @@ class RolloutDataModule(LightningDataModule):
     def _sampling(self, rollouts: TrainRollouts) -> SamplingData:
         # The answers of a student that is distilled are not verified.
         verifier = self.verifier if rollouts is self.stored else Unverified()
+        # A policy that is being trained is in memory alone.
+        is_fixed = rollouts is self.stored and rollouts.iterations == 1
+        sampler = self.sampler if is_fixed else self.sampler.in_process
         settings = {
             "prompts": self.prompt_plan.train_fingerprint,
             "chat_template_kwargs": self.chat_template_kwargs,
@@ -323,18 +326,20 @@ class RolloutDataModule(LightningDataModule):
             "iterations": rollouts.iterations,
             "preview_prompts": self.preview_prompts,
             "group_size": self.group_size,
-            "sampler": [type(self.sampler).__qualname__, self.sampler.settings()],
+            "sampler": [type(sampler).__qualname__, sampler.settings()],
             "verifier": [type(verifier).__qualname__, verifier.settings()],
             "seed": self.seed,
         }
         # Strategies that spawn processes pickle what they are given: a function within a function could not be.
-        batches = partial(self._batches_to_sample, verifier, rollouts.iteration, rollouts.iterations)
-        return SamplingData(batches, rollouts.store, settings, self.clear_cache)
+        batches = partial(self._batches_to_sample, sampler, verifier, rollouts.iteration, rollouts.iterations)
+        return SamplingData(sampler, batches, rollouts.store, settings, self.clear_cache)
 
-    def _batches_to_sample(self, verifier: Verifier, iteration: int, iterations: int) -> Sequence[PromptBatch]:
+    def _batches_to_sample(
+        self, sampler: Sampler, verifier: Verifier, iteration: int, iterations: int
+    ) -> Sequence[PromptBatch]:
         purpose = "rollouts" if iterations == 1 else f"rollouts {iteration}"
         prompts = self.prompt_plan.sampled(iteration, iterations)
-        return self._batcher(verifier).batches(prompts, self.group_size, purpose)
+        return self._batcher(sampler, verifier).batches(prompts, self.group_size, purpose)
 
     # Loaders.
 
@@ -443,13 +448,13 @@ class RolloutDataModule(LightningDataModule):
 
     @cached_property
     def batcher(self) -> PromptBatcher:
-        """What cuts prompts into batches."""
-        return self._batcher(self.verifier)
+        """What cuts prompts into batches for a policy in memory."""
+        return self._batcher(self.sampler.in_process, self.verifier)
 
-    def _batcher(self, verifier: Verifier) -> PromptBatcher:
+    def _batcher(self, sampler: Sampler, verifier: Verifier) -> PromptBatcher:
         return PromptBatcher(
             tokenizer=self.tokenizer,
-            sampler=self.sampler,
+            sampler=sampler,
             verifier=verifier,
             max_tokens=self.max_tokens,
             context=context_length(self.tokenizer_path),

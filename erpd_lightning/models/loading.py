@@ -62,12 +62,21 @@ def has_tokenizer(path: str | Path) -> bool:
 
 def context_length(path: str | Path) -> int | None:
     """Tokens that the policy at `path` can attend to, or None where its configuration does not say."""
+    length: int | None = getattr(_text_config(path), "max_position_embeddings", None)
+    return length
+
+
+def vocabulary_size(path: str | Path) -> int:
+    """Tokens that the policy at `path` has logits for; its tokenizer may have fewer."""
+    size: int = _text_config(path).vocab_size
+    return size
+
+
+def _text_config(path: str | Path) -> Any:
     from transformers import AutoConfig
 
     with loading(path, "policy"):
-        config = AutoConfig.from_pretrained(str(path), trust_remote_code=False).get_text_config()
-    length: int | None = getattr(config, "max_position_embeddings", None)
-    return length
+        return AutoConfig.from_pretrained(str(path), trust_remote_code=False).get_text_config()
 
 
 @contextmanager

@@ -56,8 +56,9 @@ class PolicyModule(LightningModule):
         return policy_fingerprint(self.policy_path)
 
     def configure_model(self) -> None:
-        """Load the policy, once; sharded strategies call this inside their own context."""
-        if not hasattr(self, "policy"):
+        """Load the policy, once, unless it is sampled from elsewhere; sharded strategies call this in their context."""
+        data = None if self._trainer is None else self._predict_data
+        if not hasattr(self, "policy") and (data is None or data.needs_model):
             self.policy = load_policy(self.policy_path, self.weights_dtype, self.max_logits)
 
     # References: frozen policies, in memory while they are asked.
@@ -119,7 +120,7 @@ class PolicyModule(LightningModule):
 
     def respond(self, batch: PromptBatch) -> pa.Table:
         """Responses to prompts, a table of the `ROLLOUTS` schema."""
-        return batch.respond(self.policy.model)
+        return batch.respond(self.policy.model if batch.sampler.needs_model else None)
 
     def on_predict_batch_end(self, outputs: Any, batch: Any, batch_idx: int, dataloader_idx: int = 0) -> None:
         """Hand over what a store is to keep."""

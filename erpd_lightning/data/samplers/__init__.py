@@ -1,6 +1,7 @@
 """Samplers: responses to prompts, with the log-probs of the distribution that they were drawn from."""
 
 from .base import Response, Sampler
+from .server import ServerSampler
 from .transformers import TransformersSampler
 
-__all__ = ["Response", "Sampler", "TransformersSampler"]
+__all__ = ["Response", "Sampler", "ServerSampler", "TransformersSampler"]

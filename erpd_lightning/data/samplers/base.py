@@ -1,8 +1,10 @@
 """What a sampler is."""
 
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
-from typing import Any, NamedTuple
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, ClassVar, NamedTuple
 
 from ...errors import InvalidArgument, check_at_least
 from ..settings import public_settings
@@ -29,7 +31,16 @@ class Sampler(ABC):
         max_new_tokens: Longest response in tokens.
         temperature: What the logits are divided by; the stored log-probs are those of the tempered policy.
         batch_size: Responses that are drawn at a time.
+
+    Attributes:
+        needs_model: Whether `sample` is given the language model. One that does not draws from a folder's policy
+            alone, within `serving`, and whoever samples need not load it.
+        operational_arguments: Arguments of the class that say how responses are got, and change none of them: a run
+            may go on with others.
     """
+
+    needs_model: ClassVar[bool] = True
+    operational_arguments: ClassVar[frozenset[str]] = frozenset()
 
     def __init__(self, max_new_tokens: int = 256, temperature: float = 1.0, batch_size: int = 256) -> None:
         check_at_least(1, max_new_tokens=max_new_tokens, batch_size=batch_size)
@@ -42,6 +53,22 @@ class Sampler(ABC):
     @abstractmethod
     def sample(self, model: Any, tokenizer: Any, prompts: Sequence[Sequence[int]], seed: int) -> list[Response]:
         """One response to each of the tokenised prompts, in order; the same for the same seed."""
+
+    @contextmanager
+    def serving(self, policy: str | Path, folder: Path, device: int | None = None) -> Iterator[None]:
+        """While responses of a policy that lies in a folder are drawn: what that takes is there, and goes afterwards.
+
+        Args:
+            policy: Folder or hub name of the policy.
+            folder: Where anything that is to be read later, such as a log, may be written.
+            device: The only CUDA device that may be used, where other processes sample on others; None for all.
+        """
+        yield
+
+    @property
+    def in_process(self) -> "Sampler":
+        """A sampler of the same distribution for a policy that is in memory and nowhere else, as in training."""
+        return self
 
     def settings(self) -> dict[str, Any]:
         """All that responses depend on, apart from the policy, as JSON values: by default the public attributes.

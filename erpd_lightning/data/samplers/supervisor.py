@@ -1,0 +1,97 @@
+"""Supervisor of a server that a run has started: ends it, and all that it has started, when the run ends in any way.
+
+A program of its own, run by its path: it imports nothing but the standard library and starts in milliseconds. Its
+standard input is a pipe that the run holds open; when that closes, or its parent is another one, the run is gone.
+What the server leaves behind becomes a child of the supervisor (on Linux), however it was started, and is ended too.
+
+Called as `supervisor.py PARENT GRACE COMMAND ARGUMENT…`; exits as the command did.
+"""
+
+import contextlib
+import ctypes
+import os
+import select
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Iterable
+
+LOOK_SECONDS = 0.5
+PR_SET_PDEATHSIG = 1
+PR_SET_CHILD_SUBREAPER = 36
+NOT_STARTED = 127
+
+
+def main(parent: int, grace: float, command: list[str]) -> int:
+    """Run a command until it ends or the parent does; returns its exit code."""
+    ended: list[int] = []
+    for number in (signal.SIGTERM, signal.SIGINT):
+        signal.signal(number, lambda received, frame: ended.append(received))
+    _prctl(PR_SET_CHILD_SUBREAPER, 1)
+    try:
+        server = subprocess.Popen(command, stdin=subprocess.DEVNULL, start_new_session=True, preexec_fn=_end_with_us)
+    except OSError as error:
+        print(f"{command[0]}: {error.strerror}", file=sys.stderr, flush=True)
+        return NOT_STARTED
+    while server.poll() is None and not ended and os.getppid() == parent:
+        readable, _, _ = select.select([sys.stdin], [], [], LOOK_SECONDS)
+        if readable:  # Nothing is ever written to it: its end has closed.
+            break
+    with contextlib.suppress(ProcessLookupError):
+        os.killpg(server.pid, signal.SIGTERM)
+    limit = time.monotonic() + grace
+    while time.monotonic() < limit and (server.poll() is None or _descendants(os.getpid())):
+        _reap(server.pid)
+        time.sleep(0.02)
+    while left := _descendants(os.getpid()):
+        for process in left:
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(process, signal.SIGKILL)
+        server.poll()
+        _reap(server.pid)
+        time.sleep(0.02)
+    return server.wait()
+
+
+def _prctl(option: int, value: int) -> None:
+    if sys.platform == "linux":
+        ctypes.CDLL(None).prctl(option, value)
+
+
+def _end_with_us() -> None:
+    """Let the kernel end the server where the supervisor itself is killed."""
+    _prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
+
+
+def _reap(but: int) -> None:
+    """Collect the children that have ended, all but the server, whose exit code is asked for."""
+    for child in _children(os.getpid()):
+        if child != but:
+            with contextlib.suppress(ChildProcessError):
+                os.waitpid(child, os.WNOHANG)
+
+
+def _descendants(process: int) -> list[int]:
+    """All processes below one that have not ended."""
+    found: list[int] = []
+    for child in _children(process):
+        found += [child, *_descendants(child)]
+    return [each for each in found if not _has_ended(each)]
+
+
+def _children(process: int) -> Iterable[int]:
+    with contextlib.suppress(OSError):
+        for task in os.listdir(f"/proc/{process}/task"):
+            with contextlib.suppress(OSError), open(f"/proc/{process}/task/{task}/children") as file:
+                yield from map(int, file.read().split())
+
+
+def _has_ended(process: int) -> bool:
+    with contextlib.suppress(OSError), open(f"/proc/{process}/stat") as file:
+        return file.read().rpartition(")")[2].split()[0] == "Z"
+    return True
+
+
+if __name__ == "__main__":
+    sys.exit(main(int(sys.argv[1]), float(sys.argv[2]), sys.argv[3:]))
