@@ -22,6 +22,7 @@ from .prompt_batches import PromptBatch, PromptBatcher
 from .prompts import Message, PromptPlan, PromptSet, check_sources, prompts_fingerprint, tokenize
 from .ranks import ranks
 from .samplers import Sampler, TransformersSampler
+from .settings import settings_of
 from .store import Store
 from .train_rollouts import Baseline, OnPolicyRollouts, TrainRollouts
 from .verifiers import ExactMatch, Unverified, Verifier
@@ -316,8 +317,8 @@ class RolloutDataModule(LightningDataModule):
             "iterations": rollouts.iterations,
             "preview_prompts": self.preview_prompts,
             "group_size": self.group_size,
-            "sampler": [type(self.sampler).__qualname__, self.sampler.settings()],
-            "verifier": [type(verifier).__qualname__, verifier.settings()],
+            "sampler": settings_of(self.sampler),
+            "verifier": settings_of(verifier),
             "seed": self.seed,
         }
         # Strategies that spawn processes pickle what they are given: a function within a function could not be.

@@ -1,5 +1,6 @@
 """Checks in processes of their own: time limits, crashes, and nobody left behind."""
 
+import contextlib
 import os
 import signal
 import subprocess
@@ -15,8 +16,19 @@ from support.processes import ROOT
 
 
 def work(what: str, file: str) -> float:
-    """Notes its process; then sleeps, dies or fails as it is told, or gives a number."""
+    """Notes its process; then sleeps, dies, fails, takes memory or ends its server as it is told, or gives a number."""
     Path(file).write_text(str(os.getpid()))
+    if what == "memory":
+        return float(len(bytearray(4 * 2**30)))
+    if what == "end server":
+        os.kill(os.getppid(), signal.SIGKILL)
+        time.sleep(600)
+    if what == "end first server":
+        if not Path(file + ".ended").exists():
+            Path(file + ".ended").touch()
+            os.kill(os.getppid(), signal.SIGKILL)
+            time.sleep(600)
+        return 1.0
     if what == "hang":
         time.sleep(600)
     if what == "crash":
@@ -40,9 +52,9 @@ def wait_until_gone(pids: list[int], seconds: float = 10.0) -> None:
 
 def test_only_the_call_that_hangs_crashes_or_fails_has_no_result(tmp_path: Path) -> None:
     pool = WorkerPool(f"{__name__}:work")
-    calls = ["1", "hang", "0", "crash", "no number", "1"]
+    calls = ["1", "hang", "0", "crash", "no number", "memory", "1"]
     files = [str(tmp_path / str(number)) for number in range(len(calls))]
-    assert pool.map([*zip(calls, files, strict=True)], timeout=1.0) == [1.0, None, 0.0, None, None, 1.0]
+    assert pool.map([*zip(calls, files, strict=True)], timeout=1.0) == [1.0, None, 0.0, None, None, None, 1.0]
     pids = [int(Path(file).read_text()) for file in files]
     pool.close()
     wait_until_gone(pids)
@@ -77,6 +89,47 @@ WorkerPool("{__name__}:work").map([("1", sys.argv[1] + "/first"), ("hang", sys.a
     assert is_there(pids[1])
     parent.send_signal(signal.SIGKILL)
     parent.wait(10)
+    wait_until_gone(pids)
+
+
+def test_a_server_that_is_ended_is_replaced(tmp_path: Path) -> None:
+    pool = WorkerPool(f"{__name__}:work")
+    calls = [("0", str(tmp_path / "a")), ("end first server", str(tmp_path / "b")), ("1", str(tmp_path / "c"))]
+    assert pool.map(calls, timeout=5.0) == [0.0, 1.0, 1.0]
+    pool.close()
+
+
+def test_a_server_that_is_ended_again_and_again_is_one_line(tmp_path: Path) -> None:
+    pool = WorkerPool(f"{__name__}:work")
+    calls = [("0", str(tmp_path / "a")), ("end server", str(tmp_path / "b")), ("1", str(tmp_path / "c"))]
+    with pytest.raises(UserError, match=r"was ended 3 times, with 2 of 3 answers unchecked") as error:
+        pool.map(calls, timeout=5.0)
+    assert "\n" not in str(error.value)
+    assert pool.map(calls[:1], timeout=5.0) == [0.0]
+    pool.close()
+
+
+def test_two_pools_and_a_forked_copy_do_not_disturb_each_other(tmp_path: Path) -> None:
+    pools = [WorkerPool(f"{__name__}:work") for _ in range(2)]
+    files = [str(tmp_path / str(number)) for number in range(4)]
+    assert [pool.map([("1", file)], timeout=5.0) for pool, file in zip(pools, files, strict=False)] == [[1.0], [1.0]]
+    child = os.fork()
+    if child == 0:
+        with contextlib.suppress(BaseException):
+            found = pools[0].map([("0", files[2])], timeout=5.0)
+            pools[0].close()
+            os._exit(10 + int(found == [0.0]))
+        os._exit(1)
+    assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 11
+    pools[1].close()
+    assert pools[0].map([("1", files[3])], timeout=5.0) == [1.0]
+    pids = [int(Path(file).read_text()) for file in files]
+    # The parent's worker is the one that it had before.
+    assert pids[3] == pids[0]
+    assert len(set(pids)) == 3
+    assert not is_there(pids[1])
+    wait_until_gone([pids[2]])
+    pools[0].close()
     wait_until_gone(pids)
 
 

@@ -79,6 +79,9 @@ def _reward(name: str, number: int, value: Any) -> float | None:
 
 def _shown(value: Any) -> str:
     """A value in a line: its type too, unless it is a plain one."""
-    text = " ".join(repr(value).split())
+    try:
+        text = " ".join(repr(value).split())
+    except Exception:  # Python refuses to print integers of more than 4,300 digits.
+        return f"something of type {type(value).__name__} that cannot be printed"
     text = text if len(text) <= 80 else text[:77] + "..."
     return text if isinstance(value, int | float | str) else f"{text} of type {type(value).__name__}"

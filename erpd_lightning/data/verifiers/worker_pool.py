@@ -33,6 +33,9 @@ START_SECONDS = 120
 PATIENCE_SECONDS = 0.1
 """How long a check may keep the others waiting before another worker is started for them."""
 
+MOST_SERVERS = 3
+"""How often the calls of one `map` are tried where the server is ended from outside."""
+
 MOST_WORKERS = 64
 PARENT_LOOK_SECONDS = 0.5
 MEMORY_BYTES = 2 * 2**30
@@ -79,15 +82,15 @@ class WorkerPool:
             timeout: Seconds that one call may take.
 
         Raises:
-            UserError: If the server does not start.
+            UserError: If the server does not start, or ends again and again.
         """
         results: list[Any] = [None] * len(calls)
         open_calls = dict(enumerate(calls))
         with self._lock:
-            # A server that somebody ended is replaced once; its calls are not to blame.
-            for _ in range(2):
+            # A server that somebody ended is replaced; its calls are not to blame.
+            for _ in range(MOST_SERVERS):
                 if not open_calls:
-                    break
+                    return results
                 try:
                     self._run(open_calls, results, timeout)
                 except (EOFError, OSError):
@@ -95,6 +98,12 @@ class WorkerPool:
                 except BaseException:
                     self._close()  # What it still has to say would be taken for the next call's results.
                     raise
+        if open_calls:
+            raise UserError(
+                f"the process that checks answers with {self.function} was ended {MOST_SERVERS} times, with "
+                f"{len(open_calls)} of {len(calls)} answers unchecked: see what ends it (too little memory?) and start "
+                "again"
+            )
         return results
 
     def _run(self, open_calls: dict[int, tuple[Any, ...]], results: list[Any], timeout: float) -> None:
