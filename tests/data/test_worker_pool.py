@@ -1,16 +1,20 @@
 """Checks in processes of their own: time limits, crashes, and nobody left behind."""
 
 import contextlib
+import mmap
 import os
+import pickle
 import signal
 import subprocess
 import sys
+import threading
 import time
 from pathlib import Path
 
 import pytest
 
-from erpd_lightning.data.verifiers.worker_pool import WorkerPool
+from erpd_lightning.data.verifiers import ExactMatch
+from erpd_lightning.data.verifiers.worker_pool import WorkerPool, shared_pool
 from erpd_lightning.errors import UserError
 from support.processes import ROOT
 
@@ -19,7 +23,7 @@ def work(what: str, file: str) -> float:
     """Notes its process; then sleeps, dies, fails, takes memory or ends its server as it is told, or gives a number."""
     Path(file).write_text(str(os.getpid()))
     if what == "memory":
-        return float(len(bytearray(4 * 2**30)))
+        return float(len(mmap.mmap(-1, 4 * 2**30)))  # at once where it is allowed
     if what == "end server":
         os.kill(os.getppid(), signal.SIGKILL)
         time.sleep(600)
@@ -73,8 +77,10 @@ def test_calls_that_hang_cost_the_limit_about_once(tmp_path: Path) -> None:
 def test_nobody_is_left_when_the_parent_is_killed(tmp_path: Path) -> None:
     code = f"""
 import sys
+import threading
 from {__name__} import work
-from erpd_lightning.data.verifiers.worker_pool import WorkerPool
+from erpd_lightning.data.verifiers import ExactMatch
+from erpd_lightning.data.verifiers.worker_pool import WorkerPool, shared_pool
 WorkerPool("{__name__}:work").map([("1", sys.argv[1] + "/first"), ("hang", sys.argv[1] + "/second")], timeout=60.0)
 """
     paths = [str(ROOT), str(ROOT / "tests"), str(Path(__file__).parents[2] / "tests")]
@@ -137,3 +143,46 @@ def test_what_does_not_start_is_one_line() -> None:
     with pytest.raises(UserError, match="the process that checks answers with nowhere:nothing did not start") as error:
         WorkerPool("nowhere:nothing").map([("1",)], timeout=1.0)
     assert "\n" not in str(error.value)
+
+
+def test_verifiers_share_a_pool_for_as_long_as_the_process_lives(tmp_path: Path) -> None:
+    for number in range(2):
+        verifier = ExactMatch(rf"<{number}>(\d)")
+        assert verifier([f"<{number}>4"], ["4"]) == [1.0]
+    function = f"{ExactMatch.__module__}:match_answer"
+    pool = shared_pool(function)
+    assert pool is shared_pool(function)
+    server = children()
+    assert pickle.loads(pickle.dumps(verifier))([f"<{number}>4"], ["5"]) == [0.0]
+    assert children() == server
+
+
+def children() -> set[int]:
+    """Processes that this one has started and that are there."""
+    own = Path(f"/proc/self/task/{threading.get_native_id()}/children").read_text()
+    return {int(pid) for pid in own.split() if is_there(int(pid))}
+
+
+def test_a_copy_that_is_forked_while_the_pool_is_busy_starts_its_own(tmp_path: Path) -> None:
+    function = f"{__name__}:work"
+    busy = threading.Thread(target=shared_pool(function).map, args=([("hang", str(tmp_path / "a"))], 3.0))
+    busy.start()
+    while not (tmp_path / "a").exists():
+        time.sleep(0.02)
+    child = os.fork()
+    if child == 0:
+        signal.alarm(60)
+        with contextlib.suppress(BaseException):
+            found = shared_pool(function).map([("0", str(tmp_path / "b"))], timeout=5.0)
+            shared_pool(function).close()
+            os._exit(10 + int(found == [0.0]))
+        os._exit(1)
+    assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 11
+    busy.join()
+    shared_pool(function).close()
+
+
+def test_what_answers_are_compared_with_needs_no_torch() -> None:
+    """It would take seconds to start, and more memory than a worker may have."""
+    code = "import sys, erpd_lightning.data.verifiers.math_check; sys.exit('torch' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", code], env={**os.environ, "PYTHONPATH": str(ROOT)}).returncode == 0
