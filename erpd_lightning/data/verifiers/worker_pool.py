@@ -42,18 +42,19 @@ def check_timeout(timeout: float) -> None:
         raise InvalidArgument("timeout", f"is {timeout}: it must be above 0 seconds, and finite")
 
 
-_pools: dict[str, "WorkerPool"] = {}
+_pools: dict[tuple[str, str | None], "WorkerPool"] = {}
 _pools_lock = threading.Lock()
 
 
-def shared_pool(function: str) -> "WorkerPool":
+def shared_pool(function: str, argument: str | None = None) -> "WorkerPool":
     """This process's pool for a function; it lives as long as the process, and serves all who call the function.
 
     Args:
         function: See `WorkerPool`.
+        argument: See `WorkerPool`.
     """
     with _pools_lock:
-        return _pools.setdefault(function, WorkerPool(function))
+        return _pools.setdefault((function, argument), WorkerPool(function, argument))
 
 
 def _forget_pools() -> None:
@@ -75,16 +76,19 @@ class WorkerPool:
 
     Args:
         function: `module:name` of a function of JSON values that gives one.
+        argument: Where it is given, `function` is called with it once, in the server, and gives the function to call.
     """
 
-    def __init__(self, function: str) -> None:
+    def __init__(self, function: str, argument: str | None = None) -> None:
         self.function = function
+        self.argument = argument
+        self._what = f"the process that checks answers with {argument or function}"
         self._lock = threading.Lock()
         self._server: tuple[int, subprocess.Popen[bytes], Connection] | None = None
         self._finalizer: weakref.finalize[..., WorkerPool] | None = None
 
-    def __reduce__(self) -> tuple[type["WorkerPool"], tuple[str]]:
-        return type(self), (self.function,)
+    def __reduce__(self) -> tuple[type["WorkerPool"], tuple[str, str | None]]:
+        return type(self), (self.function, self.argument)
 
     def start(self) -> None:
         """Start the server unless it runs.
@@ -121,7 +125,7 @@ class WorkerPool:
                     raise
         if open_calls:
             raise UserError(
-                f"the process that checks answers with {self.function} was ended {MOST_SERVERS} times, with "
+                f"{self._what} was ended {MOST_SERVERS} times, with "
                 f"{len(open_calls)} of {len(calls)} answers unchecked: see what ends it (too little memory?) and start "
                 "again"
             )
@@ -141,9 +145,7 @@ class WorkerPool:
         try:
             server, connection = self._start()
         except OSError as error:
-            raise UserError(
-                f"the process that checks answers with {self.function} did not start: {type(error).__name__}: {error}"
-            ) from None
+            raise UserError(f"{self._what} did not start: {type(error).__name__}: {error}") from None
         self._server = (os.getpid(), server, connection)
         self._finalizer = weakref.finalize(self, _end, os.getpid(), server, connection)
         # Importing what the checks need is not part of any check's time.
@@ -154,7 +156,7 @@ class WorkerPool:
                 problem = receive(connection)
         if problem:
             self._close()
-            raise UserError(f"the process that checks answers with {self.function} did not start: {problem}")
+            raise UserError(f"{self._what} did not start: {problem}")
         return connection
 
     def _start(self) -> "tuple[subprocess.Popen[bytes], Connection]":
@@ -169,6 +171,7 @@ class WorkerPool:
                     str(theirs.fileno()),
                     str(os.getpid()),
                     self.function,
+                    *([] if self.argument is None else [self.argument]),
                 ],
                 pass_fds=[theirs.fileno()],
                 stdin=subprocess.DEVNULL,

@@ -32,7 +32,7 @@ quick ones, and one that is only slow must get on beside a training."""
 MOST_WORKERS = 64
 PARENT_LOOK_SECONDS = 0.5
 MEMORY_BYTES = 2 * 2**30
-"""Address space of a worker: `9^{9^9}` must not take a machine's memory."""
+"""Address space that a worker may take beyond what the server has: `9^{9^9}` must not take a machine's memory."""
 
 PR_SET_PDEATHSIG = 1
 
@@ -47,13 +47,14 @@ def receive(connection: Connection) -> Any:
     return json.loads(connection.recv_bytes())
 
 
-def serve(descriptor: str, parent: str, function: str) -> None:
-    """Answer a pool's calls until it closes its end or its process is gone."""
+def serve(descriptor: str, parent: str, function: str, argument: str | None = None) -> None:
+    """Answer a pool's calls until it closes its end or its process is gone; see `WorkerPool` for the function."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the parent's to handle.
     connection = Connection(int(descriptor))
     module, name = function.split(":")
     try:
         called = getattr(importlib.import_module(module), name)
+        called = called if argument is None else called(argument)
     except BaseException as error:
         return send(connection, " ".join(f"{type(error).__name__}: {error}".split()))
     send(connection, "")
@@ -221,9 +222,19 @@ def _end_with(server: int) -> None:
     signal.signal(signal.SIGALRM, signal.SIG_DFL)
     with contextlib.suppress(OSError, ValueError):
         _, hard = resource.getrlimit(resource.RLIMIT_AS)
-        limit = MEMORY_BYTES if hard == resource.RLIM_INFINITY else min(MEMORY_BYTES, hard)
+        limit = _address_space() + MEMORY_BYTES
+        limit = limit if hard == resource.RLIM_INFINITY else min(limit, hard)
         resource.setrlimit(resource.RLIMIT_AS, (limit, hard))
     if sys.platform == "linux":
         ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
     if os.getppid() != server:
         os._exit(1)
+
+
+def _address_space() -> int:
+    """Bytes that this process has mapped; 0 where the system does not say."""
+    try:
+        with open("/proc/self/statm") as file:
+            return int(file.read().split()[0]) * os.sysconf("SC_PAGE_SIZE")
+    except (OSError, ValueError):
+        return 0
