@@ -55,7 +55,11 @@ def map_in_threads(function: Callable[[Item], Result], items: Sequence[Item], th
                 number = next(numbers, None)
             if number is None:
                 return
-            results[number] = function(items[number])
+            try:
+                results[number] = function(items[number])
+            except BaseException:
+                ended.set()
+                raise
 
     calls = [Pending(work) for _ in range(min(threads, len(items)))]
     try:
