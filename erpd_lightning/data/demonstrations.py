@@ -28,6 +28,7 @@ def write_demonstrations(task: Arithmetic, seed: int, path: Path) -> Store:
             "prompt": prompts,
             "response": solutions,
             "answer": [task.solve(prompt)[-1] for prompt in prompts],
+            "rewards": ["{}"] * count,
         },
     )
     return writer.finish(1)

@@ -22,13 +22,17 @@ from ..models.loading import has_tokenizer, load_tokenizer
 from .batching import RolloutBatch, RolloutTable, ScoreTable, offsets_of, opaque
 from .deferred import Deferred
 from .loader import micro_batches, micro_batches_needed, partition_step
-from .prompt_batches import PromptBatch
+from .prompt_batches import Drawn, PromptBatch
 from .ranks import ranks
 from .samplers import Sampler
 from .store import ROLLOUTS, SCORES, Store, StoreWriter
+from .threads import Pending
 
 # Padded tokens of a part of the scores: what goes on with less memory still has to find its parts.
 PART_TOKENS = 16384
+
+MOST_PENDING = 1
+"""Batches of responses that are verified while the next one is drawn: a killed run draws them again."""
 
 
 class Scores(NamedTuple):
@@ -198,6 +202,7 @@ class SamplingData(PredictToStore):
         self._sampler = sampler
         self._make_batches = make_batches
         self._served = ExitStack()
+        self._pending: list[tuple[PromptBatch, Pending[pa.Table]]] = []
 
     @property
     def needs_model(self) -> bool:
@@ -217,11 +222,6 @@ class SamplingData(PredictToStore):
         own = torch.cuda.current_device() if world_size > 1 and torch.cuda.is_available() else None
         self._served.enter_context(self._sampler.serving(self._policy.policy_path, self.path, own))
 
-    def finish(self) -> None:
-        """See `PredictToStore`."""
-        self._served.close()
-        super().finish()
-
     def on_exception(self, exception: BaseException) -> None:
         """Let go of what the sampler needed."""
         self._served.close()
@@ -237,6 +237,25 @@ class SamplingData(PredictToStore):
     def columns(self, batch: PromptBatch, output: pa.Table) -> pa.Table:
         """See `PredictToStore`."""
         return output
+
+    def write(self, batch: PromptBatch, output: pa.Table | Drawn) -> None:
+        """Store responses; those that are not verified yet are, while the policy goes on with the next prompts."""
+        if not isinstance(output, Drawn):
+            return super().write(batch, output)
+        self._pending.append((batch, Pending(batch.verified, output)))
+        self._write_verified(MOST_PENDING)
+
+    def finish(self) -> None:
+        """See `PredictToStore`; waits for what is not verified yet."""
+        self._served.close()
+        self._write_verified(0)
+        super().finish()
+
+    def _write_verified(self, most: int) -> None:
+        """Store what has been verified, and wait until no more than `most` batches are left."""
+        while self._pending and (len(self._pending) > most or self._pending[0][1].is_done):
+            batch, verified = self._pending.pop(0)
+            super().write(batch, verified.result())
 
     @cached_property
     def _batches(self) -> Sequence[PromptBatch]:

@@ -12,9 +12,10 @@ from ..seeds import derive_seed
 from .batching import opaque
 from .deferred import Deferred
 from .prompts import Prompt, PromptSet, as_text
+from .reward_parts import parts_column
 from .samplers import Response, Sampler
 from .store import ROLLOUTS
-from .verifiers import Verifier, take_rewards
+from .verifiers import Verdicts, Verifier, take_verdicts
 
 ADDED_TOKENS = 512
 """Tokens that a chat template may add to a prompt; more of them are found when a prompt's batch is made."""
@@ -65,8 +66,12 @@ class PromptBatch:
         Raises:
             UserError: If the verifier gives a reward that is no finite number.
         """
+        return self.verified(self.draw(model, seed))
+
+    def draw(self, model: Any, seed: int | None = None) -> "Drawn":
+        """Sample `samples` responses to each prompt, without verifying them; see `respond`."""
         if not self.prompts:
-            return ROLLOUTS.empty_table()
+            return Drawn([], [], [], [])
         repeated = [i for i in range(len(self.prompts)) for _ in range(self.samples)]
         responses = self.sampler.sample(
             model,
@@ -74,11 +79,17 @@ class PromptBatch:
             [self.prompt_ids[i] for i in repeated],
             self.seed if seed is None else seed,
         )
-        texts = self.tokenizer.batch_decode([r.ids for r in responses], skip_special_tokens=True)
-        return self._table(repeated, responses, texts, self.verify(responses, repeated))
+        shown = self.tokenizer.batch_decode([r.ids for r in responses], skip_special_tokens=True)
+        return Drawn(repeated, responses, shown, self._verified_texts(responses))
 
-    def verify(self, responses: Sequence[Response], prompts: Sequence[int]) -> list[float | None]:
-        """The reward of each response, any finite number; None for what could not be checked.
+    def verified(self, drawn: "Drawn") -> pa.Table:
+        """Verify what was drawn: a table of the `ROLLOUTS` schema. It uses no tokenizer, so that a thread may do it."""
+        if not drawn.responses:
+            return ROLLOUTS.empty_table()
+        return self._table(drawn, self._verdicts(drawn.verified_texts, drawn.prompts))
+
+    def verify(self, responses: Sequence[Response], prompts: Sequence[int]) -> Verdicts:
+        """The reward of each response, any finite number, and its parts; None for what could not be checked.
 
         Args:
             responses: The responses.
@@ -87,41 +98,73 @@ class PromptBatch:
         Raises:
             UserError: For another reward, naming the verifier's class and the reward.
         """
-        # An answer may stand between special tokens: only those that begin, end or pad a sequence are no part of it.
-        texts = self.tokenizer.batch_decode([self._content(r) for r in responses], skip_special_tokens=False)
-        return take_rewards(self.verifier, texts, [self.prompts[i].answer for i in prompts])
+        return self._verdicts(self._verified_texts(responses), prompts)
 
-    def _content(self, response: Response) -> list[int]:
-        """A response's ids without those that begin, end or pad a sequence, or are special and ended it."""
-        tokenizer, ids = self.tokenizer, response.ids
-        if response.finish_reason == "stop" and ids and ids[-1] in tokenizer.all_special_ids:
-            ids = ids[:-1]  # Chat models have several such tokens.
-        frame = {tokenizer.bos_token_id, tokenizer.eos_token_id, tokenizer.pad_token_id}
-        return [token for token in ids if token not in frame]
+    def _verdicts(self, texts: Sequence[str], prompts: Sequence[int]) -> Verdicts:
+        asked = [as_text(self.prompts[i].prompt) for i in prompts]
+        return take_verdicts(self.verifier, asked, texts, [self.prompts[i].answer for i in prompts])
 
-    def _table(
-        self,
-        repeated: Sequence[int],
-        responses: Sequence[Response],
-        texts: Sequence[str],
-        rewards: Sequence[float | None],
-    ) -> pa.Table:
+    def _verified_texts(self, responses: Sequence[Response]) -> list[str]:
+        return verified_texts(self.tokenizer, [r.ids for r in responses], [r.finish_reason for r in responses])
+
+    def _table(self, drawn: "Drawn", verdicts: Verdicts) -> pa.Table:
         """The rows of the responses; an answer that could not be checked is never rewarded."""
+        responses, prompts = drawn.responses, [self.prompts[i] for i in drawn.prompts]
         columns = {
-            "group": [self.groups[i] for i in repeated],
-            "sample": [n % self.samples for n in range(len(repeated))],
-            "prompt_ids": [self.prompt_ids[i] for i in repeated],
+            "group": [self.groups[i] for i in drawn.prompts],
+            "sample": [n % self.samples for n in range(len(responses))],
+            "prompt_ids": [self.prompt_ids[i] for i in drawn.prompts],
             "response_ids": [r.ids for r in responses],
             "logps": [r.logps for r in responses],
             "temperature": [self.sampler.temperature] * len(responses),
-            "reward": [0.0 if reward is None else reward for reward in rewards],
+            "reward": [0.0 if reward is None else reward for reward in verdicts.rewards],
             "finish_reason": [r.finish_reason for r in responses],
-            "checked": [reward is not None for reward in rewards],
-            "prompt": [as_text(self.prompts[i].prompt) for i in repeated],
-            "response": list(texts),
-            "answer": [self.prompts[i].answer for i in repeated],
+            "checked": [reward is not None for reward in verdicts.rewards],
+            "prompt": [as_text(prompt.prompt) for prompt in prompts],
+            "response": drawn.texts,
+            "answer": [prompt.answer for prompt in prompts],
+            "rewards": parts_column(verdicts.parts, len(responses)),
         }
         return pa.Table.from_pydict(columns, schema=ROLLOUTS)
+
+
+@opaque
+@dataclass(frozen=True)
+class Drawn:
+    """Responses that are not verified yet.
+
+    Attributes:
+        prompts: Which prompt of the batch each responds to.
+        responses: The responses.
+        texts: Their texts without special tokens, which are stored.
+        verified_texts: Their texts as they are verified.
+    """
+
+    prompts: list[int]
+    responses: list[Response]
+    texts: list[str]
+    verified_texts: list[str]
+
+
+def verified_texts(tokenizer: Any, ids: Sequence[Sequence[int]], finish_reasons: Sequence[str]) -> list[str]:
+    """What a verifier is shown of responses.
+
+    An answer may stand between special tokens: only those that begin, end or pad a sequence are no part of it, and one
+    that ended the response, of which chat models have several.
+
+    Args:
+        tokenizer: The policy's tokenizer.
+        ids: Token ids of the responses.
+        finish_reasons: Whether each ended by itself, `stop`.
+    """
+    special = set(tokenizer.all_special_ids)
+    frame = {tokenizer.bos_token_id, tokenizer.eos_token_id, tokenizer.pad_token_id}
+    kept = []
+    for row, reason in zip(ids, finish_reasons, strict=True):
+        content = row[:-1] if reason == "stop" and row and row[-1] in special else row
+        kept.append([token for token in content if token not in frame])
+    texts: list[str] = tokenizer.batch_decode(kept, skip_special_tokens=False)
+    return texts
 
 
 @dataclass(frozen=True)
@@ -163,7 +206,9 @@ class PromptBatcher:
 
         Raises:
             InvalidArgument: If a prompt and its response do not fit the policy's context.
+            UserError: If the verifier cannot check anything.
         """
+        self.verifier.start()
         if self.context is not None:
             room = self.context - self.sampler.max_new_tokens - ADDED_TOKENS
             self._check_context(prompts, [i for i, row in enumerate(prompts) if _bytes(row) > room], purpose)

@@ -22,6 +22,7 @@ from .prompt_batches import PromptBatch, PromptBatcher
 from .prompts import Message, PromptPlan, PromptSet, PromptSource, tokenize
 from .ranks import ranks
 from .samplers import Sampler, TransformersSampler
+from .settings import settings_of
 from .sources import check_sources
 from .store import Store
 from .tokenize import check_chat_template_kwargs
@@ -326,8 +327,8 @@ class RolloutDataModule(LightningDataModule):
             "iterations": rollouts.iterations,
             "preview_prompts": self.preview_prompts,
             "group_size": self.group_size,
-            "sampler": [type(sampler).__qualname__, sampler.settings()],
-            "verifier": [type(verifier).__qualname__, verifier.settings()],
+            "sampler": settings_of(sampler),
+            "verifier": settings_of(verifier),
             "seed": self.seed,
         }
         # Strategies that spawn processes pickle what they are given: a function within a function could not be.

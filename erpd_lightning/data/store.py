@@ -48,11 +48,13 @@ ROLLOUTS = _schema(
         "prompt": pa.string(),
         "response": pa.string(),
         "answer": pa.string(),
+        "rewards": pa.string(),
     },
 )
 """One row per response. `group` numbers the prompt, `sample` the response within it; `logps` are
 the sampler's log-probs of `response_ids` (nats) at its `temperature`; `finish_reason` is "stop" or "length"; `checked`
-is false where the verifier could not decide."""
+is false where the verifier could not decide; `rewards` is what the reward is made of, as JSON by name (see
+`reward_parts`), `{}` where it is made of nothing else."""
 
 SCORES = _schema(
     "scores",

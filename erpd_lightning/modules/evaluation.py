@@ -13,6 +13,7 @@ from ..data.batching import RolloutBatch, RolloutTable
 from ..data.loader import micro_batches
 from ..data.prompt_batches import PromptBatch
 from ..data.ranks import gathered
+from ..data.reward_parts import read_parts
 from ..data.samples import kept_rows, sample_table, write_samples
 from ..errors import UserError, check_at_least
 from ..metrics import ClusteredRatio, PassAtK, distinct_responses
@@ -22,6 +23,9 @@ from .policy_module import PolicyModule
 
 EVALUATIONS = ("val", "calibration", "test")
 """What is sampled afresh: held-out prompts, unused training prompts, and held-out prompts again."""
+
+REWARDS = "rewards/"
+"""In front of the names of the rewards that a reward is made of."""
 
 Collector = Callable[[str, RolloutBatch, Tensor], None]
 """Takes the name of a reference, some of the responses, whose `rows` are those of their table, and the KL to it at
@@ -64,7 +68,7 @@ class EvaluationModule(PolicyModule):
         What is per token is the mean over all sampled tokens; standard errors count prompts, because
         responses to one prompt are alike. KL and entropy are exact over the vocabulary.
         """
-        self._add_metrics(metrics, prompts.samples)
+        self._add_metrics(metrics, prompts.samples, prompts.verifier.part_names)
         if not prompts.prompts:
             return
         table = prompts.respond(self.policy.model, derive_seed(prompts.seed, self.global_step))
@@ -89,8 +93,8 @@ class EvaluationModule(PolicyModule):
         """What the metrics take of responses to some prompts."""
         return prompt_sums(self.policy, self.reference, self.references, table, prompts)
 
-    def _add_metrics(self, metrics: Any, samples: int) -> None:
-        """Make the metrics when the first batch says how many samples there are."""
+    def _add_metrics(self, metrics: Any, samples: int, rewards: Iterable[str]) -> None:
+        """Make the metrics when the first batch says how many samples there are, and what rewards are made of."""
         if len(metrics):
             return
         k = self.pass_at_k or samples
@@ -98,7 +102,7 @@ class EvaluationModule(PolicyModule):
             k = min(k, samples)
         if k > samples:
             raise UserError(f"pass_at_k is {k}, but only {samples} responses are sampled to a prompt")
-        add_metrics(metrics, k, self.references)
+        add_metrics(metrics, k, self.references, rewards)
         metrics.to(self.device)
 
     def _log_metrics(self, stage: str) -> None:
@@ -153,18 +157,20 @@ class EvaluationWithSamples(EvaluationModule):
             write_samples(self._samples_path, [table for tables in noted for table in tables])
 
 
-def add_metrics(metrics: Any, k: int, references: Iterable[str]) -> None:
+def add_metrics(metrics: Any, k: int, references: Iterable[str], rewards: Iterable[str] = ()) -> None:
     """Put what is measured into an empty `nn.ModuleDict`.
 
     Args:
         metrics: The dictionary.
         k: The k of pass@k.
         references: Names of the policies that the KL is measured to.
+        rewards: Names of the rewards that a reward is made of.
     """
     metrics["pass_at_k"] = PassAtK(k)
     ratios = ["pass_at_1", "mean_reward", "unchecked", "entropy_per_token", "mean_length", "truncated", "distinct"]
     for name in references:
         ratios += [f"kl_per_token/{name}", f"kl_per_response/{name}"]
+    ratios += [f"{REWARDS}{name}" for name in rewards]
     for name in ratios:
         metrics[name] = ClusteredRatio()
 
@@ -190,6 +196,9 @@ def update_metrics(metrics: Any, sums: dict[str, Tensor], samples: int, referenc
     for name in references:
         metrics[f"kl_per_token/{name}"].update(sums[name], sums["tokens"])
         metrics[f"kl_per_response/{name}"].update(sums[name], number)
+    for name in metrics:
+        if name.startswith(REWARDS):
+            metrics[name].update(sums[name], sums[f"checked {name}"])
 
 
 def prompt_sums(
@@ -203,7 +212,8 @@ def prompt_sums(
     """Sums over each prompt's responses, `(prompts,)` each.
 
     `correct`, `unchecked`, `truncated` and `distinct` count responses. `reward` is of those that could be checked:
-    what could not is never correct, and has no reward. KL and entropy are exact over the vocabulary, in nats.
+    what could not is never correct, and has no reward. `rewards/NAME` is the same of a reward that it is made of, and
+    `checked rewards/NAME` counts those that could be checked. KL and entropy are exact over the vocabulary, in nats.
 
     Args:
         policy: The policy that responded.
@@ -219,12 +229,15 @@ def prompt_sums(
     reasons = table["finish_reason"].to_numpy(zero_copy_only=False)
     checked = torch.tensor(table["checked"].to_numpy(zero_copy_only=False))
     correct = checked & (rollouts.rewards >= prompts.correct_threshold)
-    of_responses = {
+    of_responses: dict[str, Tensor] = {
         "correct": correct,
         "reward": rollouts.rewards.double().where(checked, 0.0),
         "unchecked": ~checked,
         "truncated": torch.tensor(reasons == "length"),
     }
+    for name, rewards in read_parts(table).items():
+        of_responses[f"{REWARDS}{name}"] = torch.tensor([reward or 0.0 for reward in rewards], dtype=torch.float64)
+        of_responses[f"checked {REWARDS}{name}"] = torch.tensor([reward is not None for reward in rewards])
     for name, values in of_responses.items():
         sums[name].index_add_(0, rollouts.groups - first, values.double())
     sums["distinct"] = distinct_responses(table["response"].to_pylist(), rollouts.groups)
@@ -254,6 +267,9 @@ def evaluated(metrics: Any) -> dict[str, Tensor]:
             found["pass@k"] = metric.compute()
             continue
         ratio = metric.compute()
+        if name.startswith(REWARDS):
+            found[name] = ratio.value
+            continue
         name = name.replace("pass_at_1", "pass@1").removesuffix("/base").replace("/", "_to_")
         found[name] = ratio.value
         if name.startswith(("pass@1", "kl_per_")):

@@ -10,7 +10,7 @@ import torch
 from lightning.pytorch import LightningModule
 
 from ..data.predict_data import PredictToStore, Scores, ScoringPart
-from ..data.prompt_batches import PromptBatch
+from ..data.prompt_batches import Drawn, PromptBatch
 from ..errors import check_at_least
 from ..models.head import MAX_LOGITS
 from ..models.policy import Policy, check_dtype, export_policy, load_policy, load_reference, policy_fingerprint
@@ -110,12 +110,15 @@ class PolicyModule(LightningModule):
         return data if isinstance(data, PredictToStore) else None
 
     @torch.no_grad()
-    def predict_step(self, batch: PromptBatch | ScoringPart | None, batch_idx: int) -> pa.Table | list[Scores]:
-        """Responses to prompts, a table of the `ROLLOUTS` schema; or the scores of stored responses."""
+    def predict_step(self, batch: PromptBatch | ScoringPart | None, batch_idx: int) -> pa.Table | Drawn | list[Scores]:
+        """Responses to prompts, a table of the `ROLLOUTS` schema; or the scores of stored responses.
+
+        Responses that go into a store are not verified yet: that is done while the next ones are drawn.
+        """
         if batch is None:
             return []
         if isinstance(batch, PromptBatch):
-            return self.respond(batch)
+            return self.respond(batch) if self._predict_data is None else batch.draw(self.policy.model)
         return [score(self.policy, rollouts) for rollouts in batch.batches]
 
     def respond(self, batch: PromptBatch) -> pa.Table:

@@ -7,6 +7,7 @@ from pathlib import Path
 import numpy as np
 
 from ..data.ranks import gathered, started_ranks
+from ..data.reward_parts import read_parts
 from ..data.samples import SAMPLES_FILE
 from ..data.store import Store
 from ..errors import UserError
@@ -192,17 +193,23 @@ class RoundStages:
 
 def _outcome(stores: list[Store]) -> Record:
     """What a record says of rollouts."""
-    tables = [store.table().select(["reward", "checked"]) for store in stores]
+    tables = [store.table().select(["reward", "checked", "rewards"]) for store in stores]
     reward, checked = (np.concatenate([table[name].to_numpy() for table in tables]) for name in ("reward", "checked"))
     prints = [store.fingerprint for store in stores]
     unchecked = int((~checked).sum())
     if unchecked:
         say(f"{unchecked} of {len(checked)} responses could not be checked: they are neither correct nor incorrect")
+    parts: dict[str, list[float]] = {}
+    for table in tables:
+        for name, rewards in read_parts(table).items():
+            parts.setdefault(name, []).extend(value for value in rewards if value is not None)
+    means = {name: float(np.mean(rewards)) if rewards else None for name, rewards in parts.items()}
     return {
         "fingerprint": prints[0] if len(prints) == 1 else _together(prints),
         "rollouts": len(checked),
         "unchecked": unchecked,
         "mean_reward": float(reward[checked].mean()) if checked.any() else None,
+        **({"mean_rewards": means} if means else {}),
     }
 
 

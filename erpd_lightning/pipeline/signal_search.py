@@ -227,7 +227,7 @@ def _prompt_sums(sampler: TiltedSampler, models: Mapping[str, Any], batch: Promp
     """Sums over each prompt's responses, `(prompts,)` each: correct ones, KL and entropy in nats, tokens, number."""
     repeated = [i for i in range(len(batch.prompts)) for _ in range(batch.samples)]
     drawn = sampler.sample(models, batch.tokenizer, [batch.prompt_ids[i] for i in repeated], batch.seed)
-    rewards = batch.verify([row.response for row in drawn], repeated)
+    rewards = batch.verify([row.response for row in drawn], repeated).rewards
     columns = {
         # What could not be checked is not correct.
         "correct": [float(reward is not None and reward >= batch.correct_threshold) for reward in rewards],

@@ -1,6 +1,7 @@
 """Options: what the command line accepts and shows, and how settings become modules and trainers."""
 
 import inspect
+import json
 import re
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -174,3 +175,18 @@ def test_what_the_chain_fills_in_are_arguments(group: str) -> None:
     kinds = [kind for kind in CLASSES[group].__mro__ if "__init__" in vars(kind)]
     arguments_there_are = {name for kind in kinds for name in inspect.signature(kind).parameters}
     assert BOUND_BY_CHAIN[group] <= arguments_there_are
+
+
+def test_several_rewards_are_configured_by_class_path(chain: Any, tmp_path: Path) -> None:
+    rewards = {
+        "correct": {"verifier": {"class_path": "erpd_lightning.data.verifiers.MathVerify"}},
+        "short": {"verifier": {"class_path": "support.verifiers.Short"}, "weight": 0.1},
+    }
+    given = {"class_path": "erpd_lightning.data.verifiers.WeightedRewards", "init_args": {"rewards": rewards}}
+    built = chain(*arguments(tmp_path / "run"), f"--data.verifier={json.dumps(given)}")
+    verifier = built.builder.data(store="", tokenizer="").verifier
+    assert verifier.part_names == ["correct", "short"]
+    assert [reward.weight for reward in verifier.rewards.values()] == [1.0, 0.1]
+    written = verifier.settings()["rewards"]["short"]
+    assert written["weight"] == 0.1
+    assert written["verifier"] == {"class": "support.verifiers.Short"}

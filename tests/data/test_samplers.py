@@ -1,5 +1,6 @@
 """Samples against the policy's own probabilities: their log-probs, their frequencies, their ends."""
 
+import contextlib
 import random
 from typing import Any
 
@@ -161,3 +162,11 @@ def test_random_state_and_mode_stay(model: Any, tokenizer: Any) -> None:
 def test_settings_out_of_range(settings: dict[str, Any], key: str) -> None:
     with pytest.raises(UserError, match=key):
         TransformersSampler(**settings)
+
+
+def test_training_mode_is_restored_where_sampling_fails(model: Any, tokenizer: Any) -> None:
+    model.train()
+    with contextlib.suppress(KeyError), TransformersSampler(4).drawing([model], seed=0):
+        assert not model.training
+        raise KeyError
+    assert model.training

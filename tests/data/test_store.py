@@ -38,6 +38,7 @@ def columns(start: int = 0, rows: int = 4) -> dict[str, list[Any]]:
         "prompt": [f"{i}+{i}:" for i in numbers],
         "response": [f"π₀ «{i}»\n" for i in numbers],
         "answer": [str(2 * i) for i in numbers],
+        "rewards": ["{}" if i % 2 else '{"π": null}' for i in numbers],
     }
 
 

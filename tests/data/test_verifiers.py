@@ -128,6 +128,8 @@ def test_rewards_are_taken_as_numbers() -> None:
         ([1.0, float("nan")], "^Given gave nan as the reward of response 2"),
         ([1.0, float("inf")], "^Given gave inf as the reward of response 2"),
         ([1.0, "1"], "^Given gave '?1'? as the reward of response 2"),
+        ([10**5000, 1.0], "^Given gave something of type int that cannot be printed as the reward of response 1"),
+        ([1.0, -(10**400)], "^Given gave -1000.*as the reward of response 2"),
         ([torch.tensor(1.0), 1.0], "^Given gave .*of type Tensor as the reward of response 1"),
     ],
 )

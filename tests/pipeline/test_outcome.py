@@ -25,3 +25,13 @@ def test_what_could_not_be_checked_is_counted_and_told(
     assert found["mean_reward"] == (None if mean_reward is None else pytest.approx(mean_reward))
     told = capsys.readouterr().out
     assert told.startswith(f"{len(unchecked)} of 8 responses could not be checked") if unchecked else told == ""
+
+
+def test_the_means_of_what_rewards_are_made_of(tmp_path: Path) -> None:
+    rows = make_rows(groups=1)
+    texts = ['{"a": 1.0, "b": null}', '{"a": 0.5, "b": null}', '{"a": null, "b": null}', '{"a": 0.0, "b": null}']
+    store = write_rollouts(
+        tmp_path / "store", [{**row, "rewards": text} for row, text in zip(rows, texts, strict=True)]
+    )
+    assert _outcome([store])["mean_rewards"] == {"a": 0.5, "b": None}
+    assert "mean_rewards" not in _outcome([write_rollouts(tmp_path / "plain", rows)])

@@ -108,7 +108,9 @@ def token_logps(model: Any, prompt: Sequence[int], response: Sequence[int], temp
     return logits[first : first + len(response)].log_softmax(-1)
 
 
-WITHOUT_TEXT: dict[str, Any] = {"finish_reason": "stop", "checked": True, "prompt": "", "response": "", "answer": ""}
+WITHOUT_TEXT: dict[str, Any] = {
+    **{"finish_reason": "stop", "checked": True, "prompt": "", "response": "", "answer": "", "rewards": "{}"}
+}
 """The rest of a made-up rollout, of which the token ids are all that counts."""
 
 

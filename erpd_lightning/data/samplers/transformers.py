@@ -35,13 +35,15 @@ class TransformersSampler(Sampler):
         """Models in eval mode and random state of one's own; both are as they were afterwards."""
         device = models[0].device
         were_training = [model.training for model in models]
-        for model in models:
-            model.eval()
-        with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
-            torch.manual_seed(seed)
-            yield
-        for model, was_training in zip(models, were_training, strict=True):
-            model.train(was_training)
+        try:
+            for model in models:
+                model.eval()
+            with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
+                torch.manual_seed(seed)
+                yield
+        finally:
+            for model, was_training in zip(models, were_training, strict=True):
+                model.train(was_training)
 
     def padded(self, model: Any, tokenizer: Any, prompts: Sequence[Sequence[int]]) -> Iterator[Any]:
         """Ids and attention masks of `batch_size` prompts at a time, on the model's device."""

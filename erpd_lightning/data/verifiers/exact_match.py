@@ -6,7 +6,7 @@ from functools import lru_cache
 
 from ...errors import InvalidArgument
 from .base import Verifier
-from .worker_pool import WorkerPool, check_timeout
+from .worker_pool import check_timeout, shared_pool
 
 
 class ExactMatch(Verifier):
@@ -28,7 +28,6 @@ class ExactMatch(Verifier):
             raise InvalidArgument("pattern", f"is {pattern!r}: it must have exactly one group, the answer")
         check_timeout(timeout)
         self.timeout = timeout
-        self._pool = WorkerPool(f"{__name__}:match_answer")
 
     def __call__(self, responses: Sequence[str], answers: Sequence[str]) -> list[float | None]:
         """See `Verifier`.
@@ -37,7 +36,7 @@ class ExactMatch(Verifier):
             UserError: If the process that matches does not start.
         """
         pairs = [(self.pattern.pattern, *pair) for pair in zip(responses, answers, strict=True)]
-        return self._pool.map(pairs, self.timeout)
+        return shared_pool(f"{__name__}:match_answer").map(pairs, self.timeout)
 
 
 def match_answer(pattern: str, response: str, answer: str) -> float:

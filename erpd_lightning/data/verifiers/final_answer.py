@@ -48,7 +48,7 @@ def final_answer(response: str, require_box: bool = False) -> str | None:
         response: All that the policy wrote.
         require_box: Whether only a box counts.
     """
-    text = _after_thoughts(response)
+    text = after_thoughts(response)
     if text is None:
         return None
     boxes = _boxes(text)
@@ -69,7 +69,8 @@ def without_box(answer: str) -> str:
     return answer.rsplit("####", 1)[-1]
 
 
-def _after_thoughts(response: str) -> str | None:
+def after_thoughts(response: str) -> str | None:
+    """What follows the last `</think>`; None where thinking never ended."""
     end = max(response.rfind(tag) + len(tag) if tag in response else 0 for tag in ("</think>", "</thinking>"))
     rest = response[end:]
     return None if "<think>" in rest or "<thinking>" in rest else rest

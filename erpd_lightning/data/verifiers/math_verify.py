@@ -4,7 +4,7 @@ from collections.abc import Sequence
 
 from .base import Verifier
 from .final_answer import final_answer, without_box
-from .worker_pool import WorkerPool, check_timeout
+from .worker_pool import check_timeout, shared_pool
 
 
 class MathVerify(Verifier):
@@ -33,7 +33,6 @@ class MathVerify(Verifier):
         check_timeout(timeout)
         self.timeout = timeout
         self.require_box = require_box
-        self._pool = WorkerPool(f"{__package__}.math_compare:check")
 
     def __call__(self, responses: Sequence[str], answers: Sequence[str]) -> list[float | None]:
         """See `Verifier`.
@@ -47,5 +46,6 @@ class MathVerify(Verifier):
         ]
         # Responses to a prompt share few answers.
         distinct = list(dict.fromkeys(pairs))
-        verdicts = dict(zip(distinct, self._pool.map(distinct, self.timeout), strict=True))
+        found = shared_pool(f"{__package__}.math_check:check").map(distinct, self.timeout)
+        verdicts = dict(zip(distinct, found, strict=True))
         return [verdicts[pair] for pair in pairs]
