@@ -22,7 +22,7 @@ from .batching import RolloutBatch, RolloutTable, ScoreTable, offsets_of, opaque
 from .loader import micro_batches, micro_batches_needed, partition_step
 from .prompt_batches import PromptBatch
 from .ranks import ranks
-from .store import ROLLOUTS, SCORES, Store, StoreWriter
+from .store import ROLLOUTS, SCORES, TOKEN_COLUMNS, Store, StoreWriter
 
 # Padded tokens of a part of the scores: what goes on with less memory still has to find its parts.
 PART_TOKENS = 16384
@@ -53,6 +53,25 @@ class BatchList:
 
     def __iter__(self) -> Iterator[Any]:
         return iter(self._batches)
+
+
+class PartList:
+    """Parts as a data loader, each made when it is asked for: together they may not fit in memory.
+
+    Args:
+        make: Makes a part by its number.
+        indices: Numbers of the parts.
+    """
+
+    def __init__(self, make: Callable[[int], Any], indices: Sequence[int]) -> None:
+        self._make = make
+        self._indices = indices
+
+    def __len__(self) -> int:
+        return len(self._indices)
+
+    def __iter__(self) -> Iterator[Any]:
+        return map(self._make, self._indices)
 
 
 class PolicySource(Protocol):
@@ -108,7 +127,7 @@ class PredictToStore(LightningDataModule):
         """Take the policy that is run; a module calls this in its `setup`."""
         self._policy = policy
 
-    def predict_dataloader(self) -> BatchList:
+    def predict_dataloader(self) -> BatchList | PartList:
         """This rank's parts that are not written yet; None where there is none.
 
         Lightning refuses loaders that are empty on some ranks, and leaves out the end of a prediction, which finishes
@@ -128,8 +147,8 @@ class PredictToStore(LightningDataModule):
         missing = []
         if not Store.exists(self.path):
             mine = range(rank, self.part_count(), world_size)
-            missing = [self.part(index) for index in mine if not self._writer.has_part(index)]
-        return BatchList(missing or [None])
+            missing = [index for index in mine if not self._writer.has_part(index)]
+        return PartList(self.part, missing) if missing else BatchList([None])
 
     def write(self, batch: Any, output: Any) -> None:
         """Store what the policy made of a part."""
@@ -253,7 +272,7 @@ class ScoringData(PredictToStore):
         self._rollouts_path = rollouts
         self._base_path = None if name == "base" else base
 
-    def predict_dataloader(self) -> BatchList:
+    def predict_dataloader(self) -> BatchList | PartList:
         """See `PredictToStore`.
 
         Raises:
@@ -294,7 +313,7 @@ class ScoringData(PredictToStore):
     @cached_property
     def _rollouts(self) -> RolloutTable:
         """The rollouts, with the base's support for everyone but the base."""
-        table = Store.open(self._rollouts_path, verify=False).table()
+        table = Store.open(self._rollouts_path, verify=False).table(TOKEN_COLUMNS)
         if self._base_path is None:
             return RolloutTable.from_arrow(table)
         base = Store.open(self._base_path, verify=False).table()

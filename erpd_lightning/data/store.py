@@ -8,7 +8,7 @@ fingerprint.
 
 import hashlib
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -28,6 +28,9 @@ def _schema(name: str, columns: dict[str, pa.DataType]) -> pa.Schema:
     fields = [pa.field(column, kind, nullable=False) for column, kind in columns.items()]
     return pa.schema(fields, metadata={"name": name})
 
+
+TOKEN_COLUMNS = ("group", "prompt_ids", "response_ids", "logps", "temperature", "reward")
+"""Columns of the rollouts that training reads: the texts beside them may be larger than all that it needs."""
 
 ROLLOUTS = _schema(
     "rollouts",
@@ -117,18 +120,54 @@ class Store:
             manifest["fingerprint"],
         )
 
-    def table(self) -> pa.Table:
-        """All rows, in the order of the parts."""
+    def table(self, columns: Sequence[str] | None = None) -> pa.Table:
+        """All rows in memory, in the order of the parts.
+
+        Args:
+            columns: Names of the columns to read; None for all of them.
+        """
+        names = None if columns is None else list(columns)
+        return pa.concat_tables([file.read(columns=names) for file in self._files()])
+
+    def batches(self, columns: Sequence[str] | None = None, rows: int = 1024) -> Iterator[pa.Table]:
+        """All rows in the order of the parts, in tables of `rows` rows, the last of which may have fewer.
+
+        Where a table ends depends on `rows` alone, not on the parts, so that stores with as many rows can be read side
+        by side. No more than such a table and a part's row group are in memory at a time.
+
+        Args:
+            columns: Names of the columns to read; None for all of them.
+            rows: Rows of a table.
+        """
+        names = None if columns is None else list(columns)
+        pending: list[pa.RecordBatch] = []
+        missing = rows
+        for file in self._files():
+            for batch in file.iter_batches(batch_size=rows, columns=names):
+                while missing <= batch.num_rows:
+                    yield pa.Table.from_batches([*pending, batch.slice(0, missing)])
+                    batch, pending, missing = batch.slice(missing), [], rows
+                if batch.num_rows:
+                    pending.append(batch)
+                    missing -= batch.num_rows
+        if pending:
+            yield pa.Table.from_batches(pending)
+
+    def _files(self) -> Iterator[pq.ParquetFile]:
         # Not pq.read_table: it takes a directory called `lr=1` for a column.
-        files = (pq.ParquetFile(self.path / p["name"], memory_map=True) for p in self.parts)
-        return pa.concat_tables([file.read() for file in files])
+        return (pq.ParquetFile(self.path / part["name"], memory_map=True) for part in self.parts)
 
 
-def joined(stores: Sequence[Store]) -> pa.Table:
-    """The rollouts of several stores one after the other; their groups are numbered on."""
+def joined(stores: Sequence[Store], columns: Sequence[str] | None = None) -> pa.Table:
+    """The rollouts of several stores one after the other; their groups are numbered on.
+
+    Args:
+        stores: Stores of the `ROLLOUTS` schema.
+        columns: Names of the columns to read, `group` among them; None for all of them.
+    """
     tables, groups = [], 0
     for store in stores:
-        table = store.table()
+        table = store.table(columns)
         number = pc.add(table["group"], groups)
         tables.append(table.set_column(table.schema.get_field_index("group"), ROLLOUTS.field("group"), number))
         groups = pc.max(number).as_py() + 1

@@ -14,7 +14,7 @@ from ..errors import UserError
 from ..objectives.advantages import group_advantages
 from .batching import RolloutTable, ScoreTable
 from .loader import StepLoader, micro_batches_needed
-from .store import Store, joined
+from .store import TOKEN_COLUMNS, Store, joined
 
 Baseline = Literal["group", "batch"]
 
@@ -66,12 +66,12 @@ class TrainRollouts:
         """The rollouts, with the scores of policies where there are any."""
         stores = [Store.open(path) for path in self.train_stores]
         scores = {} if self.scores is None else self._read_scores(self.scores, stores[0].fingerprint)
-        return RolloutTable.from_arrow(joined(stores), scores)
+        return RolloutTable.from_arrow(joined(stores, TOKEN_COLUMNS), scores)
 
     @cached_property
     def checked(self) -> Tensor:
         """`(N,)` bool, whether the answer could be checked."""
-        tables = [Store.open(path, verify=False).table() for path in self.train_stores]
+        tables = [Store.open(path, verify=False).table(["checked"]) for path in self.train_stores]
         return torch.tensor(np.concatenate([table["checked"].to_numpy() for table in tables]))
 
     @cached_property

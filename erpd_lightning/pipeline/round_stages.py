@@ -190,7 +190,7 @@ class RoundStages:
 
 def _outcome(stores: list[Store]) -> Record:
     """What a record says of rollouts."""
-    tables = [store.table().select(["reward", "checked"]) for store in stores]
+    tables = [store.table(["reward", "checked"]) for store in stores]
     reward, checked = (np.concatenate([table[name].to_numpy() for table in tables]) for name in ("reward", "checked"))
     prints = [store.fingerprint for store in stores]
     unchecked = int((~checked).sum())
