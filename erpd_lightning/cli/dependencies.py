@@ -39,7 +39,7 @@ MONITORING_CALLBACKS = {
 }
 """Callbacks that do the same; of any other, such as `EarlyStopping` or `KLBudget`, the outcome may depend."""
 
-ROLLOUT_DATA_KEYS = ("sampler", "verifier", "group_size", "prompts_per_round")
+ROLLOUT_DATA_KEYS = ("sampler", "verifier", "rescore", "group_size", "prompts_per_round")
 """What of `data` the rollouts depend on."""
 
 ADVANTAGE_DATA_KEYS = ("replay", "baseline", "correct_threshold")

@@ -4,7 +4,7 @@ import math
 from collections.abc import Sequence
 from functools import cached_property, partial
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, Literal, Protocol
 
 import pyarrow as pa
 import torch
@@ -21,6 +21,7 @@ from .predict_data import BatchList, PolicySource, SamplingData, ScoringData, pr
 from .prompt_batches import PromptBatch, PromptBatcher
 from .prompts import Message, PromptPlan, PromptSet, check_sources, prompts_fingerprint, tokenize
 from .ranks import ranks
+from .rescoring import LogpsPart, RescoringData
 from .samplers import Sampler, TransformersSampler
 from .store import Store
 from .train_rollouts import Baseline, OnPolicyRollouts, TrainRollouts
@@ -47,6 +48,12 @@ class Learner(PolicySource, Protocol):
 
     def respond(self, batch: PromptBatch) -> pa.Table:
         """Responses to prompts, a table of the `ROLLOUTS` schema."""
+
+    def token_logps(self, part: LogpsPart) -> list[Tensor]:
+        """Log-probs of the tokens of stored responses, `(B, T)` in nats for each batch."""
+
+
+Rescore = Literal["auto", "always", "never"]
 
 
 class RolloutDataModule(LightningDataModule):
@@ -83,6 +90,9 @@ class RolloutDataModule(LightningDataModule):
             (`DistillModule.iterations`); they are not verified.
         sampler: Draws the responses.
         verifier: Checks the responses against the answers.
+        rescore: Whether the trainer computes the log-probs of what was sampled once more, and importance ratios take
+            these: `always`, `never`, or `auto` for where the sampler is another engine, such as a server, whose own
+            differ. The sampler's stay beside them, and the gap between the two is reported.
         group_size: Responses to each prompt.
         baseline: What the reward of a response is compared with to give its advantage: the rewards of its `group`, as
             in GRPO, or those of its `batch`, as in REINFORCE++: of all rollouts of its round, or of its iteration. In
@@ -120,6 +130,7 @@ class RolloutDataModule(LightningDataModule):
         on_policy_store: str | Path | None = None,
         sampler: Sampler | None = None,
         verifier: Verifier | None = None,
+        rescore: Rescore = "auto",
         group_size: int = 16,
         baseline: Baseline = "group",
         correct_threshold: float = 1.0,
@@ -159,6 +170,8 @@ class RolloutDataModule(LightningDataModule):
                 f"is {replay}, but iterations ({iterations}) is above 1: what is trained on-policy takes no earlier "
                 "rollouts",
             )
+        if rescore not in ("auto", "always", "never"):
+            raise InvalidArgument("rescore", f"is {rescore!r}: it must be auto, always or never")
         check_sources(prompts, validation_prompts)
         self.root = Path(store)
         self.tokenizer_path = tokenizer
@@ -170,6 +183,7 @@ class RolloutDataModule(LightningDataModule):
         self.on_policy_store = None if on_policy_store is None else Path(on_policy_store)
         self.sampler = sampler or TransformersSampler()
         self.verifier = verifier or ExactMatch()
+        self.rescore = rescore
         self.group_size = group_size
         self.baseline = baseline
         self.correct_threshold = correct_threshold
@@ -292,6 +306,19 @@ class RolloutDataModule(LightningDataModule):
             raise UserError("scoring needs a directory for the scores: RolloutDataModule(scores=…)")
         return ScoringData(name, self.root, self.scores, self.tokenizer_path, self.max_tokens, self.clear_cache)
 
+    @property
+    def rescores(self) -> bool:
+        """Whether the trainer computes the log-probs of what was sampled once more."""
+        return self.rescore == "always" or (self.rescore == "auto" and not self.sampler.is_trainer)
+
+    def rescoring(self) -> RescoringData:
+        """A data module for `Trainer.predict` that stores the trainer's log-probs of the round's rollouts.
+
+        Raises:
+            UserError: If these are not there.
+        """
+        return self._rescoring(self.stored)
+
     def sample_for_epoch(self, epoch: int) -> None:
         """Sample the rollouts that an epoch is trained on with the learner as it is, unless they are there.
 
@@ -304,6 +331,12 @@ class RolloutDataModule(LightningDataModule):
         if self._learner is not None and not Store.exists(self.train_data.store):
             self.check_groups(self._learner.needs_groups)
             predict_to_store(self._sampling(self.train_data), self._learner, self._learner.respond, self.trainer)
+            if self.rescores:
+                again = self._rescoring(self.train_data)
+                predict_to_store(again, self._learner, self._learner.token_logps, self.trainer)
+
+    def _rescoring(self, rollouts: TrainRollouts) -> RescoringData:
+        return RescoringData(rollouts.store, self.max_tokens, self.clear_cache)
 
     def _sampling(self, rollouts: TrainRollouts) -> SamplingData:
         # The answers of a student that is distilled are not verified.

@@ -53,6 +53,10 @@ ROLLOUTS = _schema(
 the sampler's log-probs of `response_ids` (nats) at its `temperature`; `finish_reason` is "stop" or "length"; `checked`
 is false where the verifier could not decide."""
 
+LOGPS = _schema("logps", {"row": pa.int64(), "logps": pa.list_(pa.float32())})
+"""Log-probs of one policy of the tokens of one response (nats): `row` is the row of the rollout store, all of which are
+there in their order."""
+
 SCORES = _schema(
     "scores",
     {
@@ -76,7 +80,7 @@ class Store:
 
     Attributes:
         path: The directory.
-        schema: Name of the schema, "rollouts" or "scores".
+        schema: Name of the schema, "rollouts", "logps" or "scores".
         rows: Number of rows.
         parts: `{"name", "rows", "bytes", "sha256"}` of each part, in order.
         metadata: What the writer was given.
@@ -126,8 +130,18 @@ class Store:
         Args:
             columns: Names of the columns to read; None for all of them.
         """
-        names = None if columns is None else list(columns)
-        return pa.concat_tables([file.read(columns=names) for file in self._files()])
+        return pa.concat_tables([self.part(index, columns) for index in range(len(self.parts))])
+
+    def part(self, index: int, columns: Sequence[str] | None = None) -> pa.Table:
+        """The rows of one part.
+
+        Args:
+            index: Its number.
+            columns: Names of the columns to read; None for all of them.
+        """
+        path = self.path / self.parts[index]["name"]
+        # Not pq.read_table: it takes a directory called `lr=1` for a column.
+        return pq.ParquetFile(path, memory_map=True).read(columns=None if columns is None else list(columns))
 
     def batches(self, columns: Sequence[str] | None = None, rows: int = 1024) -> Iterator[pa.Table]:
         """All rows in the order of the parts, in tables of `rows` rows, the last of which may have fewer.
@@ -142,7 +156,8 @@ class Store:
         names = None if columns is None else list(columns)
         pending: list[pa.RecordBatch] = []
         missing = rows
-        for file in self._files():
+        for part in self.parts:
+            file = pq.ParquetFile(self.path / part["name"], memory_map=True)
             for batch in file.iter_batches(batch_size=rows, columns=names):
                 while missing <= batch.num_rows:
                     yield pa.Table.from_batches([*pending, batch.slice(0, missing)])
@@ -152,10 +167,6 @@ class Store:
                     missing -= batch.num_rows
         if pending:
             yield pa.Table.from_batches(pending)
-
-    def _files(self) -> Iterator[pq.ParquetFile]:
-        # Not pq.read_table: it takes a directory called `lr=1` for a column.
-        return (pq.ParquetFile(self.path / part["name"], memory_map=True) for part in self.parts)
 
 
 def joined(stores: Sequence[Store], columns: Sequence[str] | None = None) -> pa.Table:
@@ -179,7 +190,7 @@ class StoreWriter:
 
     Args:
         path: The directory, created if needed.
-        schema: `ROLLOUTS` or `SCORES`.
+        schema: `ROLLOUTS`, `LOGPS` or `SCORES`.
         metadata: All that the rows depend on (policy, seed, settings), as JSON values and nothing
             else: it becomes part of the fingerprint, and parts written under different metadata do
             not count as written.

@@ -14,6 +14,7 @@ from ..errors import UserError
 from ..objectives.advantages import group_advantages
 from .batching import RolloutTable, ScoreTable
 from .loader import StepLoader, micro_batches_needed
+from .rescoring import trainer_logps
 from .store import TOKEN_COLUMNS, Store, joined
 
 Baseline = Literal["group", "batch"]
@@ -66,7 +67,7 @@ class TrainRollouts:
         """The rollouts, with the scores of policies where there are any."""
         stores = [Store.open(path) for path in self.train_stores]
         scores = {} if self.scores is None else self._read_scores(self.scores, stores[0].fingerprint)
-        return RolloutTable.from_arrow(joined(stores, TOKEN_COLUMNS), scores)
+        return RolloutTable.from_arrow(joined(stores, TOKEN_COLUMNS), scores, trainer_logps(stores))
 
     @cached_property
     def checked(self) -> Tensor:

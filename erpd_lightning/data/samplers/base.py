@@ -31,6 +31,9 @@ class Sampler(ABC):
         batch_size: Responses that are drawn at a time.
     """
 
+    is_trainer: bool = True
+    """Whether its log-probs are those of the trainer's own model, and not of another engine such as a server."""
+
     def __init__(self, max_new_tokens: int = 256, temperature: float = 1.0, batch_size: int = 256) -> None:
         check_at_least(1, max_new_tokens=max_new_tokens, batch_size=batch_size)
         if not 0 < temperature < float("inf"):
