@@ -145,12 +145,17 @@ class LogpGap:
     worst: float
 
 
-def logp_gap(rollouts: Store, rescored: Store) -> LogpGap:
-    """The gap between the sampler's log-probs and the trainer's; one token in a thousand is kept in memory."""
-    tokens = sum(pc.sum(pc.list_value_length(batch["logps"])).as_py() for batch in rescored.batches(["logps"]))
+def logp_gap(pairs: Sequence[tuple[Store, Store]]) -> LogpGap:
+    """The gap between the log-probs of sampler and trainer; one token in a thousand is kept in memory.
+
+    Args:
+        pairs: Rollouts, and the trainer's log-probs of them.
+    """
+    lengths = (pc.list_value_length(b["logps"]) for _, rescored in pairs for b in rescored.batches(["logps"]))
+    tokens = sum(pc.sum(length).as_py() for length in lengths)
     above = tokens // 1000
     total, largest = 0.0, np.zeros(0, np.float32)
-    for differences in _differences(rollouts, rescored):
+    for differences in _differences(pairs):
         total += float(differences.sum(dtype=np.float64))
         largest = np.sort(np.concatenate([largest, differences]))[-above - 1 :]
     if tokens == 0:
@@ -158,9 +163,9 @@ def logp_gap(rollouts: Store, rescored: Store) -> LogpGap:
     return LogpGap(tokens, total / tokens, float(largest[0]), float(largest[-1]))
 
 
-def _differences(rollouts: Store, rescored: Store) -> Iterator[np.ndarray]:
+def _differences(pairs: Sequence[tuple[Store, Store]]) -> Iterator[np.ndarray]:
     """Absolute differences of the tokens of some responses at a time."""
-    pairs = (store.batches(["logps"], ROWS_AT_A_TIME) for store in (rollouts, rescored))
-    for batches in zip(*pairs, strict=True):
-        sampler, trainer = (pc.list_flatten(batch["logps"]).to_numpy() for batch in batches)
-        yield np.abs(sampler - trainer)
+    for pair in pairs:
+        for batches in zip(*(store.batches(["logps"], ROWS_AT_A_TIME) for store in pair), strict=True):
+            sampler, trainer = (pc.list_flatten(batch["logps"]).to_numpy() for batch in batches)
+            yield np.abs(sampler - trainer)

@@ -15,6 +15,7 @@ from torch import Tensor
 from ..errors import InvalidArgument, UserError, check_at_least
 from ..models.loading import context_length, load_tokenizer
 from ..seeds import derive_seed
+from .audit import WARNINGS, check_thresholds
 from .batching import RolloutTable
 from .loader import StepLoader
 from .predict_data import BatchList, PolicySource, SamplingData, ScoringData, predict_to_store
@@ -24,7 +25,7 @@ from .ranks import ranks
 from .rescoring import LogpsPart, RescoringData
 from .samplers import Sampler, TransformersSampler
 from .store import Store
-from .train_rollouts import Baseline, OnPolicyRollouts, TrainRollouts
+from .train_rollouts import Baseline, OnPolicyRollouts, Select, TrainRollouts
 from .verifiers import ExactMatch, Unverified, Verifier
 
 
@@ -99,6 +100,10 @@ class RolloutDataModule(LightningDataModule):
             a group of incorrect responses alone there is nothing to learn by comparison; beside the batch there is.
         correct_threshold: Reward from which a response counts as correct, in pass@k, in logged means and for objectives
             that tell correct responses from incorrect ones; advantages are of the rewards as they are.
+        audit_warn: Above which values rollouts are warned of, by the names of `audit.MEASURES`: shares that are
+            truncated, unscorable, duplicate or empty, of groups that are uniform, and the gap in nats between the
+            log-probs of sampler and trainer. It goes over `audit.WARNINGS`.
+        audit_stop: Above which values a run stops before it trains on them; none by default.
         prompts_per_round: Prompts to sample from in a round; None for all of them. Each round takes the next ones.
         round: The round, from 1, that says which prompts are next.
         preview_prompts: The last of the round's prompts, on which signals are previewed: no rollouts are sampled
@@ -134,6 +139,8 @@ class RolloutDataModule(LightningDataModule):
         group_size: int = 16,
         baseline: Baseline = "group",
         correct_threshold: float = 1.0,
+        audit_warn: dict[str, float] | None = None,
+        audit_stop: dict[str, float] | None = None,
         prompts_per_round: int | None = None,
         round: int = 1,
         preview_prompts: int = 0,
@@ -172,6 +179,10 @@ class RolloutDataModule(LightningDataModule):
             )
         if rescore not in ("auto", "always", "never"):
             raise InvalidArgument("rescore", f"is {rescore!r}: it must be auto, always or never")
+        self.audit_warn = {**WARNINGS, **(audit_warn or {})}
+        self.audit_stop = audit_stop or {}
+        check_thresholds("audit_warn", self.audit_warn)
+        check_thresholds("audit_stop", self.audit_stop)
         check_sources(prompts, validation_prompts)
         self.root = Path(store)
         self.tokenizer_path = tokenizer
@@ -391,6 +402,14 @@ class RolloutDataModule(LightningDataModule):
         self._loader_iteration = self.train_data.iteration
         self._resume()
         return self._loader
+
+    def optimizer_steps(self, select: Select) -> int:
+        """Optimiser steps of an epoch on the stored rollouts.
+
+        Args:
+            select: Says which of them enter the loss.
+        """
+        return -(-len(self.stored.selected(select)) // self.batch_size)
 
     def iterate_once(self) -> Any:
         """This rank's share of what the trainer trains on, once, in as many micro-batches on every rank."""

@@ -70,5 +70,5 @@ def test_the_kl_term_is_not_weighted(policy: Path, batch: RolloutBatch) -> None:
 
 @pytest.mark.parametrize("cap", [0.0, -1.0, math.inf, math.nan])
 def test_a_cap_that_is_none_is_refused(policy: Path, cap: float) -> None:
-    with pytest.raises(InvalidArgument, match="importance_cap is .*: it must be a positive, finite ratio"):
+    with pytest.raises(InvalidArgument, match=r"importance_cap is .*: it must be a positive, finite ratio"):
         ExtremeRegionModule(policy, importance_cap=cap)
