@@ -58,8 +58,9 @@ class ERPDCLI(LightningCLI):
                 "prog": "python -m erpd_lightning",
                 "description": "Extreme Region Policy Distillation: many epochs on fixed rollouts, "
                 "then distillation under a KL budget.",
-                "epilog": "One more takes no configuration: 'report RUN [RUN ...]' writes an HTML page on runs, "
-                "finished or not; 'report --help' tells more.",
+                "epilog": "Two more take no configuration: 'report RUN [RUN ...]' writes an HTML page on runs, "
+                "finished or not, and 'rollouts audit' and 'rollouts import' look into stores of rollouts and make "
+                "them of what lies elsewhere; their --help tells more.",
                 **{name: dict(strict) for name in self.subcommands()},
                 "fit": {**strict, "description": "Run every stage of every round that is not done yet."},
             },
@@ -130,9 +131,11 @@ class ERPDCLI(LightningCLI):
     def fit(self, **_: Any) -> None:
         """Run the chain; the configuration lies in the run directory first."""
         if self.rounds.task is None:
-            plan = self.rounds.data(1).prompt_plan
-            with self.builder.keys_named("data"):
-                plan.sampled()
+            data = self.rounds.data(1)
+            plan = data.prompt_plan
+            if self.rounds.rounds > 1 or not data.imports:
+                with self.builder.keys_named("data"):
+                    plan.sampled()
             if not plan.held_out:
                 raise UserError(
                     "data.validation_prompts is missing: what a student gained is measured on held-out prompts"

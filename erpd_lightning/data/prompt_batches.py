@@ -69,8 +69,20 @@ class PromptBatch:
             [self.prompt_ids[i] for i in repeated],
             self.seed if seed is None else seed,
         )
+        return self.record(responses, repeated)
+
+    def record(self, responses: Sequence[Response], prompts: Sequence[int]) -> pa.Table:
+        """Verify responses: a table of the `ROLLOUTS` schema.
+
+        Args:
+            responses: The responses.
+            prompts: Which prompt of the batch each responds to.
+
+        Raises:
+            UserError: If the verifier gives a reward that is no finite number.
+        """
         texts = self.tokenizer.batch_decode([r.ids for r in responses], skip_special_tokens=True)
-        return self._table(repeated, responses, texts, self.verify(responses, repeated))
+        return self._table(prompts, responses, texts, self.verify(responses, prompts))
 
     def verify(self, responses: Sequence[Response], prompts: Sequence[int]) -> list[float | None]:
         """The reward of each response, any finite number; None for what could not be checked.

@@ -8,6 +8,7 @@ lies in a folder of the rollout store.
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pyarrow as pa
@@ -16,7 +17,7 @@ import torch
 from torch import Tensor
 
 from ..errors import UserError
-from .batching import RolloutBatch, RolloutTable, opaque
+from .batching import RolloutBatch, RolloutTable, opaque, replaced
 from .loader import micro_batches
 from .predict_data import BatchList, PartList, PredictToStore
 from .store import LOGPS, TOKEN_COLUMNS, Store
@@ -36,24 +37,25 @@ class LogpsPart:
         index: Number of the part.
         first: Row of the store that the rows of the batches are counted from.
         batches: The rollouts.
+        source: What the rows are made of where they are in no store yet.
     """
 
     index: int
     first: int
     batches: list[RolloutBatch]
+    source: Any = None
 
     def to(self, device: torch.device) -> "LogpsPart":
         """The same part on a device."""
-        return LogpsPart(self.index, self.first, [batch.to(device) for batch in self.batches])
+        return replaced(self, batches=[batch.to(device) for batch in self.batches])
 
-    def in_order(self, logps: Sequence[Tensor]) -> list[np.ndarray]:
-        """Log-probs `(B, T)` of each batch as those of each response, in the order of the rows."""
-        found = {
+    def by_row(self, logps: Sequence[Tensor]) -> dict[int, np.ndarray]:
+        """Log-probs `(B, T)` of each batch as those of the response of each row, counted from `first`."""
+        return {
             row: values[mask].numpy()
             for batch, of_batch in zip(self.batches, logps, strict=True)
             for row, values, mask in zip(batch.rows.tolist(), of_batch.cpu(), batch.mask.cpu(), strict=True)
         }
-        return [found[row] for row in sorted(found)]
 
 
 class RescoringData(PredictToStore):
@@ -99,9 +101,10 @@ class RescoringData(PredictToStore):
 
     def columns(self, batch: LogpsPart, output: list[Tensor]) -> pa.Table:
         """See `PredictToStore`: the rows of the `LOGPS` schema."""
-        logps = batch.in_order(output)
-        rows = range(batch.first, batch.first + len(logps))
-        return pa.Table.from_pydict({"row": rows, "logps": logps}, schema=LOGPS)
+        found = batch.by_row(output)
+        rows = range(len(found))
+        columns = {"row": [batch.first + row for row in rows], "logps": [found[row] for row in rows]}
+        return pa.Table.from_pydict(columns, schema=LOGPS)
 
 
 def rescored_store(rollouts: Store) -> Store | None:

@@ -13,10 +13,12 @@ from lightning.pytorch.trainer.states import TrainerFn
 from torch import Tensor
 
 from ..errors import InvalidArgument, UserError, check_at_least
-from ..models.loading import context_length, load_tokenizer
+from ..models.loading import context_length, load_tokenizer, vocabulary_size
 from ..seeds import derive_seed
 from .audit import WARNINGS, check_thresholds
 from .batching import RolloutTable
+from .import_data import ImportData
+from .imports import ImportedRows, ImportSource
 from .loader import StepLoader
 from .predict_data import BatchList, PolicySource, SamplingData, ScoringData, predict_to_store
 from .prompt_batches import PromptBatch, PromptBatcher
@@ -91,9 +93,11 @@ class RolloutDataModule(LightningDataModule):
             (`DistillModule.iterations`); they are not verified.
         sampler: Draws the responses.
         verifier: Checks the responses against the answers.
+        imported: Responses that were generated elsewhere, with which the first round begins instead of sampling.
         rescore: Whether the trainer computes the log-probs of what was sampled once more, and importance ratios take
             these: `always`, `never`, or `auto` for where the sampler is another engine, such as a server, whose own
-            differ. The sampler's stay beside them, and the gap between the two is reported.
+            differ, or imported responses come with log-probs. The sampler's stay beside them, and the gap between the
+            two is reported.
         group_size: Responses to each prompt.
         baseline: What the reward of a response is compared with to give its advantage: the rewards of its `group`, as
             in GRPO, or those of its `batch`, as in REINFORCE++: of all rollouts of its round, or of its iteration. In
@@ -135,6 +139,7 @@ class RolloutDataModule(LightningDataModule):
         on_policy_store: str | Path | None = None,
         sampler: Sampler | None = None,
         verifier: Verifier | None = None,
+        imported: ImportSource | None = None,
         rescore: Rescore = "auto",
         group_size: int = 16,
         baseline: Baseline = "group",
@@ -177,6 +182,10 @@ class RolloutDataModule(LightningDataModule):
                 f"is {replay}, but iterations ({iterations}) is above 1: what is trained on-policy takes no earlier "
                 "rollouts",
             )
+        if imported is not None and iterations > 1:
+            raise InvalidArgument(
+                "imported", f"is given, but iterations ({iterations}) is above 1: the policy answers each part itself"
+            )
         if rescore not in ("auto", "always", "never"):
             raise InvalidArgument("rescore", f"is {rescore!r}: it must be auto, always or never")
         self.audit_warn = {**WARNINGS, **(audit_warn or {})}
@@ -194,6 +203,7 @@ class RolloutDataModule(LightningDataModule):
         self.on_policy_store = None if on_policy_store is None else Path(on_policy_store)
         self.sampler = sampler or TransformersSampler()
         self.verifier = verifier or ExactMatch()
+        self.imported = imported
         self.rescore = rescore
         self.group_size = group_size
         self.baseline = baseline
@@ -305,6 +315,31 @@ class RolloutDataModule(LightningDataModule):
         """A data module for `Trainer.predict` that samples and verifies the round's rollouts."""
         return self._sampling(self.stored)
 
+    @property
+    def imports(self) -> bool:
+        """Whether the round's rollouts are imported."""
+        return self.imported is not None and self.round == 1
+
+    @cached_property
+    def imported_rows(self) -> ImportedRows:
+        """The responses that the first round begins with, once all of them are checked.
+
+        Raises:
+            UserError: Names the row that is broken, or the column that is missing.
+        """
+        assert self.imported is not None
+        return ImportedRows(self.imported, vocabulary_size(self.tokenizer_path))
+
+    def importing(self) -> ImportData:
+        """A data module for `Trainer.predict` that makes the round's rollouts of responses from elsewhere."""
+        assert self.imported is not None
+        verifier = self.verifier if self.imported.rewards == "verifier" else Unverified()
+        settings = {
+            "temperature": self.sampler.temperature,
+            "verifier": [type(verifier).__qualname__, verifier.settings()],
+        }
+        return ImportData(self.imported_rows, self._batcher(verifier), self.store, settings, self.clear_cache)
+
     def scoring(self, name: str) -> ScoringData:
         """A data module for `Trainer.predict` that stores what the policy called `name` says of the rollouts.
 
@@ -320,7 +355,8 @@ class RolloutDataModule(LightningDataModule):
     @property
     def rescores(self) -> bool:
         """Whether the trainer computes the log-probs of what was sampled once more."""
-        return self.rescore == "always" or (self.rescore == "auto" and not self.sampler.is_trainer)
+        elsewhere = self.imported_rows.has_logps if self.imports else not self.sampler.is_trainer
+        return self.rescore == "always" or (self.rescore == "auto" and elsewhere)
 
     def rescoring(self) -> RescoringData:
         """A data module for `Trainer.predict` that stores the trainer's log-probs of the round's rollouts.
@@ -341,7 +377,10 @@ class RolloutDataModule(LightningDataModule):
         self.train_data.begin_epoch(epoch)
         if self._learner is not None and not Store.exists(self.train_data.store):
             self.check_groups(self._learner.needs_groups)
-            predict_to_store(self._sampling(self.train_data), self._learner, self._learner.respond, self.trainer)
+            if self.imports and self.train_data is self.stored:
+                predict_to_store(self.importing(), self._learner, self._learner.token_logps, self.trainer)
+            else:
+                predict_to_store(self._sampling(self.train_data), self._learner, self._learner.respond, self.trainer)
             if self.rescores:
                 again = self._rescoring(self.train_data)
                 predict_to_store(again, self._learner, self._learner.token_logps, self.trainer)

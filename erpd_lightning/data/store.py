@@ -57,6 +57,9 @@ LOGPS = _schema("logps", {"row": pa.int64(), "logps": pa.list_(pa.float32())})
 """Log-probs of one policy of the tokens of one response (nats): `row` is the row of the rollout store, all of which are
 there in their order."""
 
+RECORDED = _schema("recorded", {"row": pa.int64(), "reward": pa.float32()})
+"""Scores that came with responses from elsewhere, of those that have one: `row` is the row of the rollout store."""
+
 SCORES = _schema(
     "scores",
     {
@@ -80,7 +83,7 @@ class Store:
 
     Attributes:
         path: The directory.
-        schema: Name of the schema, "rollouts", "logps" or "scores".
+        schema: Name of the schema, "rollouts", "logps", "recorded" or "scores".
         rows: Number of rows.
         parts: `{"name", "rows", "bytes", "sha256"}` of each part, in order.
         metadata: What the writer was given.
@@ -190,7 +193,7 @@ class StoreWriter:
 
     Args:
         path: The directory, created if needed.
-        schema: `ROLLOUTS`, `LOGPS` or `SCORES`.
+        schema: One of the schemas above.
         metadata: All that the rows depend on (policy, seed, settings), as JSON values and nothing
             else: it becomes part of the fingerprint, and parts written under different metadata do
             not count as written.

@@ -70,6 +70,19 @@ def context_length(path: str | Path) -> int | None:
     return length
 
 
+def vocabulary_size(path: str | Path) -> int:
+    """Token ids that the policy at `path` knows: 0 to one less.
+
+    Raises:
+        UserError: If its configuration cannot be read, or does not say.
+    """
+    from transformers import AutoConfig
+
+    with loading(path, "policy"):
+        size: int = AutoConfig.from_pretrained(str(path), trust_remote_code=False).get_text_config().vocab_size
+    return size
+
+
 @contextmanager
 def loading(path: str | Path, kind: str) -> Iterator[None]:
     """Turn what `transformers` raises for an unusable path into one clear line.

@@ -5,6 +5,7 @@ from dataclasses import asdict
 from pathlib import Path
 
 from ..data.audit import Audit, audit
+from ..data.import_data import DISAGREEMENTS, disagreements
 from ..data.rescoring import rescored_store
 from ..data.rollouts import RolloutDataModule
 from ..data.store import Store
@@ -24,7 +25,7 @@ def rollouts_outcome(
 
     Args:
         data: The data module that sampled them.
-        paths: Directories of their stores.
+        paths: Directories of their stores; of imported rollouts there is one.
         steps: Optimiser steps of an epoch on them; None where nobody knows.
         stop: Above which values the run is to stop, by the names of `audit.MEASURES`.
 
@@ -36,6 +37,12 @@ def rollouts_outcome(
     told = [summary_line(found, steps)]
     if (line := advice(found, data.baseline)) is not None:
         told.append(line)
+    recorded = disagreements(paths[0])
+    if recorded is not None:
+        listed = f": {paths[0] / DISAGREEMENTS} lists them" if recorded.different else ""
+        told.append(
+            f"recorded scores and verifier disagree on {recorded.different} of {recorded.compared} responses{listed}"
+        )
     warnings = found.exceeded(data.audit_warn)
     told += [f"warning: {line}" for line in warnings]
     if stops := found.exceeded(stop or {}):
@@ -49,6 +56,7 @@ def rollouts_outcome(
         "optimizer_steps": steps,
         "audit": asdict(found),
         "warnings": warnings,
+        "recorded_rewards": None if recorded is None else asdict(recorded),
     }
     return record, told
 

@@ -3,6 +3,7 @@
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
+from ..data.imports import import_fingerprint
 from ..data.rescoring import rescored_store
 from ..data.samples import SAMPLES_FILE
 from ..data.store import Store
@@ -32,15 +33,16 @@ class RoundStages:
     stages: Stages
 
     def rollouts(self, number: int, base: str) -> Record:
-        """Sample and verify the round's rollouts."""
+        """Sample and verify the round's rollouts, or import them."""
         folder = self.run.round_dir(number) / "rollouts"
+        imported = self.run.data(number).imported if number == 1 else None
 
         def body() -> Record:
             data = self.run.data(number)
             module = self.run.builder.module("extreme_region", policy="")
             data.check_groups(module.needs_groups)
             policy = self.run.student(number - 1)
-            self.stages.predict("rollouts", folder, policy, data.sampling())
+            self.stages.predict("rollouts", folder, policy, data.sampling() if imported is None else data.importing())
             if data.rescores:
                 self.stages.predict("rollouts", folder, policy, data.rescoring())
             steps = data.optimizer_steps(module.select)
@@ -48,6 +50,9 @@ class RoundStages:
 
         inputs = {"base": base, **self.run.prompt_files()}
         about = "sampling and verifying responses of the base policy"
+        if imported is not None:
+            inputs["imported"] = import_fingerprint(imported)
+            about = "importing and verifying responses from elsewhere"
         record = self.stages.run("rollouts", number, folder, about, inputs, body)
         rescored_store(Store.open(folder))  # An altered store must not be trained on.
         return record
