@@ -4,11 +4,15 @@ import sys
 
 
 def main() -> None:
-    """The command line; the report has one of its own, which does not wait for torch."""
+    """The command line; report and rollouts have ones of their own, of which the report's does not wait for torch."""
     if sys.argv[1:2] == ["report"]:
         from .report.command import main as report
 
         report(sys.argv[2:])
+    elif sys.argv[1:2] == ["rollouts"]:
+        from .cli.rollouts import main as rollouts
+
+        rollouts(sys.argv[2:])
     else:
         from .processes import run_process
 

@@ -69,9 +69,9 @@ MONITORING_CALLBACKS = {
 }
 """Callbacks that do the same; of any other, such as `EarlyStopping` or `KLBudget`, the outcome may depend."""
 
-CONTENT_DATA_KEYS = {"prompts", "validation_prompts", "max_tokens"}
-"""What of `data` never counts: prompts are told apart by what is in them, which is an input of the stages, and how
-much is run through a policy at a time changes nothing."""
+CONTENT_DATA_KEYS = {"prompts", "validation_prompts", "imported", "max_tokens", "audit_warn", "audit_stop"}
+"""What of `data` never counts: prompts and imported responses are told apart by what is in them, which is an input of
+the stages; how much is run through a policy at a time, and what is warned of, changes nothing."""
 
 ROLLOUT_DATA_KEYS = {"group_size", "prompts_per_round"}
 """What of `data` the rollouts depend on beside sampler and verifier; other stages have the rollouts themselves as an

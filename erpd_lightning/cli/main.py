@@ -62,8 +62,9 @@ class ERPDCLI(LightningCLI):
                 "prog": "python -m erpd_lightning",
                 "description": "Extreme Region Policy Distillation: many epochs on fixed rollouts, "
                 "then distillation under a KL budget.",
-                "epilog": "One more takes no configuration: 'report RUN [RUN ...]' writes an HTML page on runs, "
-                "finished or not; 'report --help' tells more.",
+                "epilog": "Two more take no configuration: 'report RUN [RUN ...]' writes an HTML page on runs, "
+                "finished or not, and 'rollouts audit' and 'rollouts import' look into stores of rollouts and make "
+                "them of what lies elsewhere; their --help tells more.",
                 **{name: dict(strict) for name in self.subcommands()},
                 "fit": {**strict, "description": "Run every stage of every round that is not done yet."},
             },

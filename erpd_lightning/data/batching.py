@@ -47,6 +47,8 @@ class RolloutBatch:
         mask: (B, T) bool, True on response tokens; all False in a dummy micro-batch that only
             keeps the ranks in step.
         sampler_logps: (B, T) float32, the sampler's log-probs in nats; pads 0.
+        trainer_logps: (B, T) float32, those of the policy that sampled as the trainer computes them, in nats; pads 0.
+            The sampler's where these are the trainer's own.
         rewards: (B,) float32.
         advantages: (B,) float32.
         rows: (B,) long, rows of the rollout store; -1 in a dummy micro-batch.
@@ -68,6 +70,7 @@ class RolloutBatch:
     response_ids: Tensor
     mask: Tensor
     sampler_logps: Tensor
+    trainer_logps: Tensor
     rewards: Tensor
     advantages: Tensor
     rows: Tensor
@@ -179,6 +182,7 @@ class RolloutTable:
         response_ids: Flat int32.
         response_offsets: (N+1,) long.
         logps: Flat float32, the sampler's log-probs of `response_ids` (nats).
+        trainer_logps: Flat float32, those of the same policy as the trainer computes them (nats).
         rewards: (N,) float32.
         groups: (N,) long.
         temperature: At which the responses were drawn; one for all, since what is said of a policy holds at one.
@@ -190,14 +194,25 @@ class RolloutTable:
     response_ids: Tensor
     response_offsets: Tensor
     logps: Tensor
+    trainer_logps: Tensor
     rewards: Tensor
     groups: Tensor
     temperature: float
     scores: dict[str, ScoreTable] = field(default_factory=dict)
 
     @classmethod
-    def from_arrow(cls, table: pa.Table, scores: Mapping[str, ScoreTable] | None = None) -> "RolloutTable":
+    def from_arrow(
+        cls,
+        table: pa.Table,
+        scores: Mapping[str, ScoreTable] | None = None,
+        trainer_logps: pa.ChunkedArray | None = None,
+    ) -> "RolloutTable":
         """From a table of the `ROLLOUTS` schema; row i is the i-th row of the table.
+
+        Args:
+            table: The table; it needs no more columns than `TOKEN_COLUMNS`.
+            scores: What policies say of them.
+            trainer_logps: The trainer's own log-probs, in the order of the rows; None where the sampler's are these.
 
         Raises:
             UserError: a prompt without tokens, log-probs that are not one per response token, or
@@ -207,7 +222,8 @@ class RolloutTable:
         prompt_ids, prompt_offsets = _ragged(table["prompt_ids"])
         response_ids, response_offsets = _ragged(table["response_ids"])
         logps, logp_offsets = _ragged(table["logps"])
-        _check_equal_lengths("rollouts", response_ids=response_offsets, logps=logp_offsets)
+        own, own_offsets = (logps, logp_offsets) if trainer_logps is None else _ragged(trainer_logps)
+        _check_equal_lengths("rollouts", response_ids=response_offsets, logps=logp_offsets, trainer_logps=own_offsets)
         empty = (prompt_offsets.diff() == 0).nonzero()
         if len(empty):
             raise UserError(
@@ -220,6 +236,7 @@ class RolloutTable:
             response_ids,
             response_offsets,
             logps,
+            own,
             _flat(table["reward"]),
             _flat(table["group"]),
             _one_temperature(table["temperature"]),
@@ -300,6 +317,7 @@ class RolloutTable:
             response_ids=_take(self.response_ids, token_index).where(mask, 0).long(),
             mask=mask,
             sampler_logps=_take(self.logps, token_index).where(mask, 0.0),
+            trainer_logps=_take(self.trainer_logps, token_index).where(mask, 0.0),
             rewards=self.rewards[rows],
             advantages=advantages[rows],
             rows=rows,

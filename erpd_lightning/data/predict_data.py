@@ -25,7 +25,7 @@ from .loader import micro_batches, micro_batches_needed, partition_step
 from .prompt_batches import Drawn, PromptBatch
 from .ranks import ranks
 from .samplers import Sampler
-from .store import ROLLOUTS, SCORES, Store, StoreWriter
+from .store import ROLLOUTS, SCORES, TOKEN_COLUMNS, Store, StoreWriter
 from .threads import Pending
 
 # Padded tokens of a part of the scores: what goes on with less memory still has to find its parts.
@@ -355,7 +355,7 @@ class ScoringData(PredictToStore):
     @cached_property
     def _rollouts(self) -> RolloutTable:
         """The rollouts, with the base's support for everyone but the base."""
-        table = Store.open(self._rollouts_path, verify=False).table()
+        table = Store.open(self._rollouts_path, verify=False).table(TOKEN_COLUMNS)
         if self._base_path is None:
             return RolloutTable.from_arrow(table)
         base = Store.open(self._base_path, verify=False).table()

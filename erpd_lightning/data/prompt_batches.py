@@ -79,8 +79,23 @@ class PromptBatch:
             [self.prompt_ids[i] for i in repeated],
             self.seed if seed is None else seed,
         )
+        return self._drawn(responses, repeated)
+
+    def record(self, responses: Sequence[Response], prompts: Sequence[int]) -> pa.Table:
+        """Verify responses: a table of the `ROLLOUTS` schema.
+
+        Args:
+            responses: The responses.
+            prompts: Which prompt of the batch each responds to.
+
+        Raises:
+            UserError: If the verifier gives a reward that is no finite number.
+        """
+        return self.verified(self._drawn(responses, prompts))
+
+    def _drawn(self, responses: Sequence[Response], prompts: Sequence[int]) -> "Drawn":
         shown = self.tokenizer.batch_decode([r.ids for r in responses], skip_special_tokens=True)
-        return Drawn(repeated, responses, shown, self._verified_texts(responses))
+        return Drawn(list(prompts), list(responses), shown, self._verified_texts(responses))
 
     def verified(self, drawn: "Drawn") -> pa.Table:
         """Verify what was drawn: a table of the `ROLLOUTS` schema. It uses no tokenizer, so that a thread may do it."""

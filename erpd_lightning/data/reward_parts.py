@@ -1,7 +1,7 @@
 """The column `rewards` of a rollout store: the rewards that a response's reward is made of, as JSON by their names."""
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 
 import pyarrow as pa
 
@@ -24,3 +24,14 @@ def read_parts(table: pa.Table) -> dict[str, list[float | None]]:
     rows = [json.loads(text) for text in table["rewards"].to_pylist()]
     names = dict.fromkeys(name for row in rows for name in row)
     return {name: [row.get(name) for row in rows] for name in names}
+
+
+def mean_parts(tables: Iterable[pa.Table]) -> dict[str, float | None]:
+    """The mean of each of the rewards that rewards are made of; None for one that was never checked."""
+    sums: dict[str, tuple[float, int]] = {}
+    for table in tables:
+        for name, rewards in read_parts(table).items():
+            total, count = sums.get(name, (0.0, 0))
+            checked = [reward for reward in rewards if reward is not None]
+            sums[name] = (total + sum(checked), count + len(checked))
+    return {name: total / count if count else None for name, (total, count) in sums.items()}

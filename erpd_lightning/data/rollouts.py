@@ -4,7 +4,7 @@ import math
 from collections.abc import Sequence
 from functools import cached_property, partial
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, Literal, Protocol
 
 import pyarrow as pa
 import torch
@@ -13,20 +13,24 @@ from lightning.pytorch.trainer.states import TrainerFn
 from torch import Tensor
 
 from ..errors import InvalidArgument, UserError, check_at_least
-from ..models.loading import context_length, load_tokenizer
+from ..models.loading import context_length, load_tokenizer, vocabulary_size
 from ..seeds import derive_seed
+from .audit import WARNINGS, check_thresholds
 from .batching import RolloutTable
+from .import_data import ImportData
+from .imports import ImportedRows, ImportSource
 from .loader import StepLoader
 from .predict_data import BatchList, PolicySource, SamplingData, ScoringData, predict_to_store
 from .prompt_batches import PromptBatch, PromptBatcher
 from .prompts import Message, PromptPlan, PromptSet, PromptSource, tokenize
 from .ranks import ranks
+from .rescoring import LogpsPart, RescoringData
 from .samplers import Sampler, TransformersSampler
 from .settings import settings_of
 from .sources import check_sources
 from .store import Store
 from .tokenize import check_chat_template_kwargs
-from .train_rollouts import Baseline, OnPolicyRollouts, TrainRollouts
+from .train_rollouts import Baseline, OnPolicyRollouts, Select, TrainRollouts
 from .verifiers import ExactMatch, Unverified, Verifier
 
 
@@ -50,6 +54,12 @@ class Learner(PolicySource, Protocol):
 
     def respond(self, batch: PromptBatch) -> pa.Table:
         """Responses to prompts, a table of the `ROLLOUTS` schema."""
+
+    def token_logps(self, part: LogpsPart) -> list[Tensor]:
+        """Log-probs of the tokens of stored responses, `(B, T)` in nats for each batch."""
+
+
+Rescore = Literal["auto", "always", "never"]
 
 
 class RolloutDataModule(LightningDataModule):
@@ -87,12 +97,21 @@ class RolloutDataModule(LightningDataModule):
             (`DistillModule.iterations`); they are not verified.
         sampler: Draws the responses.
         verifier: Checks the responses against the answers.
+        imported: Responses that were generated elsewhere, with which the first round begins instead of sampling.
+        rescore: Whether the trainer computes the log-probs of what was sampled once more, and importance ratios take
+            these: `always`, `never`, or `auto` for where the sampler is another engine, such as a server, whose own
+            differ, or imported responses come with log-probs. The sampler's stay beside them, and the gap between the
+            two is reported.
         group_size: Responses to each prompt.
         baseline: What the reward of a response is compared with to give its advantage: the rewards of its `group`, as
             in GRPO, or those of its `batch`, as in REINFORCE++: of all rollouts of its round, or of its iteration. In
             a group of incorrect responses alone there is nothing to learn by comparison; beside the batch there is.
         correct_threshold: Reward from which a response counts as correct, in pass@k, in logged means and for objectives
             that tell correct responses from incorrect ones; advantages are of the rewards as they are.
+        audit_warn: Above which values rollouts are warned of, by the names of `audit.MEASURES`: shares that are
+            truncated, unscorable, duplicate or empty, of groups that are uniform, and the gap in nats between the
+            log-probs of sampler and trainer. It goes over `audit.WARNINGS`.
+        audit_stop: Above which values a run stops before it trains on them; none by default.
         prompts_per_round: Prompts to sample from in a round; None for all of them. Each round takes the next ones.
         round: The round, from 1, that says which prompts are next.
         preview_prompts: The last of the round's prompts, on which signals are previewed: no rollouts are sampled
@@ -125,9 +144,13 @@ class RolloutDataModule(LightningDataModule):
         on_policy_store: str | Path | None = None,
         sampler: Sampler | None = None,
         verifier: Verifier | None = None,
+        imported: ImportSource | None = None,
+        rescore: Rescore = "auto",
         group_size: int = 16,
         baseline: Baseline = "group",
         correct_threshold: float = 1.0,
+        audit_warn: dict[str, float] | None = None,
+        audit_stop: dict[str, float] | None = None,
         prompts_per_round: int | None = None,
         round: int = 1,
         preview_prompts: int = 0,
@@ -164,6 +187,16 @@ class RolloutDataModule(LightningDataModule):
                 f"is {replay}, but iterations ({iterations}) is above 1: what is trained on-policy takes no earlier "
                 "rollouts",
             )
+        if imported is not None and iterations > 1:
+            raise InvalidArgument(
+                "imported", f"is given, but iterations ({iterations}) is above 1: the policy answers each part itself"
+            )
+        if rescore not in ("auto", "always", "never"):
+            raise InvalidArgument("rescore", f"is {rescore!r}: it must be auto, always or never")
+        self.audit_warn = {**WARNINGS, **(audit_warn or {})}
+        self.audit_stop = audit_stop or {}
+        check_thresholds("audit_warn", self.audit_warn)
+        check_thresholds("audit_stop", self.audit_stop)
         check_sources(prompts, validation_prompts)
         check_chat_template_kwargs(chat_template_kwargs)
         self.root = Path(store)
@@ -177,6 +210,8 @@ class RolloutDataModule(LightningDataModule):
         self.on_policy_store = None if on_policy_store is None else Path(on_policy_store)
         self.sampler = sampler or TransformersSampler()
         self.verifier = verifier or ExactMatch()
+        self.imported = imported
+        self.rescore = rescore
         self.group_size = group_size
         self.baseline = baseline
         self.correct_threshold = correct_threshold
@@ -287,6 +322,31 @@ class RolloutDataModule(LightningDataModule):
         """A data module for `Trainer.predict` that samples and verifies the round's rollouts."""
         return self._sampling(self.stored)
 
+    @property
+    def imports(self) -> bool:
+        """Whether the round's rollouts are imported."""
+        return self.imported is not None and self.round == 1
+
+    @cached_property
+    def imported_rows(self) -> ImportedRows:
+        """The responses that the first round begins with, once all of them are checked.
+
+        Raises:
+            UserError: Names the row that is broken, or the column that is missing.
+        """
+        assert self.imported is not None
+        return ImportedRows(self.imported, vocabulary_size(self.tokenizer_path))
+
+    def importing(self) -> ImportData:
+        """A data module for `Trainer.predict` that makes the round's rollouts of responses from elsewhere."""
+        assert self.imported is not None
+        verifier = self.verifier if self.imported.rewards == "verifier" else Unverified()
+        settings = {
+            "temperature": self.sampler.temperature,
+            "verifier": settings_of(verifier),
+        }
+        return ImportData(self.imported_rows, self._batcher(self.sampler, verifier), self.store, settings, self.clear_cache)
+
     def scoring(self, name: str) -> ScoringData:
         """A data module for `Trainer.predict` that stores what the policy called `name` says of the rollouts.
 
@@ -299,6 +359,20 @@ class RolloutDataModule(LightningDataModule):
             raise UserError("scoring needs a directory for the scores: RolloutDataModule(scores=…)")
         return ScoringData(name, self.root, self.scores, self.tokenizer_path, self.max_tokens, self.clear_cache)
 
+    @property
+    def rescores(self) -> bool:
+        """Whether the trainer computes the log-probs of what was sampled once more."""
+        elsewhere = self.imported_rows.has_logps if self.imports else not self.sampler.needs_model
+        return self.rescore == "always" or (self.rescore == "auto" and elsewhere)
+
+    def rescoring(self) -> RescoringData:
+        """A data module for `Trainer.predict` that stores the trainer's log-probs of the round's rollouts.
+
+        Raises:
+            UserError: If these are not there.
+        """
+        return self._rescoring(self.stored)
+
     def sample_for_epoch(self, epoch: int) -> None:
         """Sample the rollouts that an epoch is trained on with the learner as it is, unless they are there.
 
@@ -310,7 +384,16 @@ class RolloutDataModule(LightningDataModule):
         self.train_data.begin_epoch(epoch)
         if self._learner is not None and not Store.exists(self.train_data.store):
             self.check_groups(self._learner.needs_groups)
-            predict_to_store(self._sampling(self.train_data), self._learner, self._learner.respond, self.trainer)
+            if self.imports and self.train_data is self.stored:
+                predict_to_store(self.importing(), self._learner, self._learner.token_logps, self.trainer)
+            else:
+                predict_to_store(self._sampling(self.train_data), self._learner, self._learner.respond, self.trainer)
+            if self.rescores:
+                again = self._rescoring(self.train_data)
+                predict_to_store(again, self._learner, self._learner.token_logps, self.trainer)
+
+    def _rescoring(self, rollouts: TrainRollouts) -> RescoringData:
+        return RescoringData(rollouts.store, self.max_tokens, self.clear_cache)
 
     def _sampling(self, rollouts: TrainRollouts) -> SamplingData:
         # The answers of a student that is distilled are not verified.
@@ -371,6 +454,14 @@ class RolloutDataModule(LightningDataModule):
         self._loader_iteration = self.train_data.iteration
         self._resume()
         return self._loader
+
+    def optimizer_steps(self, select: Select) -> int:
+        """Optimiser steps of an epoch on the stored rollouts.
+
+        Args:
+            select: Says which of them enter the loss.
+        """
+        return -(-len(self.stored.selected(select)) // self.batch_size)
 
     def iterate_once(self) -> Any:
         """This rank's share of what the trainer trains on, once, in as many micro-batches on every rank."""

@@ -9,7 +9,7 @@ taken for one that was written.
 
 import hashlib
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -32,6 +32,9 @@ def _schema(name: str, columns: dict[str, pa.DataType]) -> pa.Schema:
     fields = [pa.field(column, kind, nullable=False) for column, kind in columns.items()]
     return pa.schema(fields, metadata={"name": name})
 
+
+TOKEN_COLUMNS = ("group", "prompt_ids", "response_ids", "logps", "temperature", "reward")
+"""Columns of the rollouts that training reads: the texts beside them may be larger than all that it needs."""
 
 ROLLOUTS = _schema(
     "rollouts",
@@ -56,6 +59,13 @@ the sampler's log-probs of `response_ids` (nats) at its `temperature`; `finish_r
 is false where the verifier could not decide; `rewards` is what the reward is made of, as JSON by name (see
 `reward_parts`), `{}` where it is made of nothing else."""
 
+LOGPS = _schema("logps", {"row": pa.int64(), "logps": pa.list_(pa.float32())})
+"""Log-probs of one policy of the tokens of one response (nats): `row` is the row of the rollout store, all of which are
+there in their order."""
+
+RECORDED = _schema("recorded", {"row": pa.int64(), "reward": pa.float32()})
+"""Scores that came with responses from elsewhere, of those that have one: `row` is the row of the rollout store."""
+
 SCORES = _schema(
     "scores",
     {
@@ -79,7 +89,7 @@ class Store:
 
     Attributes:
         path: The directory.
-        schema: Name of the schema, "rollouts" or "scores".
+        schema: Name of the schema, "rollouts", "logps", "recorded" or "scores".
         rows: Number of rows.
         parts: `{"name", "rows", "bytes", "sha256"}` of each part, in order.
         metadata: What the writer was given.
@@ -123,18 +133,61 @@ class Store:
             manifest["fingerprint"],
         )
 
-    def table(self) -> pa.Table:
-        """All rows, in the order of the parts."""
+    def table(self, columns: Sequence[str] | None = None) -> pa.Table:
+        """All rows in memory, in the order of the parts.
+
+        Args:
+            columns: Names of the columns to read; None for all of them.
+        """
+        return pa.concat_tables([self.part(index, columns) for index in range(len(self.parts))])
+
+    def part(self, index: int, columns: Sequence[str] | None = None) -> pa.Table:
+        """The rows of one part.
+
+        Args:
+            index: Its number.
+            columns: Names of the columns to read; None for all of them.
+        """
+        path = self.path / self.parts[index]["name"]
         # Not pq.read_table: it takes a directory called `lr=1` for a column.
-        files = (pq.ParquetFile(self.path / p["name"], memory_map=True) for p in self.parts)
-        return pa.concat_tables([file.read() for file in files])
+        return pq.ParquetFile(path, memory_map=True).read(columns=None if columns is None else list(columns))
+
+    def batches(self, columns: Sequence[str] | None = None, rows: int = 1024) -> Iterator[pa.Table]:
+        """All rows in the order of the parts, in tables of `rows` rows, the last of which may have fewer.
+
+        Where a table ends depends on `rows` alone, not on the parts, so that stores with as many rows can be read side
+        by side. No more than such a table and a part's row group are in memory at a time.
+
+        Args:
+            columns: Names of the columns to read; None for all of them.
+            rows: Rows of a table.
+        """
+        names = None if columns is None else list(columns)
+        pending: list[pa.RecordBatch] = []
+        missing = rows
+        for part in self.parts:
+            file = pq.ParquetFile(self.path / part["name"], memory_map=True)
+            for batch in file.iter_batches(batch_size=rows, columns=names):
+                while missing <= batch.num_rows:
+                    yield pa.Table.from_batches([*pending, batch.slice(0, missing)])
+                    batch, pending, missing = batch.slice(missing), [], rows
+                if batch.num_rows:
+                    pending.append(batch)
+                    missing -= batch.num_rows
+        if pending:
+            yield pa.Table.from_batches(pending)
 
 
-def joined(stores: Sequence[Store]) -> pa.Table:
-    """The rollouts of several stores one after the other; their groups are numbered on."""
+def joined(stores: Sequence[Store], columns: Sequence[str] | None = None) -> pa.Table:
+    """The rollouts of several stores one after the other; their groups are numbered on.
+
+    Args:
+        stores: Stores of the `ROLLOUTS` schema.
+        columns: Names of the columns to read, `group` among them; None for all of them.
+    """
     tables, groups = [], 0
     for store in stores:
-        table = store.table()
+        table = store.table(columns)
         number = pc.add(table["group"], groups)
         tables.append(table.set_column(table.schema.get_field_index("group"), ROLLOUTS.field("group"), number))
         groups = pc.max(number).as_py() + 1
@@ -146,7 +199,7 @@ class StoreWriter:
 
     Args:
         path: The directory, created if needed.
-        schema: `ROLLOUTS` or `SCORES`.
+        schema: One of the schemas above.
         metadata: All that the rows depend on (policy, seed, settings), as JSON values and nothing
             else: it becomes part of the fingerprint, and parts written under different metadata do
             not count as written.

@@ -4,9 +4,8 @@ from collections.abc import Callable, Sequence
 from dataclasses import replace
 from functools import cached_property, partial
 from pathlib import Path
-from typing import Literal
+from typing import Literal, NamedTuple
 
-import numpy as np
 import torch
 from torch import Tensor
 
@@ -14,13 +13,28 @@ from ..errors import UserError
 from ..objectives.advantages import group_advantages
 from .batching import RolloutTable, ScoreTable
 from .loader import StepLoader, micro_batches_needed
-from .store import Store, joined
+from .rescoring import trainer_logps
+from .store import TOKEN_COLUMNS, Store, joined
 
 Baseline = Literal["group", "batch"]
 
 Select = Callable[[Tensor, Tensor], Tensor]
 """Says which responses enter the loss: `(N,)` rewards, NaN for what could not be checked, and `(N,)` advantages to
 bool `(N,)`."""
+
+
+class Outcomes(NamedTuple):
+    """What came of `N` responses.
+
+    Attributes:
+        group: `(N,)` long, number of the prompt.
+        reward: `(N,)` float32.
+        checked: `(N,)` bool, whether the answer could be checked.
+    """
+
+    group: Tensor
+    reward: Tensor
+    checked: Tensor
 
 
 class TrainRollouts:
@@ -66,25 +80,32 @@ class TrainRollouts:
         """The rollouts, with the scores of policies where there are any."""
         stores = [Store.open(path) for path in self.train_stores]
         scores = {} if self.scores is None else self._read_scores(self.scores, stores[0].fingerprint)
-        return RolloutTable.from_arrow(joined(stores), scores)
+        return RolloutTable.from_arrow(joined(stores, TOKEN_COLUMNS), scores, trainer_logps(stores))
 
     @cached_property
-    def checked(self) -> Tensor:
-        """`(N,)` bool, whether the answer could be checked."""
-        tables = [Store.open(path, verify=False).table() for path in self.train_stores]
-        return torch.tensor(np.concatenate([table["checked"].to_numpy() for table in tables]))
+    def outcomes(self) -> Outcomes:
+        """What came of the responses; it is read without their tokens."""
+        table = joined([Store.open(path, verify=False) for path in self.train_stores], Outcomes._fields)
+        return Outcomes(*(torch.tensor(table[name].to_numpy()) for name in Outcomes._fields))
 
     @cached_property
     def advantages(self) -> Tensor:
         """`(N,)` advantages over the baseline; 0 for what could not be checked, which the baseline leaves out."""
-        compared = self.table.groups if self.baseline == "group" else self._store_numbers
-        advantages = torch.zeros(len(self.checked))
-        advantages[self.checked] = group_advantages(self.table.rewards[self.checked], compared[self.checked])
+        groups, rewards, checked = self.outcomes
+        compared = groups if self.baseline == "group" else self._store_numbers
+        advantages = torch.zeros(len(checked))
+        advantages[checked] = group_advantages(rewards[checked], compared[checked])
         return advantages
+
+    def selected(self, select: Select) -> Tensor:
+        """Rows of the responses that enter the loss; it may be none."""
+        # Neither correct nor incorrect: a flipped reward must not turn what could not be checked into either.
+        rewards = self.outcomes.reward.where(self.outcomes.checked, torch.nan)
+        return select(rewards, self.advantages).nonzero()[:, 0]
 
     def clear_cache(self) -> None:
         """Read the stores again when they are next needed: one of them has changed."""
-        for name in ("table", "checked", "advantages"):
+        for name in ("table", "outcomes", "advantages"):
             self.__dict__.pop(name, None)
 
     def begin_epoch(self, epoch: int) -> None:
@@ -120,11 +141,10 @@ class TrainRollouts:
             UserError: If no response enters the loss.
         """
         table = self.table
-        # Neither correct nor incorrect: a flipped reward must not turn what could not be checked into either.
-        rewards = table.rewards.where(self.checked, torch.nan)
         if self.correct_threshold <= 0:  # What could not be checked is stored as 0, and never correct.
-            table = replace(table, rewards=table.rewards.where(self.checked, self.correct_threshold - 1))
-        rows = select(rewards, self.advantages).nonzero()[:, 0]
+            rewards = table.rewards.where(self.outcomes.checked, self.correct_threshold - 1)
+            table = replace(table, rewards=rewards)
+        rows = self.selected(select)
         if len(rows) == 0:
             rows = self._rows_without_any()
         needed = micro_batches_needed(table.lengths[rows], batch_size, max_tokens)
@@ -143,7 +163,8 @@ class TrainRollouts:
 
     def _rows_without_any(self) -> Tensor:
         """What is trained on where no response enters the loss."""
-        rewards, responses = self.table.rewards[self.checked], len(self.checked)
+        checked = self.outcomes.checked
+        rewards, responses = self.outcomes.reward[checked], len(checked)
         correct = int((rewards >= self.correct_threshold).sum())
         counted = f"{responses} responses"
         if 0 < len(rewards) < responses:

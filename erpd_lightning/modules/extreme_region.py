@@ -12,6 +12,7 @@ from ..data.rollouts import RolloutDataModule
 from ..errors import InvalidArgument
 from ..objectives.divergences import Direction, check_kl_loss, kl_loss, kl_value
 from ..objectives.extreme import SAPO, ExtremeObjective, flip_outcomes
+from ..objectives.importance import importance_weights
 from .training import TrainingModule
 
 
@@ -37,6 +38,10 @@ class ExtremeRegionModule(TrainingModule):
         old_policy: pi_old, which the objective's importance ratio divides by: `base`, the policy that sampled the
             rollouts, or `iteration`, this policy as it was when the iteration began: the epoch on fixed rollouts, and
             the part of the prompts with `RolloutDataModule.iterations`.
+        importance_cap: Bound on truncated importance weights `trainer / sampler`, which correct the loss of each token
+            (of each response where the objective is one of responses) for what another engine's log-probs differ from
+            the trainer's by; None for none. They are 1 where the trainer did not compute the log-probs of the rollouts
+            once more (`RolloutDataModule.rescore`).
         **kwargs: Further arguments of `TrainingModule`.
 
     Raises:
@@ -54,6 +59,7 @@ class ExtremeRegionModule(TrainingModule):
         keep: Literal["last", "best"] = "last",
         stop_at_kl: float | None = None,
         old_policy: Literal["base", "iteration"] = "base",
+        importance_cap: float | None = None,
         **kwargs: Any,
     ) -> None:
         super().__init__(policy, **kwargs)
@@ -75,6 +81,8 @@ class ExtremeRegionModule(TrainingModule):
             raise InvalidArgument("stop_at_kl", f"is {stop_at_kl}: it must be a positive, finite number")
         if stop_at_kl is not None and "base" not in self.references:
             raise InvalidArgument("stop_at_kl", "needs the reference `base` to measure the KL to")
+        if importance_cap is not None and not 0 < importance_cap < float("inf"):
+            raise InvalidArgument("importance_cap", f"is {importance_cap}: it must be a positive, finite ratio")
         self.objective = objective or SAPO()
         self.sign = sign
         self.kl_coef = kl_coef
@@ -84,6 +92,7 @@ class ExtremeRegionModule(TrainingModule):
         self.calibrates = keep == "best"
         self.stop_at_kl = stop_at_kl
         self.old_policy = old_policy
+        self.importance_cap = importance_cap
         self._best: float | None = None
         self._best_weights: dict[str, Tensor] = {}
         self._kl_reached = False
@@ -107,7 +116,7 @@ class ExtremeRegionModule(TrainingModule):
         hidden = self.policy.hidden(batch)
         stats = self.policy.token_logps(batch, hidden)
         outcomes = self._outcomes(batch.rewards, batch.advantages)
-        old_logps = self._old_logps.logps(batch) if self.refreshes_old_logps else batch.sampler_logps
+        old_logps = self._old_logps.logps(batch) if self.refreshes_old_logps else batch.trainer_logps
         losses = self.objective(stats.logps, old_logps, batch.mask, *outcomes)
         self._check_shape(losses, batch.mask)
         values = {
@@ -115,6 +124,10 @@ class ExtremeRegionModule(TrainingModule):
             "logp": stats.logps,
             "log_ratio": stats.logps - old_logps,
         }
+        if self.importance_cap is not None:
+            weights = self._importance_weights(batch, self.importance_cap)
+            losses = weights * losses
+            values["importance_weight"] = weights if losses.dim() == 2 else weights[:, None].expand_as(batch.mask)
         if self.kl_coef > 0:
             kl, values["kl"] = self._kl(batch, hidden, stats.logps)
             losses = losses + self.kl_coef * self._kl_loss(kl, batch)
@@ -213,7 +226,7 @@ class ExtremeRegionModule(TrainingModule):
 
     def _kl(self, batch: RolloutBatch, hidden: Tensor, logps: Tensor) -> tuple[Tensor, Tensor]:
         """The KL to the base policy as a loss, and as a value to log: `(B, T)` each, in nats."""
-        direction, base = self.kl_direction, batch.sampler_logps
+        direction, base = self.kl_direction, batch.trainer_logps
         if self.kl_estimator == "exact":
             kl = self.policy.divergence(self.reference("base"), batch, hidden, direction).kl
             return kl, kl
@@ -227,6 +240,13 @@ class ExtremeRegionModule(TrainingModule):
         if self.objective.per == "token":
             return kl
         return torch.where(batch.mask, kl, 0.0).sum(-1) * (batch.step_responses / batch.step_tokens)
+
+    def _importance_weights(self, batch: RolloutBatch, cap: float) -> Tensor:
+        """Of the tokens `(B, T)` or of the responses `(B,)`, as the objective is."""
+        pair = batch.trainer_logps, batch.sampler_logps  # 0 in padding
+        if self.objective.per != "token":
+            pair = pair[0].sum(-1), pair[1].sum(-1)
+        return importance_weights(*pair, truncate=cap)
 
     def _check_shape(self, losses: Tensor, mask: Tensor) -> None:
         per = self.objective.per

@@ -8,9 +8,11 @@ from typing import Any
 import pyarrow as pa
 import torch
 from lightning.pytorch import LightningModule
+from torch import Tensor
 
 from ..data.predict_data import PredictToStore, Scores, ScoringPart
 from ..data.prompt_batches import Drawn, PromptBatch
+from ..data.rescoring import LogpsPart
 from ..errors import check_at_least
 from ..models.head import MAX_LOGITS
 from ..models.policy import Policy, check_dtype, export_policy, load_policy, load_reference, policy_fingerprint
@@ -110,20 +112,31 @@ class PolicyModule(LightningModule):
         return data if isinstance(data, PredictToStore) else None
 
     @torch.no_grad()
-    def predict_step(self, batch: PromptBatch | ScoringPart | None, batch_idx: int) -> pa.Table | Drawn | list[Scores]:
-        """Responses to prompts, a table of the `ROLLOUTS` schema; or the scores of stored responses.
+    def predict_step(
+        self, batch: PromptBatch | LogpsPart | ScoringPart | None, batch_idx: int
+    ) -> pa.Table | Drawn | list[Tensor] | list[Scores]:
+        """Responses to prompts, a table of the `ROLLOUTS` schema; or log-probs or scores of stored responses.
 
         Responses that go into a store are not verified yet: that is done while the next ones are drawn.
         """
         if batch is None:
             return []
         if isinstance(batch, PromptBatch):
-            return self.respond(batch) if self._predict_data is None else batch.draw(self.policy.model)
+            if self._predict_data is None:
+                return self.respond(batch)
+            return batch.draw(self.policy.model if batch.sampler.needs_model else None)
+        if isinstance(batch, LogpsPart):
+            return self.token_logps(batch)
         return [score(self.policy, rollouts) for rollouts in batch.batches]
 
     def respond(self, batch: PromptBatch) -> pa.Table:
         """Responses to prompts, a table of the `ROLLOUTS` schema."""
         return batch.respond(self.policy.model if batch.sampler.needs_model else None)
+
+    @torch.no_grad()
+    def token_logps(self, part: LogpsPart) -> list[Tensor]:
+        """Log-probs of the tokens of stored responses, `(B, T)` in nats for each batch."""
+        return [self.policy.token_logps(batch.to(self.device)).logps for batch in part.batches]
 
     def on_predict_batch_end(self, outputs: Any, batch: Any, batch_idx: int, dataloader_idx: int = 0) -> None:
         """Hand over what a store is to keep."""

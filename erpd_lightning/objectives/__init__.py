@@ -5,6 +5,7 @@ from .clipped import CISPO, GSPO, PPOClip, clipped_surrogate
 from .distillation import ClippedPolicyGradient, DistillObjective, SupportObjective, TiltedTarget, TokenObjective
 from .divergences import check_kl_loss, entropy, exact_kl, kl_loss, kl_value
 from .extreme import SAPO, AdvantageObjective, CrossEntropy, ExtremeObjective, flip_outcomes
+from .importance import importance_weights
 from .reduction import masked_sum
 from .regression import SquaredError
 from .signal import AutoSignal, Signal, Term
@@ -47,6 +48,7 @@ __all__ = [
     "flip_outcomes",
     "geometric_mixture",
     "group_advantages",
+    "importance_weights",
     "kl_loss",
     "kl_value",
     "masked_sum",

@@ -12,7 +12,8 @@ from typing import Literal, TypeAlias
 from torch import Tensor
 
 from .clipped import check_clip_range, clipped_surrogate
-from .divergences import MAX_EXPONENT, exact_kl
+from .divergences import exact_kl
+from .importance import importance_weights
 from .shapes import check_shape
 from .tilted_policy import tilt
 
@@ -153,8 +154,7 @@ class ClippedPolicyGradient(TokenObjective):
             ValueError: for tensors of different shapes.
         """
         check_shape(logps.shape, old_logps=old_logps, sampler_logps=sampler_logps, signal=signal, kl=kl)
-        max_log_weight = min(MAX_EXPONENT, math.log(self.truncate))
-        weights = (old_logps - sampler_logps).detach().clamp(max=max_log_weight).exp()
+        weights = importance_weights(old_logps, sampler_logps, self.truncate)
         signal = signal.to(logps.dtype)
         gain = clipped_surrogate(logps - old_logps, signal, self.epsilon_low, self.epsilon_high)
         return beta * kl - weights * gain

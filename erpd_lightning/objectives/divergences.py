@@ -8,18 +8,16 @@ A correct mean says nothing about its gradient, because the samples depend on th
 losses are two functions, and `check_kl_loss` knows which losses there are (cf. arXiv 2505.17508, 2512.21852).
 """
 
-import math
 from typing import Literal
 
 import torch
 from torch import Tensor
 
+from .importance import MAX_EXPONENT, importance_weights
 from .shapes import check_shape
 
-# Nats. Exponents beyond are cut off: the square of exp(30), which the gradient's norm takes, leaves room for a sum in
-# float32. Log-ratios as they stand, without exponential, may be longer: those of responses are.
-MAX_EXPONENT = 30.0
 MAX_LOG_RATIO = 1e4
+"""Nats. Log-ratios as they stand, without exponential, may be longer than `MAX_EXPONENT`: those of responses are."""
 
 Direction = Literal["reverse", "forward"]
 Estimator = Literal["k1", "k2", "k3"]
@@ -161,9 +159,7 @@ def _weights(logp: Tensor, sampler_logps: Tensor | None, truncate: float | None)
         raise ValueError(f"truncate is {truncate}; it has to be positive, or None for the full weight")
     if sampler_logps is None:
         return None
-    check_shape(logp.shape, sampler_logps=sampler_logps)
-    max_log_weight = MAX_EXPONENT if truncate is None else min(MAX_EXPONENT, math.log(truncate))
-    return (logp - sampler_logps).detach().clamp(max=max_log_weight).exp()
+    return importance_weights(logp, sampler_logps, truncate)
 
 
 def _weighted(log_ratio: Tensor, weights: Tensor | None, estimator: Estimator) -> Tensor:

@@ -1,8 +1,9 @@
 """Records of stages, `stage.json`: what a stage was made from and what came of it."""
 
+import hashlib
 import json
 import os
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +17,9 @@ from ..models.policy import policy_fingerprint
 
 Record = dict[str, Any]
 
+SUMMARY_KEYS = ("correct", "truncated", "unscorable", "groups", "mixed_groups", "sampler_gap")
+"""What of the audit of the rollouts goes into `summary.json`."""
+
 RECORD_KEYS: tuple[tuple[str, Any], ...] = (
     ("settings", dict),
     ("inputs", dict),
@@ -26,6 +30,13 @@ RECORD_KEYS: tuple[tuple[str, Any], ...] = (
     ("cpu_seconds", int | float),
 )
 """Keys of a record and what they hold; the first three are those of a stage that has begun."""
+
+
+def fingerprint_of(fingerprints: Sequence[str]) -> str:
+    """One fingerprint for several; that of one is itself."""
+    if len(fingerprints) == 1:
+        return fingerprints[0]
+    return hashlib.sha256("".join(fingerprints).encode()).hexdigest()
 
 
 @rank_zero_only
@@ -167,6 +178,8 @@ def round_summary(folder: Path, number: int, policies: Iterable[str]) -> Record:
     selection = outcomes.get("signal_selection")
     previewed = 0 if selection is None else selection["rollouts"]
     chosen = {} if selection is None else {"signal": selection["name"], "candidates": selection["candidates"]}
+    rollouts = outcomes.get("rollouts", outcomes["extreme_region"])
+    sampled = {key: rollouts["audit"][key] for key in SUMMARY_KEYS}
     spending = outcomes.get("distill", {"spending": {"budget": None, "beta": None}})["spending"]
     warnings = [f"{stage}: {warning}" for stage, outcome in outcomes.items() for warning in outcome.get("warnings", [])]
     student = evaluations["student"]["outcome"]
@@ -178,7 +191,8 @@ def round_summary(folder: Path, number: int, policies: Iterable[str]) -> Record:
         "round": number,
         **spending,
         **chosen,
-        "rollouts": outcomes.get("rollouts", outcomes["extreme_region"])["rollouts"] + previewed,
+        "rollouts": rollouts["rollouts"] + previewed,
+        "sampled": {**sampled, "optimizer_steps": rollouts["optimizer_steps"]},
         "seconds": round(sum(record["seconds"] for record in records), 1),
         "cpu_seconds": round(sum(record["cpu_seconds"] for record in records), 1),
         "warnings": warnings,

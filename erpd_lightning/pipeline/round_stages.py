@@ -1,13 +1,11 @@
 """The stages of a round: what each is made from, what it does, and what it leaves behind."""
 
-import hashlib
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
-import numpy as np
-
+from ..data.imports import import_fingerprint
 from ..data.ranks import gathered, started_ranks
-from ..data.reward_parts import read_parts
+from ..data.rescoring import rescored_store
 from ..data.samples import SAMPLES_FILE
 from ..data.store import Store
 from ..errors import UserError
@@ -16,7 +14,8 @@ from ..modules.distill import DistillModule
 from ..modules.evaluation import EvaluationWithSamples
 from ..objectives.signal import AutoSignal, Signal, Term
 from ..objectives.tilted_policy import UnreachableBudget
-from .records import Record
+from .outcome import rollouts_outcome
+from .records import Record, fingerprint_of
 from .run import Run
 from .signal_search import Preview, candidates_within_budget, choose, load_models, preview
 from .stages import Stages, say
@@ -35,19 +34,28 @@ class RoundStages:
     stages: Stages
 
     def rollouts(self, number: int, base: str) -> Record:
-        """Sample and verify the round's rollouts."""
+        """Sample and verify the round's rollouts, or import them."""
         folder = self.run.round_dir(number) / "rollouts"
+        imported = self.run.data(number).imported if number == 1 else None
 
         def body() -> Record:
             data = self.run.data(number)
-            data.check_groups(self.run.builder.module("extreme_region", policy="").needs_groups)
-            self.stages.predict("rollouts", folder, self.run.student(number - 1), data.sampling())
-            return _outcome([Store.open(folder, verify=False)])
+            module = self.run.builder.module("extreme_region", policy="")
+            data.check_groups(module.needs_groups)
+            policy = self.run.student(number - 1)
+            self.stages.predict("rollouts", folder, policy, data.sampling() if imported is None else data.importing())
+            if data.rescores:
+                self.stages.predict("rollouts", folder, policy, data.rescoring())
+            steps = data.optimizer_steps(module.select)
+            return _told(*rollouts_outcome(data, [folder], steps, stop=data.audit_stop))
 
         inputs = {"base": base, **self.run.prompt_files()}
         about = "sampling and verifying responses of the base policy"
+        if imported is not None:
+            inputs["imported"] = import_fingerprint(imported)
+            about = "importing and verifying responses from elsewhere"
         record = self.stages.run("rollouts", number, folder, about, inputs, body)
-        Store.open(folder)  # An altered store must not be trained on.
+        rescored_store(Store.open(folder))  # An altered store must not be trained on.
         return record
 
     def extreme_region(self, stage: str, name: str, number: int, inputs: dict[str, str]) -> Record:
@@ -55,7 +63,7 @@ class RoundStages:
         folder = self.run.round_dir(number) / stage.replace(".", "/")
         if replayed := self.run.data(number).train_data.train_stores[1:]:
             prints = [Store.open(path, verify=False).fingerprint for path in replayed]
-            inputs = {**inputs, "replayed": _together(prints)}
+            inputs = {**inputs, "replayed": fingerprint_of(prints)}
         path = {**self.run.policies(number), "student": self.run.student(number)}[name]
 
         def body() -> Record:
@@ -64,8 +72,9 @@ class RoundStages:
             warnings = self.stages.fit(stage, folder, module, data)
             module.export(path, tokenizer=self.run.student(0))
             own = data.train_data.finished_stores if self.run.iterates else []
-            sampled = _outcome([Store.open(path) for path in own]) if own else {}
-            return {"policy": policy_fingerprint(path), "warnings": warnings, **sampled}
+            sampled = _told(*rollouts_outcome(data, own)) if own else {"warnings": []}
+            warnings += sampled["warnings"]
+            return {**sampled, "policy": policy_fingerprint(path), "warnings": warnings}
 
         about = {
             "teacher": "driving a teacher far from the base policy on the fixed rollouts",
@@ -85,7 +94,7 @@ class RoundStages:
             for name, path in self.run.scored(number).items():
                 self.stages.predict("scoring", folder, path, data.scoring(name))
             prints = [Store.open(folder / n, verify=False).fingerprint for n in self.run.scored(number)]
-            return {"fingerprint": _together(prints)}
+            return {"fingerprint": fingerprint_of(prints)}
 
         about = "scoring the rollouts once with each policy"
         record = self.stages.run("scoring", number, folder, about, inputs, body)
@@ -191,28 +200,8 @@ class RoundStages:
             self.stages.run("evaluation", number, folder, about, prints, body, files=[folder / SAMPLES_FILE])
 
 
-def _outcome(stores: list[Store]) -> Record:
-    """What a record says of rollouts."""
-    tables = [store.table().select(["reward", "checked", "rewards"]) for store in stores]
-    reward, checked = (np.concatenate([table[name].to_numpy() for table in tables]) for name in ("reward", "checked"))
-    prints = [store.fingerprint for store in stores]
-    unchecked = int((~checked).sum())
-    if unchecked:
-        say(f"{unchecked} of {len(checked)} responses could not be checked: they are neither correct nor incorrect")
-    parts: dict[str, list[float]] = {}
-    for table in tables:
-        for name, rewards in read_parts(table).items():
-            parts.setdefault(name, []).extend(value for value in rewards if value is not None)
-    means = {name: float(np.mean(rewards)) if rewards else None for name, rewards in parts.items()}
-    return {
-        "fingerprint": prints[0] if len(prints) == 1 else _together(prints),
-        "rollouts": len(checked),
-        "unchecked": unchecked,
-        "mean_reward": float(reward[checked].mean()) if checked.any() else None,
-        **({"mean_rewards": means} if means else {}),
-    }
-
-
-def _together(fingerprints: list[str]) -> str:
-    """One fingerprint for several."""
-    return hashlib.sha256("".join(fingerprints).encode()).hexdigest()
+def _told(record: Record, lines: list[str]) -> Record:
+    """The record, once the user is told of it."""
+    for line in lines:
+        say(line)
+    return record

@@ -9,6 +9,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import datasets
 import numpy as np
 import pyarrow as pa
 import pytest
@@ -155,6 +156,28 @@ def test_a_missing_token_is_refused(tmp_path: Path, name: str) -> None:
 def test_metadata_that_json_cannot_hold_is_refused(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="JSON"):
         StoreWriter(tmp_path, ROLLOUTS, {"temperature": float("nan")})
+
+
+# Read in pieces, and by others
+
+
+@pytest.mark.parametrize("rows", [1, 3, 4, 5, 9, 100])
+def test_batches_are_the_rows_in_order_whatever_the_parts_are(store: Store, rows: int) -> None:
+    batches = list(store.batches(rows=rows))
+    assert [batch.num_rows for batch in batches] == [min(rows, 9 - start) for start in range(0, 9, rows)]
+    assert pa.concat_tables(batches).to_pydict() == store.table().to_pydict()
+
+
+def test_only_the_named_columns_are_read(store: Store) -> None:
+    names = ["reward", "response_ids"]
+    assert store.table(names).column_names == names
+    assert [batch.column_names for batch in store.batches(names, rows=5)] == [names, names]
+
+
+def test_it_opens_as_a_data_set(store: Store, tmp_path: Path) -> None:
+    files = str(store.path / "part-*.parquet")
+    loaded = datasets.load_dataset("parquet", data_files=files, split="train", cache_dir=str(tmp_path / "cache"))
+    assert loaded.to_dict() == store.table().to_pydict()
 
 
 # The fingerprint

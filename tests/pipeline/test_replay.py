@@ -59,13 +59,13 @@ def test_what_is_trained_on(folder: Path, replay: int, names: Sequence[str]) -> 
     assert torch.equal(data.rollouts.rewards, torch.cat([part.rollouts.rewards for part in alone]))
     assert torch.equal(data.rollouts.logps, torch.cat([part.rollouts.logps for part in alone]))
     assert torch.equal(data.stored.advantages, torch.cat([part.stored.advantages for part in alone]))
-    assert torch.equal(data.stored.checked, torch.cat([part.stored.checked for part in alone]))
+    assert torch.equal(data.stored.outcomes.checked, torch.cat([part.stored.outcomes.checked for part in alone]))
     assert len(set(data.rollouts.groups.tolist())) == sum(2 + number for number in range(len(names)))
 
 
 def test_what_is_scored_and_distilled_is_of_this_round(folder: Path) -> None:
     data = make_data(folder, replay=2, scores=folder / "scoring")
-    assert len(data.rollouts.rewards) == len(data.stored.checked) == 8
+    assert len(data.rollouts.rewards) == len(data.stored.outcomes.checked) == 8
 
 
 def test_training_is_as_on_one_store_of_all(folder: Path, tmp_path: Path) -> None:

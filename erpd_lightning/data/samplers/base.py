@@ -33,8 +33,9 @@ class Sampler(ABC):
         batch_size: Responses that are drawn at a time.
 
     Attributes:
-        needs_model: Whether `sample` is given the language model. One that does not draws from a folder's policy
-            alone, within `serving`, and whoever samples need not load it.
+        needs_model: Whether `sample` draws from the language model that it is given, whose log-probs are then the
+            trainer's own. Another engine draws from the policy in a folder, within `serving`; whoever samples need not
+            load it, and the trainer computes the log-probs of what was drawn once more.
         operational_arguments: Arguments of the class that say how responses are got, and change none of them: a run
             may go on with others.
     """
