@@ -345,7 +345,8 @@ class RolloutDataModule(LightningDataModule):
             "temperature": self.sampler.temperature,
             "verifier": settings_of(verifier),
         }
-        return ImportData(self.imported_rows, self._batcher(self.sampler, verifier), self.store, settings, self.clear_cache)
+        batcher = self._batcher(self.sampler, verifier)
+        return ImportData(self.imported_rows, batcher, self.store, settings, self.clear_cache)
 
     def scoring(self, name: str) -> ScoringData:
         """A data module for `Trainer.predict` that stores what the policy called `name` says of the rollouts.

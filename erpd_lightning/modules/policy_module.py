@@ -59,7 +59,7 @@ class PolicyModule(LightningModule):
 
     def configure_model(self) -> None:
         """Load the policy, once, unless it is sampled from elsewhere; sharded strategies call this in their context."""
-        data = None if self._trainer is None else self._predict_data
+        data = self._predict_data
         if not hasattr(self, "policy") and (data is None or data.needs_model):
             self.policy = load_policy(self.policy_path, self.weights_dtype, self.max_logits)
 
@@ -108,7 +108,7 @@ class PolicyModule(LightningModule):
     @property
     def _predict_data(self) -> PredictToStore | None:
         """The trainer's data module, if what is predicted goes into a store."""
-        data: Any = getattr(self.trainer, "datamodule", None)
+        data = getattr(self._trainer, "datamodule", None)
         return data if isinstance(data, PredictToStore) else None
 
     @torch.no_grad()

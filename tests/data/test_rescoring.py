@@ -1,7 +1,8 @@
 """The trainer's own log-probs beside those of another engine: stored part by part, and what training takes of them."""
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +15,7 @@ from erpd_lightning.data.rollouts import RolloutDataModule
 from erpd_lightning.data.samplers import Response, TransformersSampler
 from erpd_lightning.data.store import LOGPS, ROLLOUTS, Store, StoreWriter
 from erpd_lightning.errors import InvalidArgument, UserError
+from erpd_lightning.models.policy import load_policy
 from support.policies import make_model, make_rows, token_logps
 from support.rollouts import sample
 from support.trainers import run_prediction
@@ -24,10 +26,15 @@ class Elsewhere(TransformersSampler):
 
     needs_model = False
 
-    def sample(self, *args: Any, **kwargs: Any) -> list[Response]:
+    @contextmanager
+    def serving(self, policy: str | Path, folder: Path, device: int | None = None) -> Iterator[None]:
+        self._model = load_policy(policy).model
+        yield
+
+    def sample(self, model: Any, *args: Any, **kwargs: Any) -> list[Response]:
         return [
             Response(each.ids, [logp - 0.25 * (i % 3) for i, logp in enumerate(each.logps)], each.finish_reason)
-            for each in super().sample(*args, **kwargs)
+            for each in super().sample(self._model, *args, **kwargs)
         ]
 
 
