@@ -57,12 +57,11 @@ SETTINGS = ["--trainer.enable_progress_bar=false", "--data.sampler.init_args.bat
 STOPPED = {
     "base": [Kill(f"{MODULE}.training_step", count=30)],
     "rollouts": [after(written(r"rollouts/part-00002\.parquet"))],
-    "extreme_region": [after(written(CHECKPOINT, count=8))],
+    "extreme_region": [after(written(f"extreme_region/checkpoints/{CHECKPOINT}", count=2))],
     "scoring": [written("scoring/unlearned/manifest.json")],
     "distill": [Kill("erpd_lightning.modules.distill:DistillModule.on_validation_epoch_end", count=2)],
 }
-"""Where a run of one round is killed, by the stage that it is in then; `extreme_region` follows the checkpoints of
-the base policy."""
+"""Where a run of one round is killed, by the stage that it is in then."""
 
 
 @dataclass(frozen=True)
