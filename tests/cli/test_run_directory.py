@@ -1,13 +1,17 @@
 """Run directories of another configuration, and damaged ones."""
 
+import errno
+import os
 import shutil
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 
+from erpd_lightning.pipeline.lock import lock_run_directory
 from support.chain import arguments
-from support.command_line import Run, digests
+from support.command_line import STAGES, Run, digests, student
 
 
 @pytest.mark.parametrize(
@@ -140,3 +144,119 @@ def test_a_damaged_record_is_named_and_nothing_else_is_to_go(
         message = refused(*arguments(record.parents[3], command))
         assert message.startswith(f"{record} is no ")
         assert message.endswith("Delete this file alone: the stage goes on from what it has made, which is kept")
+
+
+def test_a_run_directory_that_is_in_use(refused: Run, run: Run, copy: Callable[..., Path]) -> None:
+    run_dir = copy()
+    before = (run_dir / "config.yaml").read_bytes()
+    with lock_run_directory(run_dir):
+        message = refused(*arguments(run_dir), "--rounds=2")
+        assert message.startswith(f"run_dir {run_dir} is in use by process {os.getpid()} on ")
+        assert (run_dir / "config.yaml").read_bytes() == before
+        run(*arguments(run_dir, "test"))  # It only reads.
+    assert "done already" in run(*arguments(run_dir))
+
+
+def test_a_configuration_that_is_no_text_is_written_again(run: Run, copy: Callable[..., Path]) -> None:
+    written = copy() / "config.yaml"
+    written.write_bytes(b"\xff\xfe\x00" + written.read_bytes())
+    run(*arguments(written.parent))
+    assert f"run_dir: {written.parent}\n" in written.read_text()
+
+
+def test_a_mistake_leaves_even_a_damaged_configuration(refused: Run, copy: Callable[..., Path]) -> None:
+    written = copy() / "config.yaml"
+    written.write_bytes(b"\xff\xfe\x00")
+    refused(*arguments(written.parent), "--distill.kl_budget=0.02")
+    assert written.read_bytes() == b"\xff\xfe\x00"
+
+
+@pytest.mark.parametrize("name", ["config.yaml", "summary.json", ".lock"])
+def test_a_folder_where_a_file_is_expected(refused: Run, copy: Callable[..., Path], name: str) -> None:
+    path = copy() / name
+    path.unlink(missing_ok=True)
+    path.mkdir()
+    message = refused(*arguments(path.parent))
+    assert message.startswith(str(path))
+    assert "Is a directory" in message
+
+
+@pytest.mark.parametrize(
+    ("name", "stages"),
+    [
+        ("round-1/distill", STAGES[4:]),
+        ("round-1/scoring", STAGES[4:]),
+        ("round-1/evaluation", ["evaluation"]),
+        ("round-1/distill/checkpoints", STAGES[5:]),
+        ("round-1/distill/metrics", STAGES[5:]),
+        ("round-1/distill/student", STAGES[5:]),
+    ],
+)
+def test_a_file_where_a_folder_is_expected(
+    refused: Run, copy: Callable[..., Path], name: str, stages: list[str]
+) -> None:
+    run_dir = copy(*stages)
+    path = run_dir / name
+    path.parent.mkdir(exist_ok=True)
+    path.write_text("what is this")
+    assert str(path) in refused(*arguments(run_dir))
+
+
+@pytest.mark.parametrize("number", [errno.EACCES, errno.EROFS, errno.EPERM])
+def test_a_stage_whose_folder_cannot_be_written(
+    finished: tuple[Path, str],
+    refused: Run,
+    run: Run,
+    copy: Callable[..., Path],
+    monkeypatch: pytest.MonkeyPatch,
+    number: int,
+) -> None:
+    run_dir = copy("distill", "evaluation")
+    mkdir = os.mkdir
+
+    def read_only(path: Any, *args: Any, **kwargs: Any) -> None:
+        if str(path).endswith("distill"):
+            raise OSError(number, os.strerror(number), str(path))
+        mkdir(path, *args, **kwargs)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "mkdir", read_only)
+        message = refused(*arguments(run_dir))
+    assert message.startswith(f"{run_dir / 'round-1' / 'distill'} cannot be written: {os.strerror(number)}")
+    run(*arguments(run_dir))
+    assert student(run_dir) == student(finished[0])
+
+
+def test_a_damaged_checkpoint_and_what_its_advice_leads_to(
+    finished: tuple[Path, str], refused: Run, run: Run, copy: Callable[..., Path]
+) -> None:
+    run_dir = copy("evaluation")
+    folder = run_dir / "round-1" / "distill"
+    shutil.rmtree(folder / "student")
+    (folder / "stage.json").unlink()
+    (checkpoint,) = (folder / "checkpoints").iterdir()
+    content = checkpoint.read_bytes()
+    middle = len(content) // 2
+    checkpoint.write_bytes(content[:middle] + bytes([content[middle] ^ 1]) + content[middle + 1 :])
+    assert refused(*arguments(run_dir)).startswith(f"{checkpoint} is damaged (")
+    checkpoint.unlink()
+    run(*arguments(run_dir))
+    assert student(run_dir) == student(finished[0])
+
+
+def test_an_altered_digit_of_a_record(refused: Run, copy: Callable[..., Path]) -> None:
+    record = copy() / "round-1" / "evaluation" / "student" / "stage.json"
+    text = record.read_text()
+    record.write_text(text.replace('"pass@1": 0.', '"pass@1": 1.'))
+    assert record.read_text() != text
+    assert refused(*arguments(record.parents[3])).startswith(f"{record} was altered: ")
+
+
+@pytest.mark.parametrize("name", ["train", "validation"])
+def test_altered_prompts_of_a_task(refused: Run, copy: Callable[..., Path], name: str) -> None:
+    run_dir = copy()
+    prompts = run_dir / "prompts" / f"{name}.jsonl"
+    prompts.write_text(prompts.read_text().replace('"answer": "', '"answer": "1', 1))
+    for command in ("fit", "test", "preview"):
+        message = refused(*arguments(run_dir, command))
+        assert message.startswith(f"{prompts} was altered or truncated: restore it, or delete {run_dir / 'prepare'}")
