@@ -7,7 +7,7 @@ from pathlib import Path
 import numpy as np
 
 from ..data.samples import SAMPLES_FILE
-from ..data.store import Store
+from ..data.store import MANIFEST, Store
 from ..errors import UserError
 from ..models.policy import policy_fingerprint
 from ..modules.distill import DistillModule
@@ -45,7 +45,7 @@ class RoundStages:
         inputs = {"base": base, **self.run.prompt_files()}
         about = "sampling and verifying responses of the base policy"
         record = self.stages.run("rollouts", number, folder, about, inputs, body)
-        Store.open(folder)  # An altered store must not be trained on.
+        _check_store(folder)
         return record
 
     def extreme_region(self, stage: str, name: str, number: int, inputs: dict[str, str]) -> Record:
@@ -88,7 +88,7 @@ class RoundStages:
         about = "scoring the rollouts once with each policy"
         record = self.stages.run("scoring", number, folder, about, inputs, body)
         for name in self.run.scored(number):
-            Store.open(folder / name)
+            _check_store(folder / name)
         return record
 
     def select_signal(self, number: int, auto: AutoSignal, inputs: dict[str, str]) -> Record:
@@ -186,6 +186,20 @@ class RoundStages:
             about = f"measuring {name} on fresh samples for held-out prompts"
             prints = {key: inputs[key] for key in ("base", name)}
             self.stages.run("evaluation", number, folder, about, prints, body, files=[folder / SAMPLES_FILE])
+
+
+def _check_store(path: Path) -> None:
+    """Refuse the store of a finished stage that was altered since.
+
+    Raises:
+        UserError: Names the file, and how only what is damaged is made again.
+    """
+    try:
+        Store.open(path)
+    except UserError as error:
+        raise UserError(
+            f"{error}. Restore it, or delete {MANIFEST} beside it and the stage's stage.json: fit makes that part again"
+        ) from error
 
 
 def _outcome(stores: list[Store]) -> Record:

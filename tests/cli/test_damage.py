@@ -1,4 +1,4 @@
-"""A share of the damage suite (`support.damage`) that takes seconds: some files of the smallest run, damaged in turn."""
+"""A share of the damage suite (`support.damage`) that takes seconds: some files of the smallest run, each damaged."""
 
 import random
 import sys

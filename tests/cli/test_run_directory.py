@@ -69,6 +69,23 @@ def test_a_damaged_store(refused: Run, copy: Callable[..., Path], store: str, da
     assert not (run_dir / "round-1" / "distill").exists()
 
 
+def test_what_the_advice_on_a_damaged_store_leads_to(refused: Run, run: Run, copy: Callable[..., Path]) -> None:
+    run_dir = copy()
+    store = run_dir / "round-1" / "scoring" / "teacher"
+    part = store / "part-00000.parquet"
+    content = part.read_bytes()
+    part.write_bytes(content[:-9] + bytes([content[-9] ^ 1]) + content[-8:])
+    message = refused(*arguments(run_dir))
+    assert message.startswith(f"{part} was altered or truncated")
+    assert message.endswith("delete manifest.json beside it and the stage's stage.json: fit makes that part again")
+    (store / "manifest.json").unlink()
+    (store.parent / "stage.json").unlink()
+    kept = (run_dir / "round-1" / "scoring" / "unlearned" / "part-00000.parquet").stat().st_mtime_ns
+    assert "scoring: scoring the rollouts" in run(*arguments(run_dir))
+    assert part.read_bytes() == content
+    assert (run_dir / "round-1" / "scoring" / "unlearned" / "part-00000.parquet").stat().st_mtime_ns == kept
+
+
 def test_a_record_that_is_none(refused: Run, copy: Callable[..., Path]) -> None:
     record = copy() / "round-1" / "scoring" / "stage.json"
     record.write_text(record.read_text()[:40])
