@@ -4,11 +4,10 @@ import errno
 import fcntl
 import os
 import socket
+import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-
-from lightning.pytorch.utilities import rank_zero_warn
 
 from ..errors import UserError
 
@@ -67,8 +66,9 @@ def _lock(descriptor: int, path: Path) -> bool:
                 f"run_dir {path.parent} is in use by {name}, with which its lock ends: wait for that, or give another "
                 "run_dir"
             ) from error
-        rank_zero_warn(
-            f"{path} cannot be locked ({error.strerror}): nothing keeps a second run from writing into {path.parent}"
+        warnings.warn(
+            f"{path} cannot be locked ({error.strerror}): nothing keeps a second run from writing into {path.parent}",
+            stacklevel=4,
         )
         return False
     return True

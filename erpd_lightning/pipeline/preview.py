@@ -42,17 +42,20 @@ class PreviewTrainer(Trainer):
                 distill.kl_budget.
 
         Raises:
-            UserError: If the signal is not there, nothing is held out, or a budget cannot be spent.
+            UserError: If the signal is not there, a policy is missing or was altered, nothing is held out, or a budget
+                cannot be spent.
         """
         number = _round(rounds)
         folder = rounds.round_dir(number)
         module = rounds.builder.module("distill", policy="")
         assert isinstance(module, DistillModule)
+        names = {"base", *module.signal.policies}
+        paths = {name: path for name, path in rounds.policies(number).items() if name in names}
+        rounds.check_policies(dict.fromkeys([*paths.values(), rounds.student(0)]))  # Its tokenizer is everyone's.
         data = rounds.data(number, with_scores=True)
         prompts = data.prompt_plan.held_out
         if not prompts:
             raise UserError("data.validation_prompts is missing: a preview is measured on held-out prompts")
-        names = {"base", *module.signal.policies}
         if missing := names - data.rollouts.scores.keys():
             raise UserError(
                 f"distill.signal uses the policies {', '.join(sorted(missing))}, which are not scored in "
@@ -65,7 +68,7 @@ class PreviewTrainer(Trainer):
             f"[round {number}/{rounds.rounds}] preview: decoding from {len(candidates)} targets, "
             f"{data.validation_samples} responses to each of {len(prompts)} held-out prompts"
         )
-        models = self._models(rounds, number, names)
+        models = self._models(rounds, number, paths)
         try:
             with self.precision_plugin.forward_context():
                 rows = preview(candidates, models, scores, batches)
@@ -84,15 +87,13 @@ class PreviewTrainer(Trainer):
         say(format_preview(content["previews"], content["policies"]))
         _draw(folder / "preview.png", content)
 
-    def _models(self, rounds: Rounds, number: int, names: set[str]) -> dict[str, Any]:
+    def _models(self, rounds: Rounds, number: int, paths: Mapping[str, Path | str]) -> dict[str, Any]:
         """The language models that were scored, on the trainer's device.
 
         Raises:
-            UserError: If one of them is missing or has changed since.
+            UserError: If one of them has changed since.
         """
         scored = _record(rounds, number)["inputs"]
-        paths = {name: path for name, path in rounds.policies(number).items() if name in names}
-        rounds.check_policies(paths.values())
         for name, path in paths.items():
             if policy_fingerprint(path) != scored[name]:
                 raise UserError(f"{path} is not the policy that the stage scoring of round {number} scored")

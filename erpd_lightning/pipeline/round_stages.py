@@ -7,7 +7,7 @@ from ..data.imports import import_fingerprint
 from ..data.ranks import gathered, started_ranks
 from ..data.rescoring import rescored_store
 from ..data.samples import SAMPLES_FILE
-from ..data.store import Store
+from ..data.store import MANIFEST, Store
 from ..errors import UserError
 from ..models.policy import policy_fingerprint
 from ..modules.distill import DistillModule
@@ -55,7 +55,7 @@ class RoundStages:
             inputs["imported"] = import_fingerprint(imported)
             about = "importing and verifying responses from elsewhere"
         record = self.stages.run("rollouts", number, folder, about, inputs, body)
-        rescored_store(Store.open(folder))  # An altered store must not be trained on.
+        _check_store(folder)
         return record
 
     def extreme_region(self, stage: str, name: str, number: int, inputs: dict[str, str]) -> Record:
@@ -99,7 +99,7 @@ class RoundStages:
         about = "scoring the rollouts once with each policy"
         record = self.stages.run("scoring", number, folder, about, inputs, body)
         for name in self.run.scored(number):
-            Store.open(folder / name)
+            _check_store(folder / name)
         return record
 
     def select_signal(self, number: int, auto: AutoSignal, inputs: dict[str, str]) -> Record:
@@ -205,3 +205,17 @@ def _told(record: Record, lines: list[str]) -> Record:
     for line in lines:
         say(line)
     return record
+
+
+def _check_store(path: Path) -> None:
+    """Refuse the store of a finished stage that was altered since, or what its rollouts were scored again with.
+
+    Raises:
+        UserError: Names the file, and how only what is damaged is made again.
+    """
+    try:
+        rescored_store(Store.open(path))
+    except UserError as error:
+        raise UserError(
+            f"{error}. Restore it, or delete {MANIFEST} beside it and the stage's stage.json: fit makes that part again"
+        ) from error

@@ -1,29 +1,17 @@
 """Run directories of another configuration, and damaged ones."""
 
-import inspect
+import errno
+import os
 import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
-from lightning.pytorch import Trainer
 
-from erpd_lightning.cli.dependencies import (
-    CALIBRATION_DATA_KEYS,
-    CONTENT_DATA_KEYS,
-    OPERATIONAL_TRAINER_KEYS,
-    TRAINING_TRAINER_KEYS,
-    UNUSED_DATA_KEYS,
-    VALIDATION_DATA_KEYS,
-    VALIDATION_TRAINER_KEYS,
-    data_settings,
-    trainer_settings,
-)
-from erpd_lightning.data.rollouts import RolloutDataModule
-from erpd_lightning.pipeline.rounds import Rounds
+from erpd_lightning.pipeline.lock import lock_run_directory
 from support.chain import arguments
-from support.command_line import Run, digests
+from support.command_line import STAGES, Run, digests, student
 
 
 @pytest.mark.parametrize(
@@ -79,6 +67,23 @@ def test_a_damaged_store(refused: Run, copy: Callable[..., Path], store: str, da
     expected = f"{part} is missing" if damage == "lost" else f"{part} was altered or truncated"
     assert refused(*arguments(run_dir)).startswith(expected)
     assert not (run_dir / "round-1" / "distill").exists()
+
+
+def test_what_the_advice_on_a_damaged_store_leads_to(refused: Run, run: Run, copy: Callable[..., Path]) -> None:
+    run_dir = copy()
+    store = run_dir / "round-1" / "scoring" / "teacher"
+    part = store / "part-00000.parquet"
+    content = part.read_bytes()
+    part.write_bytes(content[:-9] + bytes([content[-9] ^ 1]) + content[-8:])
+    message = refused(*arguments(run_dir))
+    assert message.startswith(f"{part} was altered or truncated")
+    assert message.endswith("delete manifest.json beside it and the stage's stage.json: fit makes that part again")
+    (store / "manifest.json").unlink()
+    (store.parent / "stage.json").unlink()
+    kept = (run_dir / "round-1" / "scoring" / "unlearned" / "part-00000.parquet").stat().st_mtime_ns
+    assert "scoring: scoring the rollouts" in run(*arguments(run_dir))
+    assert part.read_bytes() == content
+    assert (run_dir / "round-1" / "scoring" / "unlearned" / "part-00000.parquet").stat().st_mtime_ns == kept
 
 
 def test_a_record_that_is_none(refused: Run, copy: Callable[..., Path]) -> None:
@@ -158,47 +163,117 @@ def test_a_damaged_record_is_named_and_nothing_else_is_to_go(
         assert message.endswith("Delete this file alone: the stage goes on from what it has made, which is kept")
 
 
-# What a result depends on
+def test_a_run_directory_that_is_in_use(refused: Run, run: Run, copy: Callable[..., Path]) -> None:
+    run_dir = copy()
+    before = (run_dir / "config.yaml").read_bytes()
+    with lock_run_directory(run_dir):
+        message = refused(*arguments(run_dir), "--rounds=2")
+        assert message.startswith(f"run_dir {run_dir} is in use by process {os.getpid()} on ")
+        assert (run_dir / "config.yaml").read_bytes() == before
+        run(*arguments(run_dir, "test"))  # It only reads.
+    assert "done already" in run(*arguments(run_dir))
+
+
+def test_a_configuration_that_is_no_text_is_written_again(run: Run, copy: Callable[..., Path]) -> None:
+    written = copy() / "config.yaml"
+    written.write_bytes(b"\xff\xfe\x00" + written.read_bytes())
+    run(*arguments(written.parent))
+    assert f"run_dir: {written.parent}\n" in written.read_text()
+
+
+def test_a_mistake_leaves_even_a_damaged_configuration(refused: Run, copy: Callable[..., Path]) -> None:
+    written = copy() / "config.yaml"
+    written.write_bytes(b"\xff\xfe\x00")
+    refused(*arguments(written.parent), "--distill.kl_budget=0.02")
+    assert written.read_bytes() == b"\xff\xfe\x00"
+
+
+@pytest.mark.parametrize("name", ["config.yaml", "summary.json", ".lock"])
+def test_a_folder_where_a_file_is_expected(refused: Run, copy: Callable[..., Path], name: str) -> None:
+    path = copy() / name
+    path.unlink(missing_ok=True)
+    path.mkdir()
+    message = refused(*arguments(path.parent))
+    assert message.startswith(str(path))
+    assert "Is a directory" in message
 
 
 @pytest.mark.parametrize(
-    ("given", "option", "old", "new"),
+    ("name", "stages"),
     [
-        ("--extreme_region.keep=best", "data.calibration_samples", 2, 3),
-        ("--extreme_region.keep=best", "data.max_validation_prompts", 8, 7),
-        ("--extreme_region.stop_at_kl=0.1", "data.validation_samples", 2, 3),
-        ("--extreme_region.stop_at_kl=0.1", "trainer.limit_val_batches", 5, 4),
-        (
-            '--extreme_region_trainer={"max_epochs": 2, "callbacks": '
-            '[{"class_path": "erpd_lightning.callbacks.KLBudget", "init_args": {"budget": 0.05}}]}',
-            "data.validation_samples",
-            2,
-            3,
-        ),
+        ("round-1/distill", STAGES[4:]),
+        ("round-1/scoring", STAGES[4:]),
+        ("round-1/evaluation", ["evaluation"]),
+        ("round-1/distill/checkpoints", STAGES[5:]),
+        ("round-1/distill/metrics", STAGES[5:]),
+        ("round-1/distill/student", STAGES[5:]),
     ],
 )
-def test_what_is_measured_counts_where_weights_are_chosen_by_it(
-    chain: Callable[..., Rounds], tmp_path: Path, given: str, option: str, old: int, new: int
+def test_a_file_where_a_folder_is_expected(
+    refused: Run, copy: Callable[..., Path], name: str, stages: list[str]
 ) -> None:
-    def recorded(value: int, *more: str) -> Any:
-        return chain(*arguments(tmp_path, **{option: value}), *more).builder.settings("extreme_region")
-
-    assert recorded(old) == recorded(new)
-    assert recorded(old, given) != recorded(new, given)
-
-
-def test_an_option_that_is_new_counts_in_every_stage() -> None:
-    data = {"iterations": 1, "new": 1}
-    trainer = {"callbacks": None, "new": 1, **dict.fromkeys(VALIDATION_TRAINER_KEYS)}
-    for stage in ("rollouts", "scoring", "signal_selection", "evaluation", "extreme_region", "teachers.a", "distill"):
-        for watched in (False, True):
-            assert data_settings(stage, data, {"iterations": 1}, watched)["new"] == 1
-        trains = stage in ("extreme_region", "teachers.a", "distill")
-        assert trainer_settings(stage, trainer, {"keep": "last"} if trains else None)["new"] == 1
+    run_dir = copy(*stages)
+    path = run_dir / name
+    path.parent.mkdir(exist_ok=True)
+    path.write_text("what is this")
+    assert str(path) in refused(*arguments(run_dir))
 
 
-def test_all_that_does_not_count_is_an_option() -> None:
-    """What was renamed must not be listed under its old name: the new one would count where it should not."""
-    options = {*inspect.signature(RolloutDataModule).parameters}
-    assert options >= CONTENT_DATA_KEYS.union(*UNUSED_DATA_KEYS.values(), VALIDATION_DATA_KEYS, CALIBRATION_DATA_KEYS)
-    assert {*inspect.signature(Trainer).parameters} >= OPERATIONAL_TRAINER_KEYS | TRAINING_TRAINER_KEYS
+@pytest.mark.parametrize("number", [errno.EACCES, errno.EROFS, errno.EPERM])
+def test_a_stage_whose_folder_cannot_be_written(
+    finished: tuple[Path, str],
+    refused: Run,
+    run: Run,
+    copy: Callable[..., Path],
+    monkeypatch: pytest.MonkeyPatch,
+    number: int,
+) -> None:
+    run_dir = copy("distill", "evaluation")
+    mkdir = os.mkdir
+
+    def read_only(path: Any, *args: Any, **kwargs: Any) -> None:
+        if str(path).endswith("distill"):
+            raise OSError(number, os.strerror(number), str(path))
+        mkdir(path, *args, **kwargs)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "mkdir", read_only)
+        message = refused(*arguments(run_dir))
+    assert message.startswith(f"{run_dir / 'round-1' / 'distill'} cannot be written: {os.strerror(number)}")
+    run(*arguments(run_dir))
+    assert student(run_dir) == student(finished[0])
+
+
+def test_a_damaged_checkpoint_and_what_its_advice_leads_to(
+    finished: tuple[Path, str], refused: Run, run: Run, copy: Callable[..., Path]
+) -> None:
+    run_dir = copy("evaluation")
+    folder = run_dir / "round-1" / "distill"
+    shutil.rmtree(folder / "student")
+    (folder / "stage.json").unlink()
+    (checkpoint,) = (folder / "checkpoints").iterdir()
+    content = checkpoint.read_bytes()
+    middle = len(content) // 2
+    checkpoint.write_bytes(content[:middle] + bytes([content[middle] ^ 1]) + content[middle + 1 :])
+    assert refused(*arguments(run_dir)).startswith(f"{checkpoint} is damaged (")
+    checkpoint.unlink()
+    run(*arguments(run_dir))
+    assert student(run_dir) == student(finished[0])
+
+
+def test_an_altered_digit_of_a_record(refused: Run, copy: Callable[..., Path]) -> None:
+    record = copy() / "round-1" / "evaluation" / "student" / "stage.json"
+    text = record.read_text()
+    record.write_text(text.replace('"pass@1": 0.', '"pass@1": 1.'))
+    assert record.read_text() != text
+    assert refused(*arguments(record.parents[3])).startswith(f"{record} was altered: ")
+
+
+@pytest.mark.parametrize("name", ["train", "validation"])
+def test_altered_prompts_of_a_task(refused: Run, copy: Callable[..., Path], name: str) -> None:
+    run_dir = copy()
+    prompts = run_dir / "prompts" / f"{name}.jsonl"
+    prompts.write_text(prompts.read_text().replace('"answer": "', '"answer": "1', 1))
+    for command in ("fit", "test", "preview"):
+        message = refused(*arguments(run_dir, command))
+        assert message.startswith(f"{prompts} was altered or truncated: restore it, or delete {run_dir / 'prepare'}")

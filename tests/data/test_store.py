@@ -15,7 +15,7 @@ import pyarrow as pa
 import pytest
 
 from erpd_lightning.data import store as store_module
-from erpd_lightning.data.store import MANIFEST, ROLLOUTS, SCORES, Store, StoreWriter
+from erpd_lightning.data.store import MANIFEST, NO_DIGEST, ROLLOUTS, SCORES, Store, StoreWriter
 from erpd_lightning.errors import UserError
 from erpd_lightning.files import sha256_file
 
@@ -348,6 +348,32 @@ def test_has_part(tmp_path: Path) -> None:
     path = tmp_path / "part-00000.parquet"
     path.write_bytes(path.read_bytes()[:-1])
     assert not writer.has_part(0)
+
+
+def test_an_altered_part_of_an_unfinished_store_is_not_taken_for_written(tmp_path: Path) -> None:
+    writer = StoreWriter(tmp_path, ROLLOUTS, METADATA)
+    writer.write_part(0, columns())
+    path = tmp_path / "part-00000.parquet"
+    content = path.read_bytes()
+    for position in range(0, len(content), 5):
+        path.write_bytes(content[:position] + bytes([content[position] ^ 2]) + content[position + 1 :])
+        assert not writer.has_part(0), position
+    path.write_bytes(content)
+    assert writer.has_part(0)
+    path.write_bytes(content[:-100])
+    assert not writer.has_part(0)
+    with pytest.raises(UserError, match=r"part-00000.parquet is missing or .* was altered since"):
+        writer.finish(1)
+    writer.write_part(0, columns())
+    assert path.read_bytes() == content
+
+
+def test_zeros_and_the_digest_s_own_placeholder_among_the_rows(tmp_path: Path) -> None:
+    rows = {**columns(), "prompt": [NO_DIGEST.decode(), "0" * 64, *columns()["prompt"][2:]]}
+    writer = StoreWriter(tmp_path, ROLLOUTS, METADATA)
+    writer.write_part(0, rows)
+    assert writer.has_part(0)
+    assert writer.finish(1).table().to_pydict() == rows
 
 
 def test_parts_of_other_settings_are_not_mixed_in(tmp_path: Path) -> None:

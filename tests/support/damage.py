@@ -32,7 +32,7 @@ from support.runs import contents
 VERDICTS = {
     "repaired": "exit code 0, and all files are as they were before the damage, policies bit for bit",
     "not read": "exit code 0, and the same result: nothing that was asked for depends on the file",
-    "shown without": "exit code 0 of a report that shows less, for the file is gone or holds nothing",
+    "shown without": "exit code 0 of a report or preview that shows what is left, for the file is gone or empty",
     "own settings": "exit code 0 with config.yaml, which is the user's to change, read as it now is",
     "refused": "exit code 2 and a line or two that name the file or its folder",
     "misnamed": "exit code 2, but what is damaged is not named, or not in two lines",
@@ -57,12 +57,11 @@ SETTINGS = ["--trainer.enable_progress_bar=false", "--data.sampler.init_args.bat
 STOPPED = {
     "base": [Kill(f"{MODULE}.training_step", count=30)],
     "rollouts": [after(written(r"rollouts/part-00002\.parquet"))],
-    "extreme_region": [after(written(CHECKPOINT, count=8))],
+    "extreme_region": [after(written(f"extreme_region/checkpoints/{CHECKPOINT}", count=2))],
     "scoring": [written("scoring/unlearned/manifest.json")],
     "distill": [Kill("erpd_lightning.modules.distill:DistillModule.on_validation_epoch_end", count=2)],
 }
-"""Where a run of one round is killed, by the stage that it is in then; `extreme_region` follows the checkpoints of
-the base policy."""
+"""Where a run of one round is killed, by the stage that it is in then."""
 
 
 @dataclass(frozen=True)
@@ -129,7 +128,9 @@ def verdict(case: Case, run_dir: Path, result: Result, expected: Result, origina
         _, _, message = result.output.rpartition("error: ")
         named = str(path) in message or str(path.parent) in message or str(path.parent.parent) in message
         return "refused" if named and len(message.strip().splitlines()) <= 2 else "misnamed"
-    restored = path.is_file() and path.read_bytes() == original
+    restored = path.is_file() and (
+        path.read_bytes() == original or (case.command == "fit" and case.file in result.made)
+    )
     if result.made == expected.made:
         if restored or case.command != "fit":
             return "repaired" if restored else "not read"
@@ -137,8 +138,11 @@ def verdict(case: Case, run_dir: Path, result: Result, expected: Result, origina
         return "not read" if any(re.search(pattern, case.file) for pattern in harmless) else "silent"
     if case.file == "config.yaml":
         return "own settings"
-    gone = case.damage in ("deleted", "emptied")
-    return "shown without" if case.command == "report" and gone else "silent"
+    if case.command == "report" and case.damage in ("deleted", "emptied"):
+        return "shown without"
+    # Without its record the stage scoring is not finished: the round before is previewed, which the command says.
+    earlier = case.command == "preview" and case.damage == "deleted" and case.file.endswith("scoring/stage.json")
+    return "shown without" if earlier else "silent"
 
 
 def path_is_finished(path: Path, run_dir: Path) -> bool:
