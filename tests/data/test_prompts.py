@@ -190,7 +190,7 @@ def test_data_sets_that_cannot_be_loaded(tmp_path: Path, monkeypatch: pytest.Mon
             read_prompts(tmp_path / name)
         assert str(tmp_path / name) in message_of(error)
     assert not (tmp_path / "ran").exists()
-    with pytest.raises(UserError, match="test_only has no split train: there are test$"):
+    with pytest.raises(UserError, match=r"test_only has no split train: there are test$"):
         read_prompts(tmp_path / "test_only")
 
 
