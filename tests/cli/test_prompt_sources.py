@@ -100,7 +100,6 @@ def test_mistakes(refused: Run, questions: list[str], tmp_path: Path, option: st
     assert refused(*questions, option).startswith(message.format(file=tmp_path / "questions.jsonl"))
 
 
-def test_variables_of_the_chat_template(run: Run, refused: Run, questions: list[str], tmp_path: Path) -> None:
+def test_variables_of_a_chat_template_that_is_not_there(refused: Run, questions: list[str]) -> None:
     chat = [*questions, "--stage=rollouts", "--data.group_size=2", "--data.prompts.chat=true"]
-    # The task's tokenizer has no template at all.
     assert "chat template" in refused(*chat, "--data.chat_template_kwargs.enable_thinking=false")
