@@ -93,7 +93,10 @@ def test_dotted_options(chain: Callable[..., Rounds], questions: list[str], own_
         ("--data.prompts.answer_rule=boxed", "{file}, line 1: there is no answer in a \\boxed{{}} in solution ("),
         ("--data.validation_prompts.limit=0", "data.validation_prompts.limit is 0"),
         ("--data.chat_template_kwargs.tokenize=true", "data.chat_template_kwargs has tokenize, which is set for each"),
-        ("--data.prompts.limits=3", "data.prompts.limits is no option"),
+        (
+            "--data.prompts.limits=3",
+            "data.prompts: class_path erpd_lightning.data.sources.source.PromptSource: Option ",
+        ),
     ],
 )
 def test_mistakes(refused: Run, questions: list[str], tmp_path: Path, option: str, message: str) -> None:
