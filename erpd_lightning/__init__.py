@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from .data.rollouts import RolloutDataModule
+    from .data.sources import PromptSource
     from .errors import UserError
     from .modules.distill import DistillModule
     from .modules.evaluation import EvaluationModule
@@ -34,6 +35,7 @@ __all__ = [
     "ExtremeRegionModule",
     "PPOClip",
     "PolicyModule",
+    "PromptSource",
     "RolloutDataModule",
     "Signal",
     "SquaredError",
@@ -55,6 +57,7 @@ _HOMES = {
     "EvaluationModule": ".modules.evaluation",
     "ExtremeRegionModule": ".modules.extreme_region",
     "PolicyModule": ".modules.policy_module",
+    "PromptSource": ".data.sources",
     "RolloutDataModule": ".data.rollouts",
     "Signal": ".objectives.signal",
     "SquaredError": ".objectives.regression",

@@ -1,6 +1,6 @@
 """Lists whose items are made when they are asked for."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any, Generic, TypeVar, overload
 
 Item = TypeVar("Item")
@@ -20,6 +20,10 @@ class Deferred(Sequence[Item], Generic[Item]):
 
     def __len__(self) -> int:
         return len(self._keys)
+
+    def __iter__(self) -> Iterator[Item]:
+        """The items; what goes wrong with one is not taken for the end of the list."""
+        return map(self._make, self._keys)
 
     @overload
     def __getitem__(self, index: int) -> Item: ...

@@ -81,3 +81,34 @@ def test_sampling_without_prompts(make_data: Callable[..., RolloutDataModule], p
     with pytest.raises(UserError, match=r"^prompts is null: it has to name a file"):
         make_trainer(max_epochs=1).fit(ExtremeRegionModule(policy), datamodule=data)
     assert list(data.prompt_plan.unused) == []
+
+
+def test_prompts_are_tokenised_with_their_batches(
+    make_data: Callable[..., RolloutDataModule], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    """Of many prompts few are needed at first; only those that may be too long are looked at before."""
+    asked: list[Any] = []
+
+    def counted(tokenizer: Any, prompt: Any, variables: Any = None) -> list[int]:
+        asked.append(prompt)
+        return tokenize(tokenizer, prompt, variables)
+
+    monkeypatch.setattr("erpd_lightning.data.rollouts.tokenize", counted)
+    monkeypatch.setattr("erpd_lightning.data.rollouts.context_length", lambda path: 4096)
+    data = make_data(prompts=write_prompts(tmp_path / "p.jsonl", [*PROMPTS * 50, ("1" * 4090, "1")]))
+    batches = data.batcher.batches(data.prompt_plan.sampled()[:300], 4, "rollouts")
+    assert (len(batches), asked) == (150, [])
+    assert len(batches[7].prompt_ids) == len(asked) == 2
+    assert batches[7].prompt_ids == batches[7].prompt_ids
+    assert len(asked) == 2  # Once.
+    with pytest.raises(UserError, match="the 4090 tokens of rollouts prompt 301 "):
+        data.batcher.batches(data.prompt_plan.sampled(), 4, "rollouts")
+    # What its length in bytes did not tell is told with its batch.
+    data = make_data(prompts=write_prompts(tmp_path / "p.jsonl", [*PROMPTS, ("1" * 3500, "1")]))
+    data.sampler.max_new_tokens = 4096 - 3500 - 1 + 1
+    monkeypatch.setattr("erpd_lightning.data.prompt_batches.ADDED_TOKENS", -10)
+    batches = data.batcher.batches(data.prompt_plan.sampled(), 4, "rollouts")
+    data.sampler.max_new_tokens += 1
+    assert batches[2].groups == range(4, 6)
+    with pytest.raises(UserError, match="the 3500 tokens of rollouts prompt 7 "):
+        batches[3]

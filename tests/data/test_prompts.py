@@ -25,9 +25,9 @@ from erpd_lightning.data.prompts import (
 from erpd_lightning.data.samplers import Response, Sampler
 from erpd_lightning.data.sources import check_sources, fingerprint_of
 from erpd_lightning.data.store import ROLLOUTS
-from erpd_lightning.data.tokenize import _rendered
+from erpd_lightning.data.tokenize import _rendered, check_chat_template_kwargs
 from erpd_lightning.data.verifiers import Verifier
-from erpd_lightning.errors import UserError
+from erpd_lightning.errors import InvalidArgument, UserError
 from erpd_lightning.models.loading import context_length, load_tokenizer
 from erpd_lightning.models.policy import load_policy
 from support.policies import TASK, save_policy
@@ -237,6 +237,10 @@ def test_one_split_for_training_and_validation_is_refused(splits: Path) -> None:
         with pytest.raises(UserError, match="whose split train is what prompts names too") as error:
             check_sources(splits, other)
         assert message_of(error).startswith("validation_prompts ")
+    with pytest.raises(UserError, match="whose split train is what prompts names too"):
+        check_sources(splits, PromptSource(splits, suffix="!", limit=3))
+    easy, hard = ({"difficulty_column": "d", f"{bound}_difficulty": 3} for bound in ("max", "min"))
+    check_sources(PromptSource(splits, **easy), PromptSource(splits, **hard))  # type: ignore[arg-type]
 
 
 def test_a_fingerprint_is_of_the_rows(splits: Path) -> None:
@@ -254,7 +258,9 @@ def test_a_fingerprint_is_of_the_rows(splits: Path) -> None:
         read_prompts(splits.parent / "none.jsonl")
 
 
-def make_plan(train: Path | str, validation: Path | str | None, max_validation: int | None = None) -> PromptPlan:
+def make_plan(
+    train: PromptSource | Path | str, validation: PromptSource | Path | str | None, max_validation: int | None = None
+) -> PromptPlan:
     return PromptPlan(train, validation, lambda _: [1], None, 1, 0, max_validation, 0)
 
 
@@ -270,6 +276,13 @@ def test_prompts_of_both_training_and_validation_are_counted(
         assert read[train_first]() > 0
     (message,) = _warned(recwarn)
     assert message.startswith(f"1 of the 2 held-out prompts in {splits}?split=test are training prompts of {splits}")
+
+
+def test_prompts_are_the_same_whatever_stands_around_them(splits: Path, recwarn: pytest.WarningsRecorder) -> None:
+    plan = make_plan(PromptSource(splits, chat=True, suffix="?"), PromptSource(splits, split="test", system_prompt="1"))
+    assert (len(plan.sampled()), len(plan.held_out)) == (3, 2)
+    (message,) = _warned(recwarn)
+    assert message.startswith(f"1 of the 2 held-out prompts in {splits}?split=test are training prompts of {splits} ")
 
 
 def test_prompts_that_are_not_used_are_not_counted(splits: Path, recwarn: pytest.WarningsRecorder) -> None:
@@ -325,6 +338,26 @@ def test_special_tokens_around_a_plain_prompt(bos: str) -> None:
     rendered = tokenizer.apply_chat_template(MESSAGES, tokenize=False, add_generation_prompt=True)
     assert tokenize(tokenizer, rendered) == tokenize(tokenizer, MESSAGES)
     assert tokenize(tokenizer, MESSAGES)[:2] != [first, first]
+
+
+def test_variables_of_a_template(recwarn: pytest.WarningsRecorder) -> None:
+    tokenizer = TASK.tokenizer()
+    tokenizer.chat_template = TEMPLATE + "{% if enable_thinking is defined and not enable_thinking %};{% endif %}"
+    chat = [{"role": "user", "content": "2"}]
+    assert tokenizer.decode(tokenize(tokenizer, chat)) == "*2="
+    assert tokenizer.decode(tokenize(tokenizer, chat, {"enable_thinking": False})) == "*2=;"
+    with pytest.raises(
+        InvalidArgument, match=r"^chat_template_kwargs has thinking, but the tokenizer's chat template h"
+    ):
+        tokenize(tokenizer, chat, {"thinking": False})
+    for name in ("tokenize", "add_generation_prompt"):
+        with pytest.raises(InvalidArgument, match=f"^chat_template_kwargs has {name}, which is set for each prompt"):
+            check_chat_template_kwargs({name: True})
+    assert not [text for text in _warned(recwarn) if "chat_template_kwargs" in text]
+    for _ in range(2):
+        assert tokenize(tokenizer, "2", {"enable_thinking": False}) == tokenize(tokenizer, "2")
+    (message,) = [text for text in _warned(recwarn) if "chat_template_kwargs" in text]
+    assert message.startswith("chat_template_kwargs change no prompt that is text")
 
 
 ROLES = ("user", "assistant", "user")
