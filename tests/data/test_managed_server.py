@@ -113,7 +113,7 @@ def test_a_server_that_keeps_dying(
     monkeypatch.setattr(requests, "MOST_RESTARTS", 1)
     data = make_data(sampler=make(f"{COMMAND} dies"))
     with pytest.raises(
-        UserError, match=r"command: the server ended 2 times while it was sampled from; its log is .*\.log"
+        UserError, match=r"sampler.command started a server that ended 2 times while it was sampled from: see .*\.log"
     ):
         predict(data, policy)
     wait_until_gone(policy)
@@ -135,7 +135,7 @@ def test_a_command_that_does_not_start(tmp_path: Path, policy: Path, command: st
     with pytest.raises(UserError) as error, make(command).serving(policy, tmp_path):
         pass
     assert said.replace("LOG", str(tmp_path / "server-0.log")) in str(error.value)
-    assert str(error.value).startswith("command: ")
+    assert str(error.value).startswith("sampler.command started a server that ")
     assert "\n" not in str(error.value)
 
 
