@@ -93,18 +93,59 @@ def test_what_a_checkpoint_ships_does_not_count(model: Any, tokenizer: Any) -> N
     assert model.generation_config is shipped
 
 
-def test_what_a_checkpoint_ships_is_back_after_an_error(
-    model: Any, tokenizer: Any, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    shipped = model.generation_config
+def test_the_mode_is_back_after_an_error(model: Any, tokenizer: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    model.train()
 
     def fail(**_: Any) -> None:
+        assert not model.training
         raise RuntimeError("out of memory")
 
-    monkeypatch.setattr(model, "generate", fail)
+    monkeypatch.setattr(model, "forward", fail)
     with pytest.raises(RuntimeError, match="out of memory"):
         TransformersSampler(4).sample(model, tokenizer, PROMPTS, seed=0)
-    assert model.generation_config is shipped
+    assert model.training
+
+
+def test_what_is_drawn_beside_a_response_does_not_change_it(model: Any, tokenizer: Any) -> None:
+    prompts = PROMPTS * 10
+    alone = TransformersSampler(12, batch_size=1).sample(model, tokenizer, prompts, seed=1)
+    for settings in ({}, {"batch_size": 7}, {"max_cache_tokens": 60}):
+        together = TransformersSampler(12, **settings).sample(model, tokenizer, prompts, seed=1)
+        assert [response.ids for response in together] == [response.ids for response in alone]
+
+
+def test_responses_that_have_ended_cost_nothing(model: Any, tokenizer: Any) -> None:
+    rows = []
+    model.register_forward_pre_hook(lambda _, __, kwargs: rows.append(len(kwargs["input_ids"])), with_kwargs=True)
+    responses = TransformersSampler(40).sample(model, tokenizer, PROMPTS * 20, seed=1)
+    lengths = [len(response.ids) for response in responses]
+    assert len(rows) == max(lengths)
+    alive = [sum(length > step for length in lengths) for step in range(len(rows))]
+    # The first half of the batch ends early; a third more rows than are left is the most that is run.
+    assert alive[len(rows) // 2] < len(lengths) / 2
+    assert all(run <= max(number / 0.75 + 1, 1) for run, number in zip(rows, alive, strict=True))
+
+
+def test_prompts_are_run_with_those_of_similar_length_within_memory(model: Any, tokenizer: Any) -> None:
+    shapes = []
+    model.register_forward_pre_hook(lambda _, __, kwargs: shapes.append(kwargs["input_ids"].shape), with_kwargs=True)
+    TransformersSampler(1, max_cache_tokens=8).sample(model, tokenizer, PROMPTS, seed=1)
+    assert [tuple(shape) for shape in shapes] == [(1, 7), (1, 4), (2, 3)]
+    shapes.clear()
+    TransformersSampler(1, max_cache_tokens=3).sample(model, tokenizer, PROMPTS, seed=1)
+    assert [tuple(shape) for shape in shapes] == [(1, 7), (1, 4), (1, 3), (1, 1)]
+
+
+def test_how_much_memory_is_taken_is_no_setting_of_responses() -> None:
+    assert TransformersSampler(5, max_cache_tokens=9).settings() == TransformersSampler(5).settings()
+    assert TransformersSampler(5).settings() == {"max_new_tokens": 5, "temperature": 1.0, "batch_size": 256}
+
+
+def test_logps_that_are_not_finite(model: Any, tokenizer: Any) -> None:
+    with torch.no_grad():
+        model.get_input_embeddings().weight[13] = torch.nan
+    with pytest.raises(UserError, match="not finite"):
+        TransformersSampler(3).sample(model, tokenizer, PROMPTS, seed=0)
 
 
 @pytest.mark.parametrize("pad", ["<pad>", "<eos>"])
@@ -153,6 +194,7 @@ def test_random_state_and_mode_stay(model: Any, tokenizer: Any) -> None:
     [
         ({"max_new_tokens": 0}, "max_new_tokens"),
         ({"batch_size": 0}, "batch_size"),
+        ({"max_cache_tokens": 0}, "max_cache_tokens"),
         ({"temperature": 0.0}, "temperature"),
         ({"temperature": -1.0}, "temperature"),
         ({"temperature": float("nan")}, "temperature"),

@@ -6,6 +6,7 @@ child of its own, as real servers do, and notes both processes beside the policy
 
 import json
 import os
+import signal
 import subprocess
 import sys
 import threading
@@ -192,7 +193,7 @@ class InferenceServer:
         self.busiest = 0
         self._busy = 0
         self._lock = threading.Lock()
-        self._http = ThreadingHTTPServer(("127.0.0.1", port), type("Own", (Handler,), {"owner": self}))
+        self._http = _Listener(("127.0.0.1", port), type("Own", (Handler,), {"owner": self}))
         self._http.daemon_threads = True
         self.port: int = self._http.server_address[1]
         self.url = f"http://127.0.0.1:{self.port}"
@@ -233,6 +234,13 @@ class InferenceServer:
         with self._lock:
             self._busy -= 1
         return self.spoken.spoil(fault, answer) if fault else answer, fault
+
+
+class _Listener(ThreadingHTTPServer):
+    request_queue_size = 64
+
+    def handle_error(self, *_: Any) -> None:
+        """Nothing: that clients give up is what some tests are about."""
 
 
 class Handler(BaseHTTPRequestHandler):
@@ -281,6 +289,8 @@ def main(protocol: str, port: str, policy: str, *faults: str) -> None:
     """Serve until killed."""
     if "broken" in faults:
         sys.exit("error: no such device")
+    if "stubborn" in faults:
+        signal.signal(signal.SIGTERM, signal.SIG_IGN)
     child = subprocess.Popen([sys.executable, "-c", "import time; time.sleep(600)"], start_new_session=True)
     noted = processes_file(policy)
     with noted.open("a") as file:

@@ -72,11 +72,11 @@ class Sampler(ABC):
         return self
 
     def settings(self) -> dict[str, Any]:
-        """All that responses depend on, apart from the policy, as JSON values: by default the public attributes.
+        """All that responses depend on, apart from the policy, as JSON values: public attributes, not the operational.
 
         Rollouts are stored with them, and belong to a run only while they are the same.
 
         Raises:
             UserError: If an attribute cannot be written down.
         """
-        return public_settings(self)
+        return {k: value for k, value in public_settings(self).items() if k not in self.operational_arguments}

@@ -9,7 +9,7 @@ import time
 from collections.abc import Callable, Mapping
 from pathlib import Path
 
-from ...errors import InvalidArgument, UserError
+from ...errors import InvalidArgument
 from . import supervisor
 
 GRACE_SECONDS = 10.0
@@ -77,7 +77,7 @@ class ManagedServer:
             seconds: Longest wait.
 
         Raises:
-            UserError: If it ends or does not answer in time: the message has the last line of its log.
+            InvalidArgument: If it ends or does not answer in time: the message has the last line of its log.
         """
         self.port = _free_port()
         places = {"{policy}": str(self.policy), "{port}": str(self.port)}
@@ -98,11 +98,9 @@ class ManagedServer:
         try:
             while not answers(self.url):
                 if (code := self._process.poll()) is not None:
-                    raise UserError(f"command: the server ended with exit code {code} before it answered{self._last()}")
+                    raise _failed(f"that ended with exit code {code} before it answered{self._last()}")
                 if time.monotonic() > limit:
-                    raise UserError(
-                        f"command: the server did not answer within {seconds:g} seconds (start_timeout){self._last()}"
-                    )
+                    raise _failed(f"that did not answer within {seconds:g} seconds (start_timeout){self._last()}")
                 time.sleep(LOOK_SECONDS)
         except BaseException:
             self.stop()
@@ -135,6 +133,10 @@ class ManagedServer:
             lines = [line for line in log.read().decode(errors="replace").splitlines() if line.strip()]
         line = lines[-1].strip() if lines and not lines[-1].startswith("$ ") else "it wrote nothing"
         return f": {line[:160]} ({self.log})"
+
+
+def _failed(problem: str) -> InvalidArgument:
+    return InvalidArgument("sampler.command", f"started a server {problem}")
 
 
 def _filled(part: str, places: Mapping[str, str]) -> str:

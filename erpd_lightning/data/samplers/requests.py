@@ -7,7 +7,7 @@ from collections.abc import Callable, Sequence, Set
 from contextlib import suppress
 from typing import Any, TypeVar
 
-from ...errors import UserError
+from ...errors import InvalidArgument, UserError
 from .base import Response
 from .http_client import HttpClient, ServerError
 from .managed_server import ManagedServer
@@ -143,9 +143,10 @@ class Requests:
                 return
             self._restarts += 1
             if self._restarts > MOST_RESTARTS:
-                raise UserError(
-                    f"command: the server ended {self._restarts} times while it was sampled from; its log is "
-                    f"{self._managed.log}"
+                raise InvalidArgument(
+                    "sampler.command",
+                    f"started a server that ended {self._restarts} times while it was sampled from: see "
+                    f"{self._managed.log}",
                 )
             self.start()
 

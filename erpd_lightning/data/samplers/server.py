@@ -102,11 +102,6 @@ class ServerSampler(Sampler):
         self._vocabulary_size = 0
         self._is_checked = False
 
-    def settings(self) -> dict[str, Any]:
-        """What responses depend on: not where the servers are, and how patiently they are asked."""
-        settings = super().settings()
-        return {name: value for name, value in settings.items() if name not in self.operational_arguments}
-
     @property
     def in_process(self) -> Sampler:
         """See `Sampler`: `TransformersSampler` with the same length and temperature."""

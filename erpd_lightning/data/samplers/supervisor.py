@@ -16,6 +16,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Iterable
+from typing import Any
 
 LOOK_SECONDS = 0.5
 PR_SET_PDEATHSIG = 1
@@ -34,24 +35,30 @@ def main(parent: int, grace: float, command: list[str]) -> int:
     except OSError as error:
         print(f"{command[0]}: {error.strerror}", file=sys.stderr, flush=True)
         return NOT_STARTED
+    watched: list[Any] = [sys.stdin]
+    if sys.platform == "linux":
+        watched.append(os.pidfd_open(server.pid))
     while server.poll() is None and not ended and os.getppid() == parent:
-        readable, _, _ = select.select([sys.stdin], [], [], LOOK_SECONDS)
-        if readable:  # Nothing is ever written to it: its end has closed.
+        readable, _, _ = select.select(watched, [], [], LOOK_SECONDS)
+        if sys.stdin in readable:  # Nothing is ever written to it: its end has closed.
             break
-    with contextlib.suppress(ProcessLookupError):
-        os.killpg(server.pid, signal.SIGTERM)
+    _signal(_descendants(os.getpid()), signal.SIGTERM)
     limit = time.monotonic() + grace
     while time.monotonic() < limit and (server.poll() is None or _descendants(os.getpid())):
         _reap(server.pid)
         time.sleep(0.02)
     while left := _descendants(os.getpid()):
-        for process in left:
-            with contextlib.suppress(ProcessLookupError):
-                os.kill(process, signal.SIGKILL)
+        _signal(left, signal.SIGKILL)
         server.poll()
         _reap(server.pid)
         time.sleep(0.02)
     return server.wait()
+
+
+def _signal(processes: Iterable[int], number: int) -> None:
+    for process in processes:
+        with contextlib.suppress(ProcessLookupError):
+            os.kill(process, number)
 
 
 def _prctl(option: int, value: int) -> None:

@@ -1,17 +1,18 @@
 """Decoding from the distillation target itself: the base policy tilted by a signal, with no student trained. Ours."""
 
-import inspect
 from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
+from ...models.generation import end_tokens
 from ...objectives.divergences import entropy, exact_kl
 from ...objectives.signal import Signal
 from ...objectives.tilted_policy import LOG_ZERO, tilt
 from .base import Response, Sampler
-from .transformers import LogpRecorder, TransformersSampler
+from .decoding import PolicyReader, decode
+from .transformers import TransformersSampler, models_in_eval_mode
 
 
 class TiltedResponse(NamedTuple):
@@ -29,11 +30,10 @@ class TiltedResponse(NamedTuple):
 
 
 class TiltedSampler:
-    """Samples from `pi*_beta(v) = pi_0(v) exp(s(v) / beta) / Z` with `generate` of transformers.
+    """Samples from `pi*_beta(v) = pi_0(v) exp(s(v) / beta) / Z` with models in memory.
 
-    The base policy generates; the others read along, each with a cache of its own. All of them are the policies at the
-    sampler's temperature, as they were when the rollouts were scored, and so is the target that is drawn from; KL and
-    entropy are the target's.
+    All policies read along, each with a cache of its own. They are the policies at the sampler's temperature, as they
+    were when the rollouts were scored, and so is the target that is drawn from; KL and entropy are the target's.
 
     Args:
         sampler: Longest response, temperature and batch size.
@@ -58,77 +58,66 @@ class TiltedSampler:
             tokenizer: Their tokenizer, padding on the left.
             prompts: Token ids.
             seed: Seed of the draws. Global random state is left as it was.
+
+        Raises:
+            UserError: If the policies' log-probs are not finite.
         """
+        read = {name: models[name] for name in ("base", *self.signal.policies)}
         base = models["base"]
-        others = {name: models[name] for name in self.signal.policies if name != "base"}
-        drawn = []
-        with self.sampler.drawing([base, *others.values()], seed):
-            for encoded in self.sampler.padded(base, tokenizer, prompts):
-                readers = {name: _Reader(model, encoded["attention_mask"]) for name, model in others.items()}
-                recorder = _TiltedRecorder(self.temperature, readers, self.signal, self.beta)
-                responses = self.sampler.generate(base, tokenizer, encoded, recorder)
-                for response, kl, own in zip(responses, *recorder.spent(), strict=True):
+        ends = end_tokens(tokenizer, base.generation_config.eos_token_id)
+        found: dict[int, TiltedResponse] = {}
+        with models_in_eval_mode(*read.values()):
+            for rows, encoded, uniforms in self.sampler.batches(base.device, tokenizer, prompts, seed):
+                mask, longest = encoded["attention_mask"], self.sampler.max_new_tokens
+                readers = {name: PolicyReader(model, mask, longest) for name, model in read.items()}
+                target = _Target(readers, self.temperature, self.signal, self.beta, uniforms)
+                responses = decode(target, encoded["input_ids"], ends, uniforms)
+                for row, response, kl, own in zip(rows, responses, *target.spent(), strict=True):
                     length = len(response.ids)
-                    drawn.append(TiltedResponse(response, kl[:length], own[:length]))
-        return drawn
+                    found[row] = TiltedResponse(response, kl[:length], own[:length])
+        return [found[row] for row in range(len(prompts))]
 
 
-class _Reader:
-    """A policy that reads the tokens that another one writes.
+class _Target:
+    """The tilted policy as what responses are drawn from (`NextLogps`); notes its KL and entropy at each token.
 
     Args:
-        model: The policy.
-        attention_mask: `(B, L)` of the prompts, padded on the left.
+        readers: The policies by name.
+        temperature: Theirs.
+        signal: What tilts the base policy.
+        beta: Price of a nat of KL.
+        like: A tensor `(B, T)` with a place for each token of each response.
     """
 
-    def __init__(self, model: Any, attention_mask: Tensor) -> None:
-        self._model = model
-        self._mask = attention_mask
-        self._cache: Any = None
-        self._accepts = inspect.signature(model.forward).parameters
-        # transformers 5.24 renamed it.
-        self._cache_name = "cache" if "cache" in self._accepts else "past_key_values"
-
-    def __call__(self, ids: Tensor) -> Tensor:
-        """Logits of the next token, `(B, V)`, after all tokens so far, padding included: `(B, L + t)`."""
-        added = self._mask.new_ones(len(ids), ids.shape[1] - self._mask.shape[1])
-        mask = torch.cat([self._mask, added], dim=1)
-        # An architecture without such a cache reads everything again.
-        unread = ids if self._cache is None else ids[:, -1:]
-        more: dict[str, Any] = {self._cache_name: self._cache}
-        if "position_ids" in self._accepts:  # Others count by the attention mask themselves.
-            more["position_ids"] = (mask.cumsum(1) - 1).clamp(min=0)[:, -unread.shape[1] :]
-        if "logits_to_keep" in self._accepts:
-            more["logits_to_keep"] = 1
-        output = self._model(input_ids=unread, attention_mask=mask, use_cache=True, **more)
-        self._cache = output.get(self._cache_name)
-        logits: Tensor = output.logits[:, -1].float()
-        return logits
-
-
-class _TiltedRecorder(LogpRecorder):
-    """A logits processor that puts the target's log-probs in the place of the base policy's logits."""
-
-    def __init__(self, temperature: float, readers: Mapping[str, _Reader], signal: Signal, beta: float) -> None:
-        super().__init__(temperature=1.0)  # The target is at the policies' temperature already.
-        self._temperature = temperature
+    def __init__(
+        self, readers: Mapping[str, PolicyReader], temperature: float, signal: Signal, beta: float, like: Tensor
+    ) -> None:
         self._readers = readers
+        self._temperature = temperature
         self._signal = signal
         self._beta = beta
-        self._kls: list[Tensor] = []
-        self._entropies: list[Tensor] = []
+        self._kls, self._entropies = like.new_zeros(like.shape), like.new_zeros(like.shape)
+        self._rows = torch.arange(len(like), device=like.device)
+        self._step = 0
 
-    def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
-        logits = {"base": scores.float(), **{name: reader(input_ids) for name, reader in self._readers.items()}}
-        logps = {name: (values / self._temperature).log_softmax(-1) for name, values in logits.items()}
+    def __call__(self, ids: Tensor) -> Tensor:
+        """See `NextLogps`."""
+        logps = {name: (reader(ids) / self._temperature).log_softmax(-1) for name, reader in self._readers.items()}
         # An entry that is ruled out in two policies has no ratio.
         logps = {name: values.clamp(min=LOG_ZERO) for name, values in logps.items()}
-        target = tilt(logps["base"], self._signal(logps), self._beta)
+        target = tilt(logps["base"], self._signal(logps), self._beta).log_softmax(-1)
         # Rounding may leave a vanishing KL slightly negative.
-        self._kls.append(exact_kl(target, logps["base"]).clamp(min=0))
-        self._entropies.append(entropy(target))
-        return super().__call__(input_ids, target)
+        self._kls[self._rows, self._step] = exact_kl(target, logps["base"]).clamp(min=0).double()
+        self._entropies[self._rows, self._step] = entropy(target).double()
+        self._step += 1
+        return target
+
+    def keep(self, rows: Tensor) -> None:
+        """See `NextLogps`."""
+        self._rows = self._rows[rows]
+        for reader in self._readers.values():
+            reader.keep(rows)
 
     def spent(self) -> tuple[list[list[float]], list[list[float]]]:
         """KL to the base policy and entropy at each token, `(B, T)`; meaningless after a response's end."""
-        return torch.stack(self._kls, dim=1).tolist(), torch.stack(self._entropies, dim=1).tolist()
+        return self._kls.tolist(), self._entropies.tolist()

@@ -1,4 +1,4 @@
-"""Sampling with `generate` of transformers."""
+"""Sampling from a model in memory."""
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -7,104 +7,89 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ...models.generation import end_tokens, generation_config
+from ...errors import check_at_least
+from ...models.generation import end_tokens
 from ...models.loading import check_tokenizer
 from .base import Response, Sampler
+from .decoding import PolicyReader, TemperedPolicy, decode
 
 
 class TransformersSampler(Sampler):
-    """Samples with `generate` of transformers, on whatever device the model is."""
+    """Samples from a language model of transformers, on whatever device it is.
+
+    Prompts of similar length are run together. Responses that have ended cost nothing.
+
+    Args:
+        max_new_tokens: Longest response in tokens.
+        temperature: What the logits are divided by; the stored log-probs are those of the tempered policy.
+        batch_size: Responses that are drawn, and stored, at a time.
+        max_cache_tokens: Tokens of prompts and responses whose keys and values may be in memory at a time; with longer
+            responses fewer are drawn together. It changes no response but by rounding.
+    """
+
+    operational_arguments = frozenset({"max_cache_tokens"})
+
+    def __init__(
+        self,
+        max_new_tokens: int = 256,
+        temperature: float = 1.0,
+        batch_size: int = 256,
+        max_cache_tokens: int = 131_072,
+    ) -> None:
+        super().__init__(max_new_tokens, temperature, batch_size)
+        check_at_least(1, max_cache_tokens=max_cache_tokens)
+        self.max_cache_tokens = max_cache_tokens
 
     @torch.no_grad()
     def sample(self, model: Any, tokenizer: Any, prompts: Sequence[Sequence[int]], seed: int) -> list[Response]:
         """See `Sampler.sample`. Global random state is left as it was.
 
         Raises:
-            UserError: If the tokenizer has tokens that the model does not know.
+            UserError: If the tokenizer has tokens that the model does not know, or the model's log-probs are not
+                finite.
         """
         check_tokenizer(tokenizer, model)
-        with self.drawing([model], seed):
-            return [
-                response
-                for encoded in self.padded(model, tokenizer, prompts)
-                for response in self.generate(model, tokenizer, encoded, LogpRecorder(self.temperature))
-            ]
+        ends = end_tokens(tokenizer, model.generation_config.eos_token_id)
+        found: dict[int, Response] = {}
+        with models_in_eval_mode(model):
+            for rows, encoded, uniforms in self.batches(model.device, tokenizer, prompts, seed):
+                reader = PolicyReader(model, encoded["attention_mask"], self.max_new_tokens)
+                policy = TemperedPolicy(reader, self.temperature)
+                found.update(zip(rows, decode(policy, encoded["input_ids"], ends, uniforms), strict=True))
+        return [found[row] for row in range(len(prompts))]
 
-    @contextmanager
-    def drawing(self, models: Sequence[Any], seed: int) -> Iterator[None]:
-        """Models in eval mode and random state of one's own; both are as they were afterwards."""
-        device = models[0].device
-        were_training = [model.training for model in models]
-        try:
-            for model in models:
-                model.eval()
-            with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
-                torch.manual_seed(seed)
-                yield
-        finally:
-            for model, was_training in zip(models, were_training, strict=True):
-                model.train(was_training)
+    def batches(
+        self, device: torch.device, tokenizer: Any, prompts: Sequence[Sequence[int]], seed: int
+    ) -> Iterator[tuple[list[int], Any, Tensor]]:
+        """Prompts that are run together: which, their padded ids and attention mask, and their random numbers.
 
-    def padded(self, model: Any, tokenizer: Any, prompts: Sequence[Sequence[int]]) -> Iterator[Any]:
-        """Ids and attention masks of `batch_size` prompts at a time, on the model's device."""
-        for first in range(0, len(prompts), self.batch_size):
-            chunk = list(prompts[first : first + self.batch_size])
-            yield tokenizer.pad({"input_ids": chunk}, return_tensors="pt").to(model.device)
+        The longest come first: what does not fit in memory shows at once.
 
-    def generate(self, model: Any, tokenizer: Any, encoded: Any, recorder: "LogpRecorder") -> list[Response]:
-        """One response to each of some padded prompts, drawn from what the recorder makes of the logits."""
-        device = encoded["input_ids"].device
-        ends = sorted(end_tokens(tokenizer, model.generation_config.eos_token_id))
-        plain = generation_config(
-            model,
-            do_sample=True,
-            temperature=self.temperature,
-            top_k=0,
-            top_p=1.0,
-            max_new_tokens=self.max_new_tokens,
-            eos_token_id=ends,
-            pad_token_id=tokenizer.pad_token_id,
-            bos_token_id=tokenizer.bos_token_id,
-        )
-        with plain:
-            sequences = model.generate(
-                input_ids=encoded["input_ids"],
-                attention_mask=encoded["attention_mask"],
-                logits_processor=[recorder],
-            )
-        ids = sequences[:, encoded["input_ids"].shape[1] :]
-        logps = recorder.finish(sequences)
-        ended = torch.isin(ids, torch.tensor(ends, device=device))
-        # Up to and including the first end-of-sequence token; what follows is padding.
-        lengths = ((ended.cumsum(1) - ended.long()) == 0).sum(1).tolist()
-        reasons = ["stop" if stop else "length" for stop in ended.any(1).tolist()]
-        return [
-            Response(row[:length], logp[:length], reason)
-            for row, logp, length, reason in zip(ids.tolist(), logps.tolist(), lengths, reasons, strict=True)
-        ]
+        Args:
+            device: Where the model is.
+            tokenizer: Pads on the left.
+            prompts: Token ids.
+            seed: Seed of the random numbers, `(B, max_new_tokens)`, of which each prompt has its own.
+        """
+        generator = torch.Generator().manual_seed(seed)
+        uniforms = torch.rand(len(prompts), self.max_new_tokens, generator=generator, dtype=torch.float64)
+        waiting = sorted(range(len(prompts)), key=lambda row: -len(prompts[row]))
+        while waiting:
+            width = len(prompts[waiting[0]]) + self.max_new_tokens
+            size = max(1, min(self.batch_size, self.max_cache_tokens // width))
+            rows, waiting = waiting[:size], waiting[size:]
+            encoded = tokenizer.pad({"input_ids": [list(prompts[row]) for row in rows]}, return_tensors="pt")
+            yield rows, encoded.to(device), uniforms[rows].to(device)
 
 
-class LogpRecorder:
-    """A logits processor that changes nothing and notes each sampled token's log-prob.
-
-    Only one `(B, V)` tensor lives at a time, where `output_logits` of `generate` keeps one for every token.
-    """
-
-    def __init__(self, temperature: float) -> None:
-        self.temperature = temperature
-        self._pending: Tensor | None = None
-        self._logps: list[Tensor] = []
-
-    def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
-        self._note(input_ids)
-        self._pending = (scores.float() / self.temperature).log_softmax(-1)
-        return scores
-
-    def finish(self, sequences: Tensor) -> Tensor:
-        """The log-probs of all sampled tokens, `(B, T)`; what follows the end of a response is meaningless."""
-        self._note(sequences)
-        return torch.stack(self._logps, dim=1)
-
-    def _note(self, ids: Tensor) -> None:
-        if self._pending is not None:
-            self._logps.append(self._pending.gather(1, ids[:, -1:])[:, 0])
+@contextmanager
+def models_in_eval_mode(*models: Any) -> Iterator[None]:
+    """Models in eval mode; as they were afterwards."""
+    were_training = [model.training for model in models]
+    for model in models:
+        model.eval()
+    try:
+        yield
+    finally:
+        for model, was_training in zip(models, were_training, strict=True):
+            model.train(was_training)
