@@ -105,7 +105,7 @@ class PolicyModule(LightningModule):
     @property
     def _predict_data(self) -> PredictToStore | None:
         """The trainer's data module, if what is predicted goes into a store."""
-        data: Any = getattr(self.trainer, "datamodule", None)
+        data: Any = getattr(self._trainer, "datamodule", None)
         return data if isinstance(data, PredictToStore) else None
 
     @torch.no_grad()
