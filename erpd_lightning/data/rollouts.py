@@ -25,7 +25,7 @@ from .samplers import Sampler, TransformersSampler
 from .settings import settings_of
 from .store import Store
 from .train_rollouts import Baseline, OnPolicyRollouts, TrainRollouts
-from .verifiers import ExactMatch, Unverified, Verifier
+from .verifiers import MathVerify, Unverified, Verifier
 
 
 class Learner(PolicySource, Protocol):
@@ -83,7 +83,7 @@ class RolloutDataModule(LightningDataModule):
         on_policy_store: Directory for the rollouts of a student that answers the prompts itself while it is distilled
             (`DistillModule.iterations`); they are not verified.
         sampler: Draws the responses.
-        verifier: Checks the responses against the answers.
+        verifier: Checks the responses against the answers; by default `MathVerify`.
         group_size: Responses to each prompt.
         baseline: What the reward of a response is compared with to give its advantage: the rewards of its `group`, as
             in GRPO, or those of its `batch`, as in REINFORCE++: of all rollouts of its round, or of its iteration. In
@@ -170,7 +170,7 @@ class RolloutDataModule(LightningDataModule):
         self.replay = replay
         self.on_policy_store = None if on_policy_store is None else Path(on_policy_store)
         self.sampler = sampler or TransformersSampler()
-        self.verifier = verifier or ExactMatch()
+        self.verifier = verifier or MathVerify()
         self.group_size = group_size
         self.baseline = baseline
         self.correct_threshold = correct_threshold
