@@ -35,7 +35,7 @@ BOUND_BY_CHAIN = {
 
 DEFAULTS = {
     "data.sampler": {"class_path": "erpd_lightning.data.samplers.TransformersSampler"},
-    "data.verifier": {"class_path": "erpd_lightning.data.verifiers.ExactMatch"},
+    "data.verifier": {"class_path": "erpd_lightning.data.verifiers.MathVerify"},
     "extreme_region.objective": {"class_path": "erpd_lightning.objectives.extreme.SAPO"},
     "distill.signal": {
         "class_path": "erpd_lightning.objectives.signal.Signal",

@@ -31,7 +31,7 @@ from .sources import check_sources
 from .store import Store
 from .tokenize import check_chat_template_kwargs
 from .train_rollouts import Baseline, OnPolicyRollouts, Select, TrainRollouts
-from .verifiers import ExactMatch, Unverified, Verifier
+from .verifiers import MathVerify, Unverified, Verifier
 
 
 class Learner(PolicySource, Protocol):
@@ -96,7 +96,7 @@ class RolloutDataModule(LightningDataModule):
         on_policy_store: Directory for the rollouts of a student that answers the prompts itself while it is distilled
             (`DistillModule.iterations`); they are not verified.
         sampler: Draws the responses.
-        verifier: Checks the responses against the answers.
+        verifier: Checks the responses against the answers; by default `MathVerify`.
         imported: Responses that were generated elsewhere, with which the first round begins instead of sampling.
         rescore: Whether the trainer computes the log-probs of what was sampled once more, and importance ratios take
             these: `always`, `never`, or `auto` for where the sampler is another engine, such as a server, whose own
@@ -209,7 +209,7 @@ class RolloutDataModule(LightningDataModule):
         self.replay = replay
         self.on_policy_store = None if on_policy_store is None else Path(on_policy_store)
         self.sampler = sampler or TransformersSampler()
-        self.verifier = verifier or ExactMatch()
+        self.verifier = verifier or MathVerify()
         self.imported = imported
         self.rescore = rescore
         self.group_size = group_size

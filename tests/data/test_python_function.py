@@ -35,7 +35,7 @@ def test_responses_are_handed_over_in_batches() -> None:
 def test_what_hangs_dies_or_fails_is_not_checked() -> None:
     start = time.monotonic()
     responses = ["fine", "hang", "spin", "exit", "memory", "raise", "system exit", "print", "fine"]
-    with pytest.warns(UserWarning, match=r"odd did not check 6 of 9 calls, first with KeyError: 'no\\nsuch key'"):
+    with pytest.warns(UserWarning, match=r"odd did not check 6 of 9 calls, first with MemoryError$"):
         assert check("odd", *responses, timeout=1.0) == [1.0, *[None] * 6, 1.0, 1.0]
     assert time.monotonic() - start < 20
     with pytest.warns(UserWarning, match="odd did not check 1 of 2 calls, in 0.5 seconds a call"):

@@ -37,7 +37,7 @@ def load(path: str) -> Call:
         try:
             given = choose(values)
         except Exception as error:
-            return {"error": " ".join(f"{type(error).__name__}: {error}".split())[:300]}
+            return {"error": " ".join(f"{type(error).__name__}: {error}".split()).rstrip(":")[:300]}
         return _rewards(given, len(responses))
 
     return call

@@ -4,11 +4,10 @@ import json
 import math
 import os
 import re
+import warnings
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
-
-from lightning.pytorch.utilities import rank_zero_warn
 
 from ...errors import InvalidArgument, UserError, check_at_least
 from ..http import ServerError, ServerUnreachable, check_url, get_json, post_json
@@ -149,7 +148,8 @@ class LLMJudge(Verifier):
         rewards = [0.0 if question is None else found[question] for question in questions]
         if problems:
             unchecked = sum(reward is None for reward in rewards)
-            rank_zero_warn(f"LLMJudge: {unchecked} of {len(rewards)} responses are not checked, as in: {problems[0]}")
+            told = f"LLMJudge: {unchecked} of {len(rewards)} responses are not checked, as in: {problems[0]}"
+            warnings.warn(told, stacklevel=2)
         return Verdicts(rewards, {})
 
     def __call__(self, responses: Sequence[str], answers: Sequence[str]) -> list[float | None]:

@@ -1,9 +1,8 @@
 """Rewards of a plain Python function, called in processes that can be killed."""
 
 import re
+import warnings
 from collections.abc import Sequence
-
-from lightning.pytorch.utilities import rank_zero_warn
 
 from ...errors import InvalidArgument, UserError, check_at_least
 from .base import Verdicts, Verifier
@@ -70,7 +69,7 @@ class PythonFunction(Verifier):
             rewards += [None] * len(part) if reply is None or "error" in reply else reply["rewards"]
         if lost := [reply for reply in found if reply is None or "error" in reply]:
             why = f"first with {failed[0]}" if failed else f"in {self.timeout:g} seconds a call"
-            rank_zero_warn(f"{self.function} did not check {len(lost)} of {len(calls)} calls, {why}")
+            warnings.warn(f"{self.function} did not check {len(lost)} of {len(calls)} calls, {why}", stacklevel=2)
         return Verdicts(rewards, {})
 
     def __call__(self, responses: Sequence[str], answers: Sequence[str]) -> list[float | None]:
