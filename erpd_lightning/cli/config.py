@@ -187,7 +187,7 @@ class ConfigBuilder:
             bound = {"fast_dev_run": False, "limit_predict_batches": None, **bound}
         try:
             trainer = kind(**{**kwargs, "enable_checkpointing": saves, **bound})
-        except CONSTRUCTION_ERRORS as error:  # Lightning's say which argument it is in words alone.
+        except (*CONSTRUCTION_ERRORS, RuntimeError) as error:  # Lightning's say what it is about in words alone.
             key = own if self._own_settings(own) else "trainer"
             raise UserError(f"{key}: {one_line(error)}") from error
         try:

@@ -32,6 +32,7 @@ class PromptBatch:
         sampler: Draws the responses.
         verifier: Checks them.
         correct_threshold: Reward from which a response counts as correct.
+        judge_truncated: Whether a response that was cut off is judged by what it says so far.
     """
 
     index: int
@@ -45,6 +46,7 @@ class PromptBatch:
     sampler: Sampler
     verifier: Verifier
     correct_threshold: float = 1.0
+    judge_truncated: bool = True
 
     def to(self, device: Any) -> "PromptBatch":
         """Itself: the prompts move to the policy's device when they are padded."""
@@ -75,6 +77,8 @@ class PromptBatch:
     def verify(self, responses: Sequence[Response], prompts: Sequence[int]) -> list[float | None]:
         """The reward of each response, any finite number; None for what could not be checked.
 
+        Nor, without `judge_truncated`, could a response that was cut off: what it would have ended with is not known.
+
         Args:
             responses: The responses.
             prompts: Which prompt of the batch each responds to.
@@ -84,7 +88,11 @@ class PromptBatch:
         """
         # An answer may stand between special tokens: only those that begin, end or pad a sequence are no part of it.
         texts = self.tokenizer.batch_decode([self._content(r) for r in responses], skip_special_tokens=False)
-        return take_rewards(self.verifier, texts, [self.prompts[i].answer for i in prompts])
+        rewards = take_rewards(self.verifier, texts, [self.prompts[i].answer for i in prompts])
+        return [
+            reward if self.judge_truncated or response.finish_reason != "length" else None
+            for response, reward in zip(responses, rewards, strict=True)
+        ]
 
     def _content(self, response: Response) -> list[int]:
         """A response's ids without those that begin, end or pad a sequence, or are special and ended it."""
@@ -140,6 +148,7 @@ class PromptBatcher:
     context: int | None
     seed: int
     correct_threshold: float = 1.0
+    judge_truncated: bool = True
 
     def batches(
         self, prompts: PromptSet, samples: int, purpose: str, rank: int = 0, world_size: int = 1
@@ -175,6 +184,7 @@ class PromptBatcher:
                 sampler=self.sampler,
                 verifier=self.verifier,
                 correct_threshold=self.correct_threshold,
+                judge_truncated=self.judge_truncated,
             )
 
     def _check_context(self, token_ids: Sequence[Sequence[int]], purpose: str) -> None:

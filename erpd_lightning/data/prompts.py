@@ -14,6 +14,7 @@ from lightning.pytorch.utilities import rank_zero_warn
 
 from ..errors import InvalidArgument, UserError, first_line
 from ..files import sha256_file
+from .repeated_keys import without_repeated_keys
 from .tokenize import Message, as_text, shorten, tokenize
 
 __all__ = [
@@ -334,7 +335,7 @@ def _read_jsonl(path: Path) -> Iterator[Prompt]:
             continue
         where = f"{path}, line {number}"
         try:
-            row = json.loads(line)
+            row = json.loads(line, object_pairs_hook=without_repeated_keys)
         except RecursionError:
             raise UserError(f"{where} is nested too deeply to be read") from None
         except ValueError as error:
