@@ -10,6 +10,7 @@ import torch
 from lightning.pytorch import Callback
 from torch import Tensor
 
+from erpd_lightning.callbacks.fresh_kl import FreshKL
 from erpd_lightning.data.batching import RolloutBatch, RolloutTable
 from erpd_lightning.data.loader import micro_batches
 from erpd_lightning.data.prompt_batches import PromptBatch
@@ -177,3 +178,17 @@ def test_nothing_is_sampled_at_another_temperature_than_the_stored_rollouts(fold
         make_trainer(max_steps=1).fit(ExtremeRegionModule(folder / "base"), datamodule=data)
     data = make_data(folder, sampler=TransformersSampler(4, HOT), **settings)
     make_trainer(max_steps=1).fit(ExtremeRegionModule(folder / "base"), datamodule=data)
+
+
+@pytest.mark.parametrize(("own", "expected"), [(None, HOT), (COLD, COLD)])
+def test_a_budget_on_prompts_of_its_own_is_measured_as_the_rollouts_were_sampled(
+    own: float | None, expected: float, folder: Path, tmp_path: Path
+) -> None:
+    prompts = write_prompts(tmp_path / "prompts.jsonl", [("1+1:", "2")])
+    sampler = None if own is None else TransformersSampler(4, own)
+    fresh_kl = FreshKL(str(folder / "base"), "token", prompts, None, sampler, 1, 1, 0)
+    trainer = make_trainer(max_steps=1)
+    vars(trainer)["datamodule"] = make_data(folder, sampler=TransformersSampler(4, HOT))
+    trainer.strategy.connect(ExtremeRegionModule(folder / "base"))
+    batcher, _ = fresh_kl._find_prompts(trainer)
+    assert batcher.sampler.temperature == expected

@@ -41,7 +41,7 @@ class FreshKL:
         per: Whether the KL is per response `token` or per `response`.
         prompts: JSONL file or data set of the prompts; None for those of the trainer's `RolloutDataModule`.
         tokenizer: Where the tokenizer for them is; None for beside the reference.
-        sampler: Draws responses to them; None for the default.
+        sampler: Draws responses to them; None for that of the trainer's `RolloutDataModule`, or the default.
         max_prompts: Prompts that are taken at a time.
         samples: Responses to each.
         seed: Seed of the draws.
@@ -151,7 +151,10 @@ class FreshKL:
         if self._source is None:
             data: Any = getattr(trainer, "datamodule", None)
             if self.prompts is not None:
-                self._source = self._own_prompts(self.prompts, self.tokenizer or self._path(trainer.lightning_module))
+                path = self.tokenizer or self._path(trainer.lightning_module)
+                # At the temperature of the rollouts: a budget holds at one.
+                sampler = data.sampler if isinstance(data, RolloutDataModule) else TransformersSampler()
+                self._source = self._own_prompts(self.prompts, path, self.sampler or sampler)
             elif isinstance(data, RolloutDataModule):
                 prompts = data.prompt_plan.unused or data.prompt_plan.held_out
                 self._source = replace(data.batcher, verifier=Unverified()), prompts
@@ -159,9 +162,9 @@ class FreshKL:
                 raise InvalidArgument("prompts", "is missing: the KL is measured on fresh responses to some prompts")
         return self._source
 
-    def _own_prompts(self, source: str | Path, path: str | Path) -> tuple[PromptBatcher, PromptSet]:
+    def _own_prompts(self, source: str | Path, path: str | Path, sampler: Sampler) -> tuple[PromptBatcher, PromptSet]:
         """Prompts of a file or data set, with the tokenizer beside a policy."""
-        tokenizer, sampler = load_tokenizer(path), self.sampler or TransformersSampler()
+        tokenizer = load_tokenizer(path)
         prompts = PromptSet(read_prompts(source), lambda prompt: tokenize(tokenizer, prompt))
         return PromptBatcher(tokenizer, sampler, Unverified(), MAX_TOKENS, context_length(path), self.seed), prompts
 

@@ -74,6 +74,14 @@ def context_length(path: str | Path) -> int | None:
     return length
 
 
+def is_adapter(path: str | Path) -> UserError:
+    """What to say of a policy that is an adapter."""
+    return UserError(
+        f"policy {path} is an adapter of PEFT, which is not supported: merge it into its base policy "
+        "(merge_and_unload) and save that"
+    )
+
+
 @cache
 def hub_commit(name: str) -> str:
     """The commit of a model on the hub, or in its cache, that `from_pretrained` takes; asked for once in a process.
@@ -98,10 +106,7 @@ def loading(path: str | Path, kind: str) -> Iterator[None]:
         UserError: Instead of its error; for an adapter, which says nothing of its base policy's weights, before it.
     """
     if kind == "policy" and (Path(path) / ADAPTER_CONFIG).is_file():
-        raise UserError(
-            f"policy {path} is an adapter of PEFT, which is not supported: merge it into its base policy "
-            "(merge_and_unload) and save that"
-        )
+        raise is_adapter(path)
     try:
         yield
     except Exception as error:  # A damaged file or an odd configuration raises errors of many libraries.

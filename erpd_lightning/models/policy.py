@@ -14,7 +14,7 @@ from ..files import sha256_file
 from ..objectives.divergences import Direction
 from .checks import check_policy, check_weights
 from .head import MAX_LOGITS, Divergence, Head, TokenStats, divergence, select_support, support_logps, token_logps
-from .loading import hub_commit, loading
+from .loading import hub_commit, is_adapter, loading
 
 TOKENIZER_FILES = (
     "tokenizer*",
@@ -200,6 +200,8 @@ def load_policy(path: str | Path, dtype: str = "float32", max_logits: int = MAX_
             ignore_mismatched_sizes=True,
         )
     model, info = loaded
+    if getattr(model, "_hf_peft_config_loaded", False):  # Of a hub name, there is no folder to look into before.
+        raise is_adapter(path)
     check_weights(model, info, path)
     policy = Policy(model, max_logits)
     check_policy(policy, path)

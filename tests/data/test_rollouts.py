@@ -277,7 +277,9 @@ def test_a_callback_does_not_change_what_a_step_is(
     """Each of its steps would be the sum of several, each divided by tokens of its own."""
     write_made_up(tmp_path / "rollouts")
     trainer = make_trainer(GradientAccumulationScheduler({1: 3}), max_epochs=2)
-    with pytest.raises(UserError, match=r"accumulate_grad_batches was set to 3 in training, .* step is 1 micro-batches"):
+    with pytest.raises(
+        UserError, match=r"accumulate_grad_batches was set to 3 in training, .* step is 1 micro-batches"
+    ):
         trainer.fit(ExtremeRegionModule(policy), datamodule=make_data(batch_size=4))
     assert trainer.current_epoch == 1
 

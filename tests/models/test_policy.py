@@ -11,6 +11,7 @@ import pytest
 import torch
 from huggingface_hub import constants
 from torch import Tensor
+from transformers import Qwen3ForCausalLM
 
 from erpd_lightning import files
 from erpd_lightning.data.batching import RolloutBatch, RolloutTable
@@ -314,6 +315,14 @@ def test_an_adapter_is_refused(ask: Callable[[Path], Any], tmp_path: Path) -> No
     (path / "adapter_config.json").write_text('{"peft_type": "LORA", "base_model_name_or_path": "org/base"}')
     with pytest.raises(UserError, match=f"policy {path} is an adapter of PEFT, which is not supported: merge it into"):
         ask(path)
+
+
+def test_an_adapter_of_the_hub_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """`transformers` loads it with its base policy, and says so in an attribute."""
+    path = save_policy(tmp_path / "policy")
+    monkeypatch.setattr(Qwen3ForCausalLM, "_hf_peft_config_loaded", True)
+    with pytest.raises(UserError, match=f"policy {path} is an adapter of PEFT"):
+        load_policy(path)
 
 
 @pytest.mark.parametrize("name", ["pytorch_model.bin", "model-00001-of-00002.safetensors", "q4.gguf", "weights.pt"])
