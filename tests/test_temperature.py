@@ -10,6 +10,7 @@ import torch
 from lightning.pytorch import Callback
 from torch import Tensor
 
+from erpd_lightning.callbacks.fresh_kl import FreshKL
 from erpd_lightning.data.batching import RolloutBatch, RolloutTable
 from erpd_lightning.data.loader import micro_batches
 from erpd_lightning.data.prompt_batches import PromptBatch
@@ -18,13 +19,13 @@ from erpd_lightning.data.rollouts import RolloutDataModule
 from erpd_lightning.data.samplers import TransformersSampler
 from erpd_lightning.data.store import Store
 from erpd_lightning.data.verifiers import Unverified
-from erpd_lightning.errors import UserError
+from erpd_lightning.errors import InvalidArgument, UserError
 from erpd_lightning.models.policy import Policy
 from erpd_lightning.modules.distill import DistillModule
 from erpd_lightning.modules.evaluation import prompt_sums
 from erpd_lightning.modules.extreme_region import ExtremeRegionModule
 from erpd_lightning.objectives.clipped import PPOClip
-from support.policies import TASK, make_model, make_rows, save_policy, token_logps, write_rollouts
+from support.policies import TASK, make_model, make_rows, save_policy, token_logps, write_prompts, write_rollouts
 from support.trainers import make_trainer, run_prediction
 
 HOT, COLD = 1.6, 0.6
@@ -164,3 +165,30 @@ def test_two_temperatures_do_not_mix(folder: Path, tmp_path: Path) -> None:
     message = r"drawn at the temperatures 1, 1\.6; .* train on rollouts of one temperature"
     with pytest.raises(UserError, match=message):
         make_trainer(max_steps=1).fit(ExtremeRegionModule(folder / "base"), datamodule=data)
+
+
+def test_nothing_is_sampled_at_another_temperature_than_the_stored_rollouts(folder: Path, tmp_path: Path) -> None:
+    """Budget and ratios would be of the policy at the one, what is measured of it at the other."""
+    held_out = write_prompts(tmp_path / "prompts.jsonl", [("1+1:", "2")])
+    settings: dict[str, Any] = {"validation_prompts": held_out, "scores": None}
+    data = make_data(folder, **settings)
+    with pytest.raises(
+        InvalidArgument, match=r"^sampler\.temperature is 1, but the stored rollouts were drawn at 1\.6"
+    ):
+        make_trainer(max_steps=1).fit(ExtremeRegionModule(folder / "base"), datamodule=data)
+    data = make_data(folder, sampler=TransformersSampler(4, HOT), **settings)
+    make_trainer(max_steps=1).fit(ExtremeRegionModule(folder / "base"), datamodule=data)
+
+
+@pytest.mark.parametrize(("own", "expected"), [(None, HOT), (COLD, COLD)])
+def test_a_budget_on_prompts_of_its_own_is_measured_as_the_rollouts_were_sampled(
+    own: float | None, expected: float, folder: Path, tmp_path: Path
+) -> None:
+    prompts = write_prompts(tmp_path / "prompts.jsonl", [("1+1:", "2")])
+    sampler = None if own is None else TransformersSampler(4, own)
+    fresh_kl = FreshKL(str(folder / "base"), "token", prompts, None, sampler, 1, 1, 0)
+    trainer = make_trainer(max_steps=1)
+    vars(trainer)["datamodule"] = make_data(folder, sampler=TransformersSampler(4, HOT))
+    trainer.strategy.connect(ExtremeRegionModule(folder / "base"))
+    batcher, _ = fresh_kl._find_prompts(trainer)
+    assert batcher.sampler.temperature == expected

@@ -43,7 +43,7 @@ class FreshKL:
         prompts: File or data set of the prompts, or a `PromptSource`; None for those of the trainer's
             `RolloutDataModule`.
         tokenizer: Where the tokenizer for them is; None for beside the reference.
-        sampler: Draws responses to them; None for the default.
+        sampler: Draws responses to them; None for that of the trainer's `RolloutDataModule`, or the default.
         max_prompts: Prompts that are taken at a time.
         samples: Responses to each.
         seed: Seed of the draws.
@@ -153,7 +153,10 @@ class FreshKL:
         if self._source is None:
             data: Any = getattr(trainer, "datamodule", None)
             if self.prompts is not None:
-                self._source = self._own_prompts(self.prompts, self.tokenizer or self._path(trainer.lightning_module))
+                path = self.tokenizer or self._path(trainer.lightning_module)
+                # At the temperature of the rollouts: a budget holds at one.
+                sampler = data.sampler if isinstance(data, RolloutDataModule) else TransformersSampler()
+                self._source = self._own_prompts(self.prompts, path, self.sampler or sampler)
             elif isinstance(data, RolloutDataModule):
                 prompts = data.prompt_plan.unused or data.prompt_plan.held_out
                 self._source = replace(data.batcher, verifier=Unverified()), prompts
@@ -161,9 +164,11 @@ class FreshKL:
                 raise InvalidArgument("prompts", "is missing: the KL is measured on fresh responses to some prompts")
         return self._source
 
-    def _own_prompts(self, source: PromptSource | str | Path, path: str | Path) -> tuple[PromptBatcher, PromptSet]:
+    def _own_prompts(
+        self, source: PromptSource | str | Path, path: str | Path, sampler: Sampler
+    ) -> tuple[PromptBatcher, PromptSet]:
         """Prompts of a file or data set, with the tokenizer beside a policy."""
-        tokenizer, sampler = load_tokenizer(path), (self.sampler or TransformersSampler()).in_process
+        tokenizer, sampler = load_tokenizer(path), sampler.in_process
         encode = partial(tokenize, tokenizer)
         prompts = PromptSet(read_prompts(source, encode, answered=False).prompts, encode)
         return PromptBatcher(tokenizer, sampler, Unverified(), MAX_TOKENS, context_length(path), self.seed), prompts

@@ -66,7 +66,7 @@ class KLBudget(Callback):
         prompts: File or data set of the prompts to measure on, or a `PromptSource`; None for the training prompts of
             the trainer's `RolloutDataModule` that its round does not use, or else its held-out ones.
         tokenizer: Where the tokenizer for them is; None for beside the reference.
-        sampler: Draws responses to them; None for the default.
+        sampler: Draws responses to them; None for that of the `RolloutDataModule`, or the default.
         max_prompts: Prompts of a measurement. A search takes up to 16 times as many where it needs them and there are
             as many; with few prompts the budget is surely kept, but not nearly spent.
         samples: Responses to each.

@@ -7,6 +7,8 @@ from collections.abc import Mapping
 from importlib import import_module
 from typing import Any
 
+from lightning.fabric.plugins import CheckpointIO, ClusterEnvironment
+
 OPERATIONAL_TRAINER_KEYS = {
     "accelerator",
     "strategy",
@@ -27,7 +29,8 @@ OPERATIONAL_TRAINER_KEYS = {
     "plugins",
     "enable_autolog_hparams",
 }
-"""Trainer settings that change how a stage runs and is watched, but not what it makes."""
+"""Trainer settings that change how a stage runs and is watched, but not what it makes; of callbacks and plugins see
+`affects_outcome` and `changes_numbers`."""
 
 TRAINING_TRAINER_KEYS = {
     "max_epochs",
@@ -92,6 +95,7 @@ UNUSED_DATA_KEYS: dict[str, set[str]] = {
         *CALIBRATION_DATA_KEYS,
         "sampler",
         "verifier",
+        "judge_truncated",
         "correct_threshold",
     },
     "signal_selection": {
@@ -128,7 +132,7 @@ def _unused_in_region(data: Mapping[str, Any], watched: bool) -> set[str]:
     if data["iterations"] == 1:
         unused = unused | ROLLOUT_DATA_KEYS
         if not watched:
-            unused = unused | {"sampler", "verifier"}
+            unused = unused | {"sampler", "verifier", "judge_truncated"}
     return unused
 
 
@@ -136,7 +140,7 @@ def _unused_in_distillation(distill: Mapping[str, Any], watched: bool) -> set[st
     """A student's KL is measured on calibration prompts anyway; its own answers are not verified."""
     unused = TRAINING_DATA_KEYS - {"batch_size"}
     if not watched:
-        unused = unused | VALIDATION_DATA_KEYS | {"verifier", "correct_threshold"}
+        unused = unused | VALIDATION_DATA_KEYS | {"verifier", "judge_truncated", "correct_threshold"}
     return unused if distill["iterations"] > 1 else unused | ROLLOUT_DATA_KEYS
 
 
@@ -162,20 +166,38 @@ def trainer_settings(stage: str, trainer: Mapping[str, Any], module: Mapping[str
         ignored = OPERATIONAL_TRAINER_KEYS | TRAINING_TRAINER_KEYS
         if stage == "evaluation":
             ignored = ignored - {"limit_test_batches", "fast_dev_run"}
-        return {key: value for key, value in trainer.items() if key not in ignored}
+        return {key: value for key, value in trainer.items() if key not in ignored} | _acting_plugins(trainer)
     settings = {key: value for key, value in trainer.items() if key not in OPERATIONAL_TRAINER_KEYS}
     callbacks = trainer["callbacks"] or []
     callbacks = callbacks if isinstance(callbacks, list) else [callbacks]
     if acting := [canonical_class_paths(each) for each in callbacks if affects_outcome(each)]:
         settings["callbacks"] = acting
+    settings |= _acting_plugins(trainer)
     if stage == "distill" or is_watched(module, settings):
         settings |= {key: trainer[key] for key in sorted(VALIDATION_TRAINER_KEYS)}
     return settings
 
 
 def affects_outcome(callback: Mapping[str, Any]) -> bool:
-    """Whether a configured callback may do more than monitor."""
-    return callback["class_path"].rpartition(".")[2] not in MONITORING_CALLBACKS
+    """Whether a configured callback may do more than monitor; of another package's, whatever its name, nobody knows."""
+    found = class_of(callback["class_path"])
+    known = found.__module__.partition(".")[0] in ("erpd_lightning", "lightning")
+    return not (known and found.__name__ in MONITORING_CALLBACKS)
+
+
+def changes_numbers(plugin: Any) -> bool:
+    """Whether a configured plugin of a trainer may change what it computes, as one of a precision does."""
+    if not isinstance(plugin, Mapping):
+        return True
+    found = class_of(plugin["class_path"])
+    return not (isinstance(found, type) and issubclass(found, ClusterEnvironment | CheckpointIO))
+
+
+def _acting_plugins(trainer: Mapping[str, Any]) -> dict[str, Any]:
+    plugins = trainer.get("plugins") or []
+    plugins = plugins if isinstance(plugins, list) else [plugins]
+    acting = [canonical_class_paths(plugin) for plugin in plugins if changes_numbers(plugin)]
+    return {"plugins": acting} if acting else {}
 
 
 def canonical_class_paths(settings: Any) -> Any:

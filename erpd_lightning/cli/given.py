@@ -36,7 +36,9 @@ def check_files(args: Sequence[str], keys: Collection[str]) -> None:
         settings = {name: value}
         if name == "config" or name in keys or value.startswith("{"):
             settings = {**settings, **_read(value)}
-        if settings.get(NOT_EMPTY) == "":  # Parsed, it would be the current directory.
+        if (
+            isinstance(settings.get(NOT_EMPTY), str) and not settings[NOT_EMPTY].strip()
+        ):  # Parsed, it would be the current directory.
             raise UserError(f"{NOT_EMPTY} is empty: a directory for all that a run makes is expected")
 
 
@@ -82,16 +84,22 @@ def _options(args: Sequence[str]) -> Iterator[tuple[str, str]]:
             yield name.removesuffix("+"), value if equals or following.startswith("--") else following
 
 
-def _repeated_keys(node: Any) -> Iterator[Any]:
-    """The nodes of keys that a mapping in YAML has already: parsers keep the last of them in silence."""
+def _repeated_keys(node: Any, prefix: str = "", seen: set[str] | None = None) -> Iterator[Any]:
+    """The nodes of keys that a mapping in YAML has already, nested or dotted: parsers keep the last of them in silence.
+
+    Args:
+        node: A node of YAML.
+        prefix: The dotted name of the mapping that it is the value of, with a dot behind it.
+        seen: Dotted names of the keys before it; a mapping in a list has names of its own.
+    """
+    seen = set() if seen is None else seen
     if isinstance(node, yaml.MappingNode):
-        seen = set()
         for key, value in node.value:
-            if isinstance(key, yaml.ScalarNode) and key.value in seen:
+            name = f"{prefix}{key.value}"
+            if isinstance(key, yaml.ScalarNode) and name in seen:
                 yield key
-            if isinstance(key, yaml.ScalarNode):
-                seen.add(key.value)
-            yield from _repeated_keys(value)
+            seen.add(name)
+            yield from _repeated_keys(value, f"{name}.", seen)
     elif isinstance(node, yaml.SequenceNode):
         for each in node.value:
             yield from _repeated_keys(each)

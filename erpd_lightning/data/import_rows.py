@@ -12,6 +12,7 @@ from typing import Any
 from ..errors import UserError, first_line
 from ..files import sha256_file
 from .sources import PromptSource
+from .sources.rows import parse_json
 from .store import Store
 
 ROWS_AT_A_TIME = 256
@@ -94,11 +95,10 @@ class JSONLRows(Rows):
     def _parsed(self, line: bytes, index: int) -> dict[str, Any]:
         where = self.where(index)
         try:
-            row = json.loads(line.decode("utf-8-sig" if index == 0 else "utf-8"))
-        except RecursionError:
-            raise UserError(f"{where} is nested too deeply to be read") from None
-        except ValueError as error:
-            raise UserError(f"{where} is not JSON: {first_line(error)}") from error
+            text = line.decode("utf-8-sig" if index == 0 else "utf-8")
+        except UnicodeDecodeError as error:
+            raise UserError(f"{where} is no text: {error}") from error
+        row = parse_json(text, where)
         if not isinstance(row, dict):
             raise UserError(f"{where} is no object: its columns by their names are expected")
         return row

@@ -166,13 +166,15 @@ def predict_to_store(data: PredictToStore, policy: PolicySource, predict: Callab
         data: Says what is predicted, and keeps it.
         policy: The policy.
         predict: What the policy makes of a part.
-        trainer: The trainer of the training; only its ranks and barriers are used.
+        trainer: The trainer of the training; only its ranks, barriers and precision are used.
     """
     data.trainer = trainer
     data.connect(policy)
     for batch in data.predict_dataloader():
         if batch is not None:
-            data.write(batch, predict(batch))
+            with trainer.precision_plugin.predict_step_context():
+                output = predict(batch)
+            data.write(batch, output)
     data.finish()
 
 

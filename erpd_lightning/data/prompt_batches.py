@@ -38,6 +38,7 @@ class PromptBatch:
         sampler: Draws the responses.
         verifier: Checks them.
         correct_threshold: Reward from which a response counts as correct.
+        judge_truncated: Whether a response that was cut off is judged by what it says so far.
     """
 
     index: int
@@ -51,6 +52,7 @@ class PromptBatch:
     sampler: Sampler
     verifier: Verifier
     correct_threshold: float = 1.0
+    judge_truncated: bool = True
 
     def to(self, device: Any) -> "PromptBatch":
         """Itself: the prompts move to the policy's device when they are padded."""
@@ -101,10 +103,12 @@ class PromptBatch:
         """Verify what was drawn: a table of the `ROLLOUTS` schema. It uses no tokenizer, so that a thread may do it."""
         if not drawn.responses:
             return ROLLOUTS.empty_table()
-        return self._table(drawn, self._verdicts(drawn.verified_texts, drawn.prompts))
+        return self._table(drawn, self._verdicts(drawn.verified_texts, drawn.prompts, drawn.responses))
 
     def verify(self, responses: Sequence[Response], prompts: Sequence[int]) -> Verdicts:
         """The reward of each response, any finite number, and its parts; None for what could not be checked.
+
+        Nor, without `judge_truncated`, could a response that was cut off: what it would have ended with is not known.
 
         Args:
             responses: The responses.
@@ -113,11 +117,15 @@ class PromptBatch:
         Raises:
             UserError: For another reward, naming the verifier's class and the reward.
         """
-        return self._verdicts(self._verified_texts(responses), prompts)
+        return self._verdicts(self._verified_texts(responses), prompts, responses)
 
-    def _verdicts(self, texts: Sequence[str], prompts: Sequence[int]) -> Verdicts:
+    def _verdicts(self, texts: Sequence[str], prompts: Sequence[int], responses: Sequence[Response]) -> Verdicts:
         asked = [as_text(self.prompts[i].prompt) for i in prompts]
-        return take_verdicts(self.verifier, asked, texts, [self.prompts[i].answer for i in prompts])
+        verdicts = take_verdicts(self.verifier, asked, texts, [self.prompts[i].answer for i in prompts])
+        if self.judge_truncated:
+            return verdicts
+        ended = [response.finish_reason != "length" for response in responses]
+        return Verdicts(_where(ended, verdicts.rewards), {n: _where(ended, each) for n, each in verdicts.parts.items()})
 
     def _verified_texts(self, responses: Sequence[Response]) -> list[str]:
         return verified_texts(self.tokenizer, [r.ids for r in responses], [r.finish_reason for r in responses])
@@ -203,6 +211,7 @@ class PromptBatcher:
     context: int | None
     seed: int
     correct_threshold: float = 1.0
+    judge_truncated: bool = True
 
     def batches(
         self, prompts: PromptSet, samples: int, purpose: str, rank: int = 0, world_size: int = 1
@@ -248,6 +257,7 @@ class PromptBatcher:
             sampler=self.sampler,
             verifier=self.verifier,
             correct_threshold=self.correct_threshold,
+            judge_truncated=self.judge_truncated,
         )
 
     def _check_context(self, prompts: PromptSet, chosen: Sequence[int], purpose: str) -> None:
@@ -265,3 +275,7 @@ class PromptBatcher:
 def _bytes(prompt: Prompt) -> int:
     """Bytes of a prompt: it has about as many tokens at the most, and what a chat template adds."""
     return len(as_text(prompt.prompt).encode())
+
+
+def _where(ended: Sequence[bool], rewards: Sequence[float | None]) -> list[float | None]:
+    return [reward if end else None for reward, end in zip(rewards, ended, strict=True)]

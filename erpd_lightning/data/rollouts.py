@@ -108,6 +108,9 @@ class RolloutDataModule(LightningDataModule):
             a group of incorrect responses alone there is nothing to learn by comparison; beside the batch there is.
         correct_threshold: Reward from which a response counts as correct, in pass@k, in logged means and for objectives
             that tell correct responses from incorrect ones; advantages are of the rewards as they are.
+        judge_truncated: Whether a response that was cut off at `max_new_tokens` is judged by what it says so far, as in
+            TRL. Without, it counts as not checked: never as correct, and it enters neither loss nor baseline (TRL's
+            `mask_truncated_completions`; the overlong filtering of DAPO).
         audit_warn: Above which values rollouts are warned of, by the names of `audit.MEASURES`: shares that are
             truncated, unscorable, duplicate or empty, of groups that are uniform, and the gap in nats between the
             log-probs of sampler and trainer. It goes over `audit.WARNINGS`.
@@ -149,6 +152,7 @@ class RolloutDataModule(LightningDataModule):
         group_size: int = 16,
         baseline: Baseline = "group",
         correct_threshold: float = 1.0,
+        judge_truncated: bool = True,
         audit_warn: dict[str, float] | None = None,
         audit_stop: dict[str, float] | None = None,
         prompts_per_round: int | None = None,
@@ -215,6 +219,7 @@ class RolloutDataModule(LightningDataModule):
         self.group_size = group_size
         self.baseline = baseline
         self.correct_threshold = correct_threshold
+        self.judge_truncated = judge_truncated
         self.prompts_per_round = prompts_per_round
         self.round = round
         self.preview_prompts = preview_prompts
@@ -309,6 +314,20 @@ class RolloutDataModule(LightningDataModule):
                 "group_size",
                 f"is {self.group_size}: {objective} compares the responses of a group, which takes at least 2 "
                 "(or baseline: batch)",
+            )
+
+    def check_temperature(self) -> None:
+        """Whether what is sampled beside the stored rollouts is sampled as they were.
+
+        Raises:
+            InvalidArgument: If it is sampled at another temperature: the KL of the two would be of two policies.
+        """
+        stored, sampled = self.train_data.table.temperature, self.sampler.temperature
+        if stored != sampled:
+            raise InvalidArgument(
+                "sampler.temperature",
+                f"is {sampled:g}, but the stored rollouts were drawn at {stored:g}: KL and ratios hold at one "
+                f"temperature, set it to {stored:g}",
             )
 
     def clear_cache(self) -> None:
@@ -413,6 +432,7 @@ class RolloutDataModule(LightningDataModule):
             "group_size": self.group_size,
             "sampler": settings_of(sampler),
             "verifier": settings_of(verifier),
+            "judge_truncated": self.judge_truncated,
             "seed": self.seed,
         }
         # Strategies that spawn processes pickle what they are given: a function within a function could not be.
@@ -432,7 +452,7 @@ class RolloutDataModule(LightningDataModule):
         """The rollouts that enter the module's loss, shuffled anew in each epoch.
 
         Raises:
-            UserError: If there are none, or none enters the loss.
+            UserError: If there are none, none enters the loss, or validation would sample at another temperature.
         """
         trainer: Any = self.trainer
         self.train_data.begin_epoch(trainer.current_epoch)
@@ -440,6 +460,8 @@ class RolloutDataModule(LightningDataModule):
             raise UserError(
                 f"{self.train_data.store} holds no finished rollouts: sample them by Trainer.predict with sampling()"
             )
+        if self.prompts is not None or self.validation_prompts is not None:
+            self.check_temperature()
         rank, world_size = ranks(trainer)
         self._loader = self.train_data.loader(
             _select_all if self._learner is None else self._learner.select,
@@ -463,6 +485,21 @@ class RolloutDataModule(LightningDataModule):
             select: Says which of them enter the loss.
         """
         return -(-len(self.stored.selected(select)) // self.batch_size)
+
+    def check_micro_batches(self) -> None:
+        """Whether the trainer steps after as many micro-batches as a step was cut into.
+
+        Raises:
+            UserError: If something, such as a `GradientAccumulationScheduler`, changed their number: losses are divided
+                by the tokens of a step.
+        """
+        trainer: Any = self.trainer
+        if self._loader is not None and trainer.accumulate_grad_batches != self._loader.micro_batches:
+            raise UserError(
+                f"accumulate_grad_batches was set to {trainer.accumulate_grad_batches} in training, but an optimiser "
+                f"step is {self._loader.micro_batches} micro-batches: data.batch_size says how large a step is, take "
+                "out the callback that changes it"
+            )
 
     def iterate_once(self) -> Any:
         """This rank's share of what the trainer trains on, once, in as many micro-batches on every rank."""
@@ -553,6 +590,7 @@ class RolloutDataModule(LightningDataModule):
             context=context_length(self.tokenizer_path),
             seed=self.seed,
             correct_threshold=self.correct_threshold,
+            judge_truncated=self.judge_truncated,
         )
 
     @cached_property

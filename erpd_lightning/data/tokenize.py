@@ -61,7 +61,8 @@ def tokenize(
     A plain prompt gets what its tokenizer puts in front of a text, unless it begins with that already, as a rendered
     chat does; what the tokenizer would put behind it, such as the end of the sequence, is left out. A chat whose last
     turn is the assistant's is continued there. A template that prints the date always prints 26 July 2024. Of that,
-    and of turns that end with a token at which sampling does not stop, one warning is given.
+    of a template that leaves out what the user or the system says, and of turns that end with a token at which
+    sampling does not stop, one warning is given.
 
     Args:
         tokenizer: The tokenizer.
@@ -70,7 +71,8 @@ def tokenize(
 
     Raises:
         InvalidArgument: For a variable that the template does not have.
-        UserError: If the prompt has no tokens, or the tokenizer has no template or refuses the messages.
+        UserError: If the prompt has no tokens, a message is no text, or the tokenizer has no template or refuses the
+            messages.
     """
     variables = chat_template_kwargs or {}
     if isinstance(prompt, str):
@@ -81,6 +83,7 @@ def tokenize(
                 "chat_template_kwargs change no prompt that is text: chat: true makes chats of them (PromptSource)",
             )
     else:
+        _check_messages(prompt)
         _check_variables(tokenizer, variables)
         try:
             text = _rendered(tokenizer, prompt, variables)
@@ -88,11 +91,33 @@ def tokenize(
             raise UserError(
                 f"the tokenizer's chat template takes no prompt {shorten(prompt)}: {first_line(error)}"
             ) from error
+        _warn_of_what_is_left_out(tokenizer, prompt, text)
         _warn_of_turn_end(tokenizer, prompt, variables)
         ids = tokenizer(text, add_special_tokens=False).input_ids
     if not ids:
         raise UserError(f"prompt {shorten(prompt)} has no tokens: there must be one to predict a response from")
     return ids
+
+
+def _check_messages(messages: list[Message]) -> None:
+    """Refuse what many templates would print as Python does, such as None or a list of parts."""
+    for message in messages:
+        for key in ("role", "content"):
+            if not isinstance(message[key], str):
+                raise UserError(
+                    f"prompt {shorten(messages)}: {key} of a chat message is {message[key]!r:.40}: it must be text"
+                )
+
+
+def _warn_of_what_is_left_out(tokenizer: Any, messages: list[Message], text: str) -> None:
+    """Warn once of a template that does not print what a user or the system says, apart from spaces around it."""
+    for message in messages:
+        if message["role"] in ("user", "system") and message["content"].strip() not in text:
+            _tell_once(
+                tokenizer.get_chat_template(),
+                f"the tokenizer's chat template leaves out what the {message['role']} says: responses are sampled "
+                "without it",
+            )
 
 
 def _plain_ids(tokenizer: Any, text: str) -> list[int]:

@@ -37,7 +37,8 @@ def check_weights(model: Any, loaded: dict[str, Any], path: str | Path) -> None:
         path: What to call the policy in a message.
 
     Raises:
-        UserError: Names the first weights that are missing, have another shape, or are not finite.
+        UserError: Names the first weights that are missing, have another shape, belong to a part of the model that has
+            no place for them, or are not finite.
     """
     if mismatched := sorted(loaded["mismatched_keys"]):
         name, found, wanted = mismatched[0]
@@ -49,6 +50,12 @@ def check_weights(model: Any, loaded: dict[str, Any], path: str | Path) -> None:
         raise UserError(
             f"policy {path}: the checkpoint has no {missing[0]}{_and_others(missing)}, which "
             f"{type(model).__name__} needs: it would be drawn anew at each load"
+        )
+    # What belongs to no part, such as a head for another task, changes nothing: `transformers` reports it.
+    if unplaced := sorted(name for name in loaded["unexpected_keys"] if _has_part(model, name)):
+        raise UserError(
+            f"policy {path}: the checkpoint has {unplaced[0]}{_and_others(unplaced)}, for which {type(model).__name__} "
+            "has no place as it is configured: without it, the policy would be another one"
         )
     if errors := loaded["error_msgs"]:
         raise UserError(f"policy {path}: {first_line(Exception(errors[0]))}")
@@ -63,6 +70,12 @@ def is_finite(weight: Tensor) -> bool:
     if not weight.numel() or not weight.is_floating_point():
         return True
     return bool(torch.isfinite(torch.stack(torch.aminmax(weight))).all())
+
+
+def _has_part(model: Any, name: str) -> bool:
+    """Whether the part that a weight's name stands for, such as a linear layer, is there and has weights of its own."""
+    part = dict(model.named_modules()).get(name.rpartition(".")[0])
+    return part is not None and next(part.parameters(recurse=False), None) is not None
 
 
 def _and_others(names: list[Any]) -> str:

@@ -2,11 +2,15 @@
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from functools import cache
 from pathlib import Path
 from typing import Any
 from weakref import WeakKeyDictionary
 
 from ..errors import UserError, first_line
+
+ADAPTER_CONFIG = "adapter_config.json"
+"""The file that makes a folder one of an adapter: `transformers` would load its base, wherever that lies, and both."""
 
 
 def load_tokenizer(path: str | Path) -> Any:
@@ -79,13 +83,39 @@ def _text_config(path: str | Path) -> Any:
         return AutoConfig.from_pretrained(str(path), trust_remote_code=False).get_text_config()
 
 
+def is_adapter(path: str | Path) -> UserError:
+    """What to say of a policy that is an adapter."""
+    return UserError(
+        f"policy {path} is an adapter of PEFT, which is not supported: merge it into its base policy "
+        "(merge_and_unload) and save that"
+    )
+
+
+@cache
+def hub_commit(name: str) -> str:
+    """The commit of a model on the hub, or in its cache, that `from_pretrained` takes; asked for once in a process.
+
+    Raises:
+        UserError: If there is none of that name.
+    """
+    from transformers.utils.hub import cached_file, extract_commit_hash
+
+    with loading(name, "policy"):
+        commit = extract_commit_hash(cached_file(name, "config.json"), None)
+    if commit is None:
+        raise UserError(f"no policy can be loaded from {name}: the hub does not say which commit it is")
+    return commit
+
+
 @contextmanager
 def loading(path: str | Path, kind: str) -> Iterator[None]:
     """Turn what `transformers` raises for an unusable path into one clear line.
 
     Raises:
-        UserError: Instead of its error.
+        UserError: Instead of its error; for an adapter, which says nothing of its base policy's weights, before it.
     """
+    if kind == "policy" and (Path(path) / ADAPTER_CONFIG).is_file():
+        raise is_adapter(path)
     try:
         yield
     except Exception as error:  # A damaged file or an odd configuration raises errors of many libraries.

@@ -14,7 +14,7 @@ from ..files import sha256_file
 from ..objectives.divergences import Direction
 from .checks import check_policy, check_weights
 from .head import MAX_LOGITS, Divergence, Head, TokenStats, divergence, select_support, support_logps, token_logps
-from .loading import loading
+from .loading import hub_commit, is_adapter, loading
 
 TOKENIZER_FILES = (
     "tokenizer*",
@@ -200,6 +200,8 @@ def load_policy(path: str | Path, dtype: str = "float32", max_logits: int = MAX_
             ignore_mismatched_sizes=True,
         )
     model, info = loaded
+    if getattr(model, "_hf_peft_config_loaded", False):  # Of a hub name, there is no folder to look into before.
+        raise is_adapter(path)
     check_weights(model, info, path)
     policy = Policy(model, max_logits)
     check_policy(policy, path)
@@ -284,14 +286,17 @@ def _export_tokenizer(tokenizer: Any, path: Path) -> None:
 
 
 def policy_fingerprint(path: str | Path) -> str:
-    """What tells two policies apart: the digests of a folder's files, or a hub name as it stands.
+    """What tells two policies apart: the digests of a folder's files, or a hub name and the commit that it stands for.
 
     All files count, since weights come in many formats, but documents and hidden ones. A file that is the same by
     path, size, time and inode is read once in a process.
+
+    Raises:
+        UserError: If a name is neither that of a folder nor one that is found on the hub or in its cache.
     """
     folder = Path(path)
     if not folder.is_dir():
-        return f"hub:{path}"
+        return f"hub:{path}@{hub_commit(str(path))}"
     found = [*folder.iterdir(), *folder.glob("additional_chat_templates/*")]
     files = sorted(file for file in found if file.is_file() and file.name[0] != "." and file.suffix not in DOCUMENTS)
     listing = "\n".join(f"{file.relative_to(folder)} {sha256_file(file)}" for file in files)

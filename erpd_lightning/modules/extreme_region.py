@@ -141,11 +141,27 @@ class ExtremeRegionModule(TrainingModule):
         if stage == "fit" and self._rollout_data is not None:
             self.check_rollouts(self._rollout_data)
             plan = self._rollout_data.prompt_plan
+            self._check_validates(bool(plan.held_out))
             if self.keep == "best" and plan.held_out and not plan.calibration:
                 raise InvalidArgument(
                     "keep",
                     "is best, but no training prompts are left outside the round to choose on: it takes "
                     "prompts_per_round below their number and calibration_prompts of at least 1",
+                )
+
+    def _check_validates(self, held_out: bool) -> None:
+        """Refuse weights that are chosen by what is measured, where nothing is: training would go on to its end."""
+        trainer: Any = self.trainer
+        epochs, every = trainer.max_epochs, trainer.check_val_every_n_epoch
+        never = every is not None and epochs is not None and 0 < epochs < every
+        if held_out and trainer.limit_val_batches != 0 and not never:
+            return
+        for name, value in {"keep": self.keep == "best" and "best", "stop_at_kl": self.stop_at_kl}.items():
+            if value:
+                raise InvalidArgument(
+                    name,
+                    f"is {value}, but nothing would be validated: it takes validation prompts, limit_val_batches above "
+                    "0 and check_val_every_n_epoch of at most max_epochs",
                 )
 
     def check_rollouts(self, data: RolloutDataModule) -> None:

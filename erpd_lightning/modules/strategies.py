@@ -32,7 +32,7 @@ def check_strategy(strategy: Strategy) -> None:
 
 
 def check_steps(trainer: Any) -> None:
-    """Refuse numbers that Lightning takes for something else: a negative clip for none, no batches for a step.
+    """Refuse numbers that Lightning takes for something else, trains nothing with, or divides by when it validates.
 
     Raises:
         InvalidArgument: Names the trainer's argument.
@@ -41,6 +41,13 @@ def check_steps(trainer: Any) -> None:
     if clip is not None and not 0 <= clip < float("inf"):
         raise InvalidArgument("gradient_clip_val", f"is {clip}: it must be at least 0; null or 0 for no clipping")
     check_at_least(1, accumulate_grad_batches=trainer.accumulate_grad_batches)
+    for name in ("max_epochs", "max_steps", "limit_train_batches"):
+        if getattr(trainer, name) == 0:
+            raise InvalidArgument(name, "is 0: nothing would be trained")
+    for name in ("check_val_every_n_epoch", "val_check_interval"):
+        value = getattr(trainer, name)
+        if isinstance(value, int | float) and value <= 0:
+            raise InvalidArgument(name, f"is {value}: it must be above 0; limit_val_batches: 0 is for no validation")
 
 
 def check_ranks(trainer: Any) -> None:

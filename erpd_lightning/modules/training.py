@@ -76,6 +76,7 @@ class TrainingModule(EvaluationModule):
         self.betas = betas
         self.warmup_steps = warmup_steps
         self.lr_scheduler_name = lr_scheduler
+        self._scheduler(torch.optim.SGD([torch.zeros(1)], learning_rate), warmup_steps + 1)  # Whether there is one.
         self._lr_scheduler: Any = None
         self._total_steps: int | None = None
         self._old_logps = OldLogps()
@@ -204,10 +205,17 @@ class TrainingModule(EvaluationModule):
     # Training: sums of micro-batches, divided once by the tokens or responses of the whole optimiser step.
 
     def on_train_epoch_start(self) -> None:
-        """Take the old log-probs again where an iteration begins, with the policy as it is."""
+        """Take the old log-probs again where an iteration begins, with the policy as it is.
+
+        Raises:
+            UserError: If a callback has steps of other micro-batches than the data were cut into, or they are taken
+                from no rollouts.
+        """
+        data = self._rollout_data
+        if data is not None:
+            data.check_micro_batches()
         if not self.refreshes_old_logps:
             return
-        data = self._rollout_data
         if data is None:
             raise UserError("old log-probs that are taken again in every iteration need a RolloutDataModule")
         if not data.train_data.begins_iteration(self.trainer.current_epoch):

@@ -10,7 +10,7 @@ from lightning.pytorch import Trainer
 from lightning.pytorch.utilities import rank_zero_only
 from torch import Tensor
 
-from ..errors import UserError
+from ..errors import InvalidArgument, UserError
 from ..files import atomic_write
 from ..models.policy import policy_fingerprint
 from ..modules.distill import DistillModule
@@ -56,6 +56,10 @@ class PreviewTrainer(Trainer):
         prompts = data.prompt_plan.held_out
         if not prompts:
             raise UserError("data.validation_prompts is missing: a preview is measured on held-out prompts")
+        try:
+            data.check_temperature()
+        except InvalidArgument as error:
+            raise rounds.builder.named("preview", error) from error
         if missing := names - data.rollouts.scores.keys():
             raise UserError(
                 f"distill.signal uses the policies {', '.join(sorted(missing))}, which are not scored in "

@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from lightning.pytorch import Trainer
 from torch import Tensor
@@ -228,9 +229,10 @@ def _prompt_sums(sampler: TiltedSampler, models: Mapping[str, Any], batch: Promp
     repeated = [i for i in range(len(batch.prompts)) for _ in range(batch.samples)]
     drawn = sampler.sample(models, batch.tokenizer, [batch.prompt_ids[i] for i in repeated], batch.seed)
     rewards = batch.verify([row.response for row in drawn], repeated).rewards
-    columns = {
-        # What could not be checked is not correct.
-        "correct": [float(reward is not None and reward >= batch.correct_threshold) for reward in rewards],
+    columns: dict[str, Any] = {
+        # What could not be checked is not correct. In the precision of stores, in which evaluation compares.
+        "correct": np.array([np.nan if reward is None else reward for reward in rewards], np.float32)
+        >= np.float32(batch.correct_threshold),
         "kl": [sum(row.kl) for row in drawn],
         "entropy": [sum(row.entropy) for row in drawn],
         "tokens": [float(len(row.response.ids)) for row in drawn],

@@ -102,7 +102,7 @@ class Stages:
             The `reasons` of the module and of callbacks that have any: what they warned of or stopped for.
 
         Raises:
-            UserError: If an `EarlyStopping` monitors what nobody logs.
+            UserError: If an `EarlyStopping` monitors what nobody logs, or nothing was trained.
         """
         saver = ResumeCheckpoint(folder / "checkpoints", self.checkpoint_every)
         trainer = self.builder.trainer(stage, default_root_dir=folder, callbacks=[saver], **bound)
@@ -113,6 +113,11 @@ class Stages:
                 raise
             message = f"EarlyStopping: no metric is called {missing}; docs/metrics.md lists those that are logged"
             raise UserError(message) from error
+        if trainer.global_step == 0:
+            raise UserError(
+                f"the stage {stage} ended before its first optimiser step: its policy would be the one that it began "
+                "with; give it more time, or callbacks that stop it later"
+            )
         callbacks: list[Callback] = trainer.callbacks  # type: ignore[attr-defined]
         return [reason for each in (module, *callbacks) for reason in getattr(each, "reasons", [])]
 

@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from lightning.pytorch import Trainer
+from lightning.pytorch import Callback, Trainer
 
 from erpd_lightning.cli.dependencies import (
     CALIBRATION_DATA_KEYS,
@@ -16,6 +16,7 @@ from erpd_lightning.cli.dependencies import (
     UNUSED_DATA_KEYS,
     VALIDATION_DATA_KEYS,
     VALIDATION_TRAINER_KEYS,
+    affects_outcome,
     data_settings,
     trainer_settings,
 )
@@ -48,6 +49,40 @@ def test_what_is_measured_counts_where_weights_are_chosen_by_it(
 
     assert recorded(old) == recorded(new)
     assert recorded(old, given) != recorded(new, given)
+
+
+class Throughput(Callback):
+    """A user's own, which is called like one that only monitors."""
+
+
+@pytest.mark.parametrize(
+    ("class_path", "counts"),
+    [
+        ("erpd_lightning.callbacks.Throughput", False),
+        ("lightning.pytorch.callbacks.LearningRateMonitor", False),
+        ("lightning.pytorch.callbacks.EarlyStopping", True),
+        (f"{__name__}.Throughput", True),
+    ],
+)
+def test_a_callback_counts_unless_it_is_known_to_monitor(class_path: str, counts: bool) -> None:
+    assert affects_outcome({"class_path": class_path}) == counts
+
+
+@pytest.mark.parametrize(
+    ("class_path", "counts"),
+    [
+        ("lightning.pytorch.plugins.MixedPrecision", True),
+        ("lightning.pytorch.plugins.environments.SLURMEnvironment", False),
+        ("lightning.pytorch.plugins.io.TorchCheckpointIO", False),
+    ],
+)
+def test_a_plugin_counts_where_it_changes_what_is_computed(class_path: str, counts: bool) -> None:
+    plugin = {"class_path": class_path, "init_args": {}}
+    trainer = {"callbacks": None, **dict.fromkeys(VALIDATION_TRAINER_KEYS)}
+    for module in (None, {"keep": "last"}):
+        for plugins in (plugin, [plugin]):
+            with_it = trainer_settings("distill", {**trainer, "plugins": plugins}, module)
+            assert (with_it != trainer_settings("distill", {**trainer, "plugins": None}, module)) == counts
 
 
 def test_an_option_that_is_new_counts_in_every_stage() -> None:

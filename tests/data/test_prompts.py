@@ -13,6 +13,7 @@ import pyarrow.parquet as pq
 import pytest
 import torch
 
+from erpd_lightning.data.batching import replaced
 from erpd_lightning.data.prompt_batches import PromptBatch
 from erpd_lightning.data.prompts import (
     Prompt,
@@ -111,6 +112,8 @@ def test_a_file_by_another_name(tmp_path: Path) -> None:
         (r'{"prompt": [{"role": "user", "content": "\udc00"}], "answer": "2"}', "prompt has half a character"),
         (r'{"prompt": "1", "answer": "\ud800"}', "answer has half a character"),
         ("[" * 200_000, "nested too deeply"),
+        ('{"prompt": "a", "answer": "1", "answer": "2"}', "the key 'answer' is given twice"),
+        ('{"prompt": [{"role": "user", "content": "a", "content": "b"}], "answer": 1}', "'content' is given twice"),
     ],
 )
 def test_a_bad_line_is_named(tmp_path: Path, line: str, complaint: str) -> None:
@@ -438,6 +441,38 @@ def test_a_template_that_takes_no_such_prompt(template: str | None, reason: str)
     assert '"role": "system"' in message_of(error)
 
 
+@pytest.mark.parametrize(
+    ("template", "left_out"),
+    [
+        (TEMPLATE, []),
+        ("{% for m in messages if m.role == 'user' %}{{ m.content | trim }}{% endfor %}", ["system"]),
+        ("{{ messages[0].content }}:", ["user"]),
+        ("1+1:", ["system", "user"]),
+    ],
+)
+def test_a_template_that_leaves_out_what_is_said(
+    template: str, left_out: list[str], recwarn: pytest.WarningsRecorder
+) -> None:
+    tokenizer = TASK.tokenizer()
+    tokenizer.chat_template = template
+    for question in (" 1+2: ", " 3+2: "):
+        tokenize(tokenizer, [{"role": "system", "content": "9"}, {"role": "user", "content": question}])
+    told = [text for text in _warned(recwarn) if "leaves out" in text]
+    assert [role for text in told for role in ("system", "user") if f"what the {role} says" in text] == left_out
+
+
+@pytest.mark.parametrize(
+    ("key", "value"), [("content", None), ("content", [{"type": "text", "text": "1"}]), ("content", 3), ("role", 3)]
+)
+def test_a_message_that_is_no_text(key: str, value: Any) -> None:
+    """Many templates would print it as Python does: `None`."""
+    tokenizer = TASK.tokenizer()
+    tokenizer.chat_template = TEMPLATE
+    message: Any = {"role": "user", "content": "1", key: value}
+    with pytest.raises(UserError, match=f"{key} of a chat message is .*: it must be text"):
+        tokenize(tokenizer, [message])
+
+
 def test_a_prompt_without_tokens() -> None:
     with pytest.raises(UserError, match="has no tokens"):
         tokenize(TASK.tokenizer(), "")
@@ -540,6 +575,16 @@ def make_batch(prompts: list[Prompt], sampler: Sampler, verifier: Verifier) -> P
         sampler=sampler,
         verifier=verifier,
     )
+
+
+@pytest.mark.parametrize(("judge_truncated", "rewards"), [(True, [1.0, 1.0]), (False, [0.0, 1.0])])
+def test_a_response_that_was_cut_off(judge_truncated: bool, rewards: list[float]) -> None:
+    """The first response is cut off where it reads like the answer: judged as it is, or not checked at all."""
+    batch = replaced(make_batch([Prompt("4:", "4")], Scripted(), Table(1.0, 1.0)), judge_truncated=judge_truncated)
+    table = batch.respond(None)
+    assert table["finish_reason"].to_pylist() == ["length", "stop"]
+    assert table["checked"].to_pylist() == [judge_truncated, True]
+    assert table["reward"].to_pylist() == rewards
 
 
 def test_responses_become_rows() -> None:

@@ -120,7 +120,7 @@ def test_those_of_other_rollouts_are_refused(data: RolloutDataModule, policy: Pa
         rescored_store(Store.open(data.store))
 
 
-def stores(folder: Path, sampler: Sequence[Sequence[float]], trainer: Sequence[Sequence[float]]) -> tuple[Store, Store]:
+def stores(folder: Path, sampler: Sequence[Any], trainer: Sequence[Any]) -> tuple[Store, Store]:
     """Rollouts in two parts, and the trainer's log-probs of them in one."""
     made = make_rows(groups=1, group_size=2)[0]
     rows = [{**made, "response_ids": [3] * len(logps), "logps": logps} for logps in sampler]

@@ -5,7 +5,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from lightning.pytorch.callbacks import Callback
+from lightning.pytorch.callbacks import Callback, GradientAccumulationScheduler
 
 from erpd_lightning.data.batching import RolloutTable
 from erpd_lightning.data.rollouts import RolloutDataModule
@@ -269,6 +269,19 @@ def test_an_epoch_does_not_end_inside_a_step(
     data = make_data(batch_size=8, max_tokens=20)
     with pytest.raises(UserError, match=r"limit_train_batches .* is .* optimiser step takes \d+; take a multiple"):
         make_trainer(max_epochs=1, limit_train_batches=limit).fit(ExtremeRegionModule(policy), datamodule=data)
+
+
+def test_a_callback_does_not_change_what_a_step_is(
+    make_data: Callable[..., RolloutDataModule], policy: Path, tmp_path: Path
+) -> None:
+    """Each of its steps would be the sum of several, each divided by tokens of its own."""
+    write_made_up(tmp_path / "rollouts")
+    trainer = make_trainer(GradientAccumulationScheduler({1: 3}), max_epochs=2)
+    with pytest.raises(
+        UserError, match=r"accumulate_grad_batches was set to 3 in training, .* step is 1 micro-batches"
+    ):
+        trainer.fit(ExtremeRegionModule(policy), datamodule=make_data(batch_size=4))
+    assert trainer.current_epoch == 1
 
 
 @pytest.mark.parametrize("settings", [{"max_epochs": 1, "limit_train_batches": 1.0}, {"fast_dev_run": 1}])

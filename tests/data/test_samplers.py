@@ -10,6 +10,7 @@ import torch
 from transformers import GenerationConfig
 
 from erpd_lightning.data.samplers import Response, TransformersSampler
+from erpd_lightning.data.samplers.transformers import models_in_eval_mode
 from erpd_lightning.errors import UserError
 from support.policies import TASK, VOCABULARY_SIZE, build, make_model, token_logps
 
@@ -208,7 +209,7 @@ def test_settings_out_of_range(settings: dict[str, Any], key: str) -> None:
 
 def test_training_mode_is_restored_where_sampling_fails(model: Any, tokenizer: Any) -> None:
     model.train()
-    with contextlib.suppress(KeyError), TransformersSampler(4).drawing([model], seed=0):
+    with contextlib.suppress(KeyError), models_in_eval_mode(model):
         assert not model.training
         raise KeyError
     assert model.training

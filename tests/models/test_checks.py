@@ -227,6 +227,21 @@ def test_a_tensor_of_another_shape_is_named(tmp_path: Path) -> None:
         load_policy(path)
 
 
+@pytest.mark.parametrize(
+    "name", ["model.layers.0.self_attn.q_proj.bias", "model.layers.0.mlp.up_proj.weight_scale_inv"]
+)
+def test_a_tensor_that_the_model_has_no_place_for_is_named(name: str, tmp_path: Path) -> None:
+    """Biases that the configuration forgot, or the scale of quantised weights: without them it is another policy."""
+    path = altered(tmp_path / "policy", lambda weights: weights.update({name: torch.ones(16)}))
+    with pytest.raises(UserError, match=f"policy {path}: the checkpoint has {name}, for which Qwen3ForCausalLM has no"):
+        load_policy(path)
+
+
+@pytest.mark.parametrize("name", ["score.weight", "mtp.layers.0.mlp.up_proj.weight", "model.layers.0.self_attn.mask"])
+def test_a_tensor_of_another_task_is_left_out(name: str, tmp_path: Path) -> None:
+    load_policy(altered(tmp_path / "policy", lambda weights: weights.update({name: torch.ones(16)})))
+
+
 @pytest.mark.parametrize("value", [float("nan"), float("inf"), float("-inf")])
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 def test_a_tensor_that_is_not_finite_is_named(value: float, dtype: str, tmp_path: Path) -> None:

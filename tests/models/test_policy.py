@@ -3,18 +3,21 @@
 import json
 import os
 import time
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from huggingface_hub import constants
 from torch import Tensor
+from transformers import Qwen3ForCausalLM
 
 from erpd_lightning import files
 from erpd_lightning.data.batching import RolloutBatch, RolloutTable
 from erpd_lightning.data.store import ROLLOUTS
 from erpd_lightning.errors import UserError
-from erpd_lightning.models.loading import load_tokenizer
+from erpd_lightning.models.loading import context_length, hub_commit, load_tokenizer
 from erpd_lightning.models.policy import Policy, align, export_policy, load_policy, policy_fingerprint
 from erpd_lightning.objectives.tilted_policy import LOG_ZERO
 from support.policies import (
@@ -271,7 +274,55 @@ def test_a_fingerprint_is_that_of_weights_and_files(tmp_path: Path) -> None:
     config = path / "generation_config.json"
     config.write_text(config.read_text() + " ")
     assert policy_fingerprint(path) != fingerprint
-    assert policy_fingerprint("org/name") == policy_fingerprint("org/name") != policy_fingerprint("org/other")
+
+
+@pytest.fixture
+def hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
+    """An empty cache of the hub, without a network."""
+    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path))
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
+    hub_commit.cache_clear()
+    yield tmp_path
+    hub_commit.cache_clear()
+
+
+def cache_policy(hub: Path, name: str, commit: str) -> None:
+    """A policy as it lies in the hub's cache."""
+    folder = hub / f"models--{name.replace('/', '--')}"
+    save_policy(folder / "snapshots" / commit)
+    (folder / "refs").mkdir(exist_ok=True)
+    (folder / "refs" / "main").write_text(commit)
+
+
+def test_a_fingerprint_of_a_hub_name_is_that_of_its_commit(hub: Path) -> None:
+    found = []
+    for commit in ("a" * 40, "b" * 40):
+        cache_policy(hub, "org/name", commit)
+        hub_commit.cache_clear()  # Another process.
+        found.append(policy_fingerprint("org/name"))
+    assert found == [f"hub:org/name@{commit}" for commit in ("a" * 40, "b" * 40)]
+
+
+def test_a_hub_name_of_nothing_has_no_fingerprint(hub: Path) -> None:
+    with pytest.raises(UserError, match="no policy can be loaded from org/nothing: "):
+        policy_fingerprint("org/nothing")
+
+
+@pytest.mark.parametrize("ask", [load_policy, context_length])
+def test_an_adapter_is_refused(ask: Callable[[Path], Any], tmp_path: Path) -> None:
+    """Its folder says nothing of the base policy's weights, which count as much, and transformers would load both."""
+    path = save_policy(tmp_path / "policy")
+    (path / "adapter_config.json").write_text('{"peft_type": "LORA", "base_model_name_or_path": "org/base"}')
+    with pytest.raises(UserError, match=f"policy {path} is an adapter of PEFT, which is not supported: merge it into"):
+        ask(path)
+
+
+def test_an_adapter_of_the_hub_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """`transformers` loads it with its base policy, and says so in an attribute."""
+    path = save_policy(tmp_path / "policy")
+    monkeypatch.setattr(Qwen3ForCausalLM, "_hf_peft_config_loaded", True)
+    with pytest.raises(UserError, match=f"policy {path} is an adapter of PEFT"):
+        load_policy(path)
 
 
 @pytest.mark.parametrize("name", ["pytorch_model.bin", "model-00001-of-00002.safetensors", "q4.gguf", "weights.pt"])

@@ -14,6 +14,7 @@ import pytest
 import torch
 
 from erpd_lightning.cli.main import ERPDCLI
+from erpd_lightning.data.batching import RolloutTable, replaced
 from erpd_lightning.data.prompt_batches import PromptBatch
 from erpd_lightning.data.prompts import Prompt
 from erpd_lightning.data.samplers import TransformersSampler
@@ -206,6 +207,21 @@ def test_a_candidate_has_a_budget_or_a_beta(given: dict[str, float]) -> None:
         Candidate("odd", SIGNAL, **given)
 
 
+class Weighted(Verifier):
+    """Two rewards together: 0.7999999999999999."""
+
+    def __call__(self, responses: Any, answers: Any) -> list[float | None]:
+        return [0.7 + 0.1 for _ in responses]
+
+
+def test_a_reward_counts_as_it_does_in_a_store(models: dict[str, Any], scores: dict[str, torch.Tensor]) -> None:
+    """Stores hold float32, in which 0.7 + 0.1 is 0.8."""
+    graded = [replaced(batch, verifier=Weighted(), correct_threshold=0.8) for batch in batches()]
+    (row,) = preview([TEACHER_ITSELF], models, scores, graded)
+    stored = RolloutTable.from_arrow(graded[0].respond(models["base"])).rewards
+    assert row.pass_at_1 == float((stored >= 0.8).double().mean()) == 1
+
+
 # The command
 
 
@@ -339,6 +355,10 @@ def test_without_matplotlib_there_is_still_the_table(
         (["--round=3"], r"round is 3: it must lie between 1 and rounds \(2\)"),
         (["--round=2"], r"round 2 of .*run has no finished stage scoring.*: run fit --stage scoring"),
         (["--data.max_validation_prompts=0"], r"data\.max_validation_prompts is 0"),
+        (
+            ["--data.sampler.temperature=0.5"],
+            r"data\.sampler\.temperature is 0\.5, but the stored rollouts were drawn at 1: .* set it to 1",
+        ),
     ],
 )
 def test_mistakes(refused: Run, run_dir: Path, given: list[str], message: str) -> None:

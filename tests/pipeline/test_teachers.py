@@ -1,7 +1,9 @@
 """Which weights a teacher ends with, several teachers in a round, and a signal chosen among candidates."""
 
 import json
+from collections.abc import Mapping
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 import pytest
@@ -60,7 +62,12 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def train(
-    folder: Path, validate: bool = True, epochs: int = 4, prompts_per_round: int | None = 1, **settings: Any
+    folder: Path,
+    validate: bool = True,
+    epochs: int = 4,
+    prompts_per_round: int | None = 1,
+    trainer: Mapping[str, Any] = MappingProxyType({}),
+    **settings: Any,
 ) -> tuple[Scripted, Weights]:
     training = folder / "training.jsonl"
     training.write_text("".join(json.dumps({"prompt": f"{n}+70=", "answer": f"{n + 70}"}) + "\n" for n in range(3)))
@@ -74,7 +81,7 @@ def train(
         sampler=TransformersSampler(4),
     )
     module, weights = Scripted(folder / "base", learning_rate=0.01, warmup_steps=0, **settings), Weights()
-    make_trainer(weights, max_epochs=epochs).fit(module, datamodule=data)
+    make_trainer(weights, max_epochs=epochs, **trainer).fit(module, datamodule=data)
     return module, weights
 
 
@@ -95,9 +102,17 @@ def test_a_teacher_stops_where_its_kl_exceeds_a_threshold(folder: Path, threshol
     assert len(weights.found) == epochs
 
 
-def test_the_best_of_nothing(folder: Path) -> None:
-    with pytest.raises(UserError, match=r"^keep is best, but nothing was validated"):
-        train(folder, validate=False, keep="best", epochs=1)
+@pytest.mark.parametrize("choice", [{"keep": "best"}, {"stop_at_kl": 0.1}])
+@pytest.mark.parametrize(
+    ("validate", "trainer"), [(False, {}), (True, {"limit_val_batches": 0}), (True, {"check_val_every_n_epoch": 2})]
+)
+def test_what_is_chosen_by_nothing(
+    folder: Path, validate: bool, trainer: dict[str, Any], choice: dict[str, Any]
+) -> None:
+    """Told before anything is trained, which would go on to its end."""
+    (name,) = choice
+    with pytest.raises(UserError, match=f"^{name} is {choice[name]}, but nothing would be validated: it takes"):
+        train(folder, validate, epochs=1, trainer=trainer, **choice)
 
 
 def test_no_weights_are_chosen_on_what_is_reported(folder: Path) -> None:

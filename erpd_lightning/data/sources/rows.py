@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from ...errors import UserError, first_line
+from ..repeated_keys import without_repeated_keys
 from ..tokenize import Message, as_text
 from .source import OPTIONS_EXAMPLE, PromptSource
 
@@ -70,13 +71,13 @@ def _jsonl_rows(path: Path) -> Iterator[tuple[int, Mapping[str, Any]]]:
     with open(path, encoding="utf-8-sig", newline="\n") as file:
         for number, line in enumerate(file, start=1):
             if line.strip():
-                yield number, _as_row(_parsed(line, f"{path}, line {number}"), f"{path}, line {number}")
+                yield number, _as_row(parse_json(line, f"{path}, line {number}"), f"{path}, line {number}")
 
 
 def _json_rows(path: Path) -> Iterator[tuple[int, Mapping[str, Any]]]:
     text = path.read_text(encoding="utf-8-sig")
     if text.lstrip().startswith("["):
-        rows = _parsed(text, str(path))
+        rows = parse_json(text, str(path))
         yield from ((number, _as_row(row, f"{path}, row {number}")) for number, row in enumerate(rows, start=1))
     else:
         yield from _jsonl_rows(path)  # Many data sets call them so.
@@ -100,9 +101,18 @@ def _parquet_rows(path: Path) -> Iterator[tuple[int, Mapping[str, Any]]]:
         yield from enumerate((row for batch in batches for row in batch), start=1)
 
 
-def _parsed(text: str, where: str) -> Any:
+def parse_json(text: str, where: str) -> Any:
+    """What a text says as JSON.
+
+    Args:
+        text: The text.
+        where: What to call it.
+
+    Raises:
+        UserError: If it is no JSON, or gives a key twice.
+    """
     try:
-        return json.loads(text)
+        return json.loads(text, object_pairs_hook=without_repeated_keys)
     except RecursionError:
         raise UserError(f"{where} is nested too deeply to be read") from None
     except ValueError as error:
