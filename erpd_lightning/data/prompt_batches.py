@@ -32,6 +32,8 @@ class PromptBatch:
         sampler: Draws the responses.
         verifier: Checks them.
         correct_threshold: Reward from which a response counts as correct.
+        answers_only: Whether the responses are drawn in another way than rollouts, as those of an `EvaluationSet` are:
+            answers and lengths are then all that is measured of them, and no KL or entropy.
     """
 
     index: int
@@ -45,6 +47,7 @@ class PromptBatch:
     sampler: Sampler
     verifier: Verifier
     correct_threshold: float = 1.0
+    answers_only: bool = False
 
     def to(self, device: Any) -> "PromptBatch":
         """Itself: the prompts move to the policy's device when they are padded."""
@@ -82,9 +85,23 @@ class PromptBatch:
         Raises:
             UserError: For another reward, naming the verifier's class and the reward.
         """
+        return take_rewards(self.verifier, self._verified_texts(responses), [self.prompts[i].answer for i in prompts])
+
+    def final_answers(self, table: pa.Table) -> Sequence[str | None] | None:
+        """The final answers of responses, as the verifier finds them; None where it does not look for any.
+
+        Args:
+            table: The responses, of the `ROLLOUTS` schema.
+        """
+        columns = (table[name].to_pylist() for name in ("response_ids", "logps", "finish_reason"))
+        return self.verifier.final_answers(self._verified_texts([Response(*row) for row in zip(*columns, strict=True)]))
+
+    def _verified_texts(self, responses: Sequence[Response]) -> list[str]:
         # An answer may stand between special tokens: only those that begin, end or pad a sequence are no part of it.
-        texts = self.tokenizer.batch_decode([self._content(r) for r in responses], skip_special_tokens=False)
-        return take_rewards(self.verifier, texts, [self.prompts[i].answer for i in prompts])
+        texts: list[str] = self.tokenizer.batch_decode(
+            [self._content(response) for response in responses], skip_special_tokens=False
+        )
+        return texts
 
     def _content(self, response: Response) -> list[int]:
         """A response's ids without those that begin, end or pad a sequence, or are special and ended it."""
@@ -131,6 +148,7 @@ class PromptBatcher:
         context: Tokens that the policy can attend to, or None where nobody says.
         seed: Seed of all draws.
         correct_threshold: Reward from which a response counts as correct.
+        answers_only: See `PromptBatch`.
     """
 
     tokenizer: Any
@@ -140,6 +158,7 @@ class PromptBatcher:
     context: int | None
     seed: int
     correct_threshold: float = 1.0
+    answers_only: bool = False
 
     def batches(
         self, prompts: PromptSet, samples: int, purpose: str, rank: int = 0, world_size: int = 1
@@ -175,6 +194,7 @@ class PromptBatcher:
                 sampler=self.sampler,
                 verifier=self.verifier,
                 correct_threshold=self.correct_threshold,
+                answers_only=self.answers_only,
             )
 
     def _check_context(self, token_ids: Sequence[Sequence[int]], purpose: str) -> None:

@@ -26,6 +26,14 @@ class Verifier(ABC):
         True and False are 1.0 and 0.0.
         """
 
+    def final_answers(self, responses: Sequence[str]) -> Sequence[str | None] | None:
+        """The final answer that each response gives, for majority votes: equal answers are equal strings.
+
+        None for a response that gives no answer; None in place of all of them, as here, for a verifier that does not
+        look for answers. Two forms of one answer may be two strings, but two answers are never one string.
+        """
+        return None
+
     def settings(self) -> dict[str, Any]:
         """All that verdicts depend on, as JSON values: by default the public attributes.
 

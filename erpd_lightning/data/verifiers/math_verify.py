@@ -34,6 +34,7 @@ class MathVerify(Verifier):
         self.timeout = timeout
         self.require_box = require_box
         self._pool = WorkerPool(f"{__package__}.math_compare:check")
+        self._reading_pool = WorkerPool(f"{__package__}.math_text:one_form")
 
     def __call__(self, responses: Sequence[str], answers: Sequence[str]) -> list[float | None]:
         """See `Verifier`.
@@ -49,3 +50,16 @@ class MathVerify(Verifier):
         distinct = list(dict.fromkeys(pairs))
         verdicts = dict(zip(distinct, self._pool.map(distinct, self.timeout), strict=True))
         return [verdicts[pair] for pair in pairs]
+
+    def final_answers(self, responses: Sequence[str]) -> list[str | None]:
+        """See `Verifier`: notation is made one (Unicode signs, styles, spaces), values are not: 1/2 is not 0.5 here.
+
+        Raises:
+            UserError: If the process that reads does not start.
+        """
+        answers = [final_answer(response, self.require_box) for response in responses]
+        distinct = list(dict.fromkeys(answer for answer in answers if answer is not None))
+        forms = dict(
+            zip(distinct, self._reading_pool.map([(answer,) for answer in distinct], self.timeout), strict=True)
+        )
+        return [None if answer is None else forms[answer] for answer in answers]
