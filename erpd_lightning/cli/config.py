@@ -14,6 +14,7 @@ from lightning.pytorch.loggers import CSVLogger
 
 from ..callbacks import KLBudget
 from ..callbacks.preemption import stop_signals
+from ..data.evaluation_sets import Evaluation, EvaluationSet
 from ..data.rollouts import RolloutDataModule
 from ..errors import InvalidArgument, UserError
 from ..modules.distill import UNRESTRAINED, DistillModule
@@ -150,6 +151,29 @@ class ConfigBuilder:
         arguments = self._arguments("data", "data")
         with self.keys_named("data"):
             return RolloutDataModule(**{**arguments, **bound})
+
+    def evaluation(self) -> Evaluation:
+        """Which policies are evaluated, and on which sets.
+
+        Raises:
+            UserError: Names the key that is wrong.
+        """
+        given = self.config["evaluation"]
+        sets = {name: self._evaluation_set(name, value) for name, value in (given["sets"] or {}).items()}
+        try:
+            return Evaluation(sets, None if given["policies"] is None else tuple(given["policies"]))
+        except InvalidArgument as error:
+            raise error.under("evaluation") from error
+
+    def _evaluation_set(self, name: str, given: Any) -> EvaluationSet:
+        settings = dict(vars(given))
+        for key in ("prompts", "verifier"):  # They are what the data module's are.
+            option = {"prompts": "data.validation_prompts"}.get(key, f"data.{key}")
+            settings[key] = self.built(option, settings[key], f"evaluation.sets.{name}.{key}")
+        try:
+            return EvaluationSet(**settings)
+        except InvalidArgument as error:
+            raise error.under(f"evaluation.sets.{name}") from error
 
     def module(self, stage: str, **bound: Any) -> TrainingModule:
         """See `stages.Builder`."""

@@ -52,9 +52,11 @@ INFERENCE_STAGE_KEYS: dict[str, tuple[tuple[str, ...], tuple[str, ...]]] = {
     "rollouts": (ROLLOUT_DATA_KEYS, ("precision",)),
     "scoring": ((), ("precision",)),
     "evaluation": (
-        ("sampler", "verifier", "correct_threshold", "validation_samples", "max_validation_prompts"),
+        ("sampler", "verifier", "correct_threshold", "validation_samples", "max_evaluation_prompts"),
         ("precision", "limit_test_batches", "fast_dev_run"),
     ),
+    # The set's own settings are recorded beside it.
+    "evaluation_set": ((), ("precision", "limit_test_batches", "fast_dev_run")),
 }
 """Stages that train nothing: what of `data` and of `trainer` their result depends on."""
 

@@ -17,6 +17,7 @@ from lightning.pytorch import LightningDataModule, LightningModule
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
 
 from ..callbacks.preemption import launcher_ends, stop_signals
+from ..data.prompts import read_prompts
 from ..errors import UserError, refuse
 from ..files import atomic_write, disk_full_named
 from ..modules.evaluation import EvaluationModule
@@ -76,7 +77,7 @@ class ERPDCLI(LightningCLI):
 
     def add_core_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
         """The chain, the modules, the data, and the trainers."""
-        parser.add_class_arguments(Rounds, skip={"builder", "seed"}, instantiate=False)
+        parser.add_class_arguments(Rounds, skip={"builder", "evaluation", "seed"}, instantiate=False)
         add_options(parser)
 
     def parse_arguments(self, parser: LightningArgumentParser, args: Any) -> None:
@@ -111,6 +112,7 @@ class ERPDCLI(LightningCLI):
         self.builder = ConfigBuilder(config, self._parser(self.subcommand))
         chain = {field.name: config[field.name] for field in fields(Rounds) if field.name in config}
         chain["task"] = self.builder.built("task", chain["task"])
+        chain["evaluation"] = self.builder.evaluation()
         given = [name for name in ("prompts", "validation_prompts") if config["data"][name] is not None]
         if chain["task"] is not None and given:
             raise UserError(f"data.{given[0]} is given, but task makes the prompts: leave one of them null")
@@ -138,6 +140,7 @@ class ERPDCLI(LightningCLI):
                     "data.validation_prompts is missing: what a student gained is measured on held-out prompts"
                 )
         trained = [*DEFAULT_EPOCHS, *map(teacher_stage, self.builder.teachers)]
+        self._check_evaluation_sets()
         only = self.rounds.stage
         self.builder.check_trainable([stage for stage in trained if only in (None, stage)])
         run_dir = Path(self.rounds.run_dir)
@@ -155,6 +158,20 @@ class ERPDCLI(LightningCLI):
                 if before is not None:  # What is there was made with the configuration that was there.
                     self._write(written, before)
                 raise
+
+    def _check_evaluation_sets(self) -> None:
+        """Read the prompts of evaluation sets, so that a mistake shows before any work is done.
+
+        Raises:
+            UserError: Names the set; of one in the run directory, which a task makes, it shows when it is used.
+        """
+        for name, evaluation_set in self.rounds.evaluation.sets.items():
+            if Path(self.rounds.run_dir) in Path(str(evaluation_set.prompts)).parents:
+                continue
+            try:
+                read_prompts(evaluation_set.prompts)
+            except UserError as error:
+                raise UserError(f"evaluation.sets.{name}: {error}") from error
 
     def preview(self, budgets: list[float] | None = None, **_: Any) -> None:
         """Decode from the targets of a round's signal; nothing of the run changes."""

@@ -84,9 +84,9 @@ class PassAtK(ClusteredRatio):
 def majority_correct(answers: Sequence[Hashable | None], correct: Tensor, prompts: Tensor) -> Tensor:
     """Whether the most frequent answer of each prompt is correct: majority@k, where k is the number of its responses.
 
-    Between answers that are equally frequent one is drawn, so that the value of a tie is the mean. A response without an
-    answer has no vote, and a prompt without any vote is not correct. Where verdicts on one answer differ, it counts by
-    the share of those that are correct.
+    Between answers that are equally frequent one is drawn, so that the value of a tie is the mean. A response without
+    an answer has no vote, and a prompt without any vote is not correct. Where verdicts on one answer differ, it counts
+    by the share of those that are correct.
 
     Args:
         answers: The final answers of B responses, in a form in which equal ones compare equal; None for no answer.
@@ -100,7 +100,8 @@ def majority_correct(answers: Sequence[Hashable | None], correct: Tensor, prompt
         ValueError: If there are not as many of each.
 
     Example:
-        >>> majority_correct(["4", "5", "4", None], torch.tensor([True, False, True, False]), torch.tensor([0, 0, 0, 1]))
+        >>> correct, prompts = torch.tensor([True, False, True, False]), torch.tensor([0, 0, 0, 1])
+        >>> majority_correct(["4", "5", "4", None], correct, prompts)
         tensor([1., 0.], dtype=torch.float64)
     """
     if not prompts.shape == correct.shape == (len(answers),):

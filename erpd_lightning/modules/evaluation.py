@@ -121,7 +121,7 @@ class EvaluationModule(PolicyModule):
 
 
 class EvaluationWithSamples(EvaluationModule):
-    """Evaluation module that also stores its first responses, for the report.
+    """Evaluation module that also stores its first responses, for the report; its weights are those of its folder.
 
     Args:
         policy: Folder or hub name of the causal language model.
@@ -134,6 +134,11 @@ class EvaluationWithSamples(EvaluationModule):
         super().__init__(policy, references=dict(references), **kwargs)
         self._samples_path = samples_path
         self._tables: list[pa.Table] = []
+
+    def reference(self, name: str) -> Policy:
+        """See `PolicyModule`; a policy that is its own reference is not loaded twice."""
+        is_itself = str(self.reference_paths[name]) == str(self.policy_path)
+        return self.policy if is_itself else super().reference(name)
 
     def on_test_epoch_start(self) -> None:
         """Nothing of an earlier test is kept."""

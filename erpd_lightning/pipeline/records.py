@@ -1,7 +1,7 @@
 """Records of stages, `stage.json`: what a stage was made from and what came of it."""
 
 import json
-from collections.abc import Iterable
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -117,13 +117,14 @@ def holds_work(folder: Path) -> bool:
     return any(path.suffix in (".ckpt", ".parquet", ".safetensors") for path in folder.rglob("*"))
 
 
-def round_summary(folder: Path, number: int, policies: Iterable[str]) -> Record:
+def round_summary(folder: Path, number: int, policies: Sequence[str], sets: Sequence[str] = ()) -> Record:
     """What `summary.json` says of a round, out of the records in its directory.
 
     Args:
         folder: The round's directory.
         number: The round.
         policies: Names of the policies that were evaluated.
+        sets: Names of the evaluation sets.
     """
     stages = ("rollouts", "extreme_region", "unlearned", "scoring", "signal_selection", "distill")
     paths = [folder / stage / "stage.json" for stage in stages]
@@ -131,7 +132,11 @@ def round_summary(folder: Path, number: int, policies: Iterable[str]) -> Record:
     records = [load_record(path) for path in paths if path.is_file()]
     outcomes = {record["stage"]: record["outcome"] for record in records}
     evaluations = {name: load_record(folder / "evaluation" / name / "stage.json") for name in policies}
-    records += evaluations.values()
+    on_sets = {
+        of_set: {name: load_record(folder / "evaluation_sets" / of_set / name / "stage.json") for name in policies}
+        for of_set in sets
+    }
+    records += [record for found in (evaluations, *on_sets.values()) for record in found.values()]
     selection = outcomes.get("signal_selection")
     previewed = 0 if selection is None else selection["rollouts"]
     chosen = {} if selection is None else {"signal": selection["name"], "candidates": selection["candidates"]}
@@ -150,8 +155,13 @@ def round_summary(folder: Path, number: int, policies: Iterable[str]) -> Record:
         "seconds": round(sum(record["seconds"] for record in records), 1),
         "cpu_seconds": round(sum(record["cpu_seconds"] for record in records), 1),
         "warnings": warnings,
-        "policies": {name: record["outcome"] for name, record in evaluations.items()},
+        "policies": _outcomes(evaluations),
+        **({"evaluation_sets": {of_set: _outcomes(found) for of_set, found in on_sets.items()}} if sets else {}),
     }
+
+
+def _outcomes(records: Mapping[str, Record]) -> dict[str, Any]:
+    return {name: record["outcome"] for name, record in records.items()}
 
 
 @rank_zero_only

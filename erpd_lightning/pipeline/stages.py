@@ -130,6 +130,7 @@ class Stages:
         inputs: dict[str, str],
         body: Callable[[], Record],
         makes: Path | str | None = None,
+        settings: Record | None = None,
     ) -> Record:
         """Skip a stage that is done, or run it and record it.
 
@@ -141,13 +142,15 @@ class Stages:
             inputs: Fingerprints of what it is made from.
             body: Does it, and gives its outcome.
             makes: The policy or the file that is there where it is done.
+            settings: All that its outcome depends on besides; None for what the configuration says of the stage.
 
         Raises:
             UserError: If the directory was made with other settings or from other inputs, or what the stage made is
                 not there any more as it was.
             StageOnly: If this was the only stage to run.
         """
-        made_with = {"settings": self._settings(stage), "inputs": inputs, "seed": self.seed}
+        settings = self._settings(stage) if settings is None else settings
+        made_with = {"settings": settings, "inputs": inputs, "seed": self.seed}
         made_with = json.loads(json.dumps(made_with, default=str))
         wanted = self.only == stage and self.only_round in (None, number)
         title = f"[round {number}/{self.rounds}] {stage}" if number else f"[base] {stage}"

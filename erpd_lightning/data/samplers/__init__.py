@@ -2,5 +2,6 @@
 
 from .base import Response, Sampler
 from .transformers import TransformersSampler
+from .truncated import TruncatedSampler
 
-__all__ = ["Response", "Sampler", "TransformersSampler"]
+__all__ = ["Response", "Sampler", "TransformersSampler", "TruncatedSampler"]

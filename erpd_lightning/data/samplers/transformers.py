@@ -27,8 +27,12 @@ class TransformersSampler(Sampler):
             return [
                 response
                 for encoded in self.padded(model, tokenizer, prompts)
-                for response in self.generate(model, tokenizer, encoded, LogpRecorder(self.temperature))
+                for response in self.generate(model, tokenizer, encoded, self.recorder())
             ]
+
+    def recorder(self) -> "LogpRecorder":
+        """What notes the log-probs of some responses, and may rule out tokens."""
+        return LogpRecorder(self.temperature)
 
     @contextmanager
     def drawing(self, models: Sequence[Any], seed: int) -> Iterator[None]:
