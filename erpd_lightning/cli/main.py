@@ -22,9 +22,10 @@ from ..errors import UserError, refuse
 from ..files import atomic_write, disk_full_named
 from ..modules.evaluation import EvaluationModule
 from ..modules.strategies import check_environment, started_rank
-from ..pipeline.preview import PreviewTrainer
-from ..pipeline.rounds import Rounds
+from ..pipeline.evaluate import CommandTrainer
+from ..pipeline.rounds import Rounds, is_local
 from ..pipeline.stages import teacher_stage
+from ..seeds import derive_seed
 from .config import ConfigBuilder
 from .errors import rejected_value, unknown_option, with_key
 from .given import check_files, unknown_keys
@@ -44,7 +45,7 @@ POLICY_OF = {"base": "base", "extreme_region": "teacher", "unlearned": "unlearne
 class ERPDCLI(LightningCLI):
     """`fit` chains the stages; `validate`, `test` and `predict` run on the policy of one of them.
 
-    `preview` decodes from the target that a student would be distilled to.
+    `preview` decodes from the target that a student would be distilled to, and `evaluate` takes any policy.
     """
 
     def __init__(self, args: Any = None) -> None:
@@ -52,7 +53,7 @@ class ERPDCLI(LightningCLI):
         strict = {"exit_on_error": False, "allow_abbrev": False}
         super().__init__(
             save_config_callback=None,
-            trainer_class=PreviewTrainer,  # Where Lightning looks for subcommands.
+            trainer_class=CommandTrainer,  # Where Lightning looks for subcommands.
             seed_everything_default=0,
             parser_kwargs={
                 **strict,
@@ -71,9 +72,14 @@ class ERPDCLI(LightningCLI):
 
     @staticmethod
     def subcommands() -> dict[str, set[str]]:
-        """Lightning's own, of which the chain finds its checkpoints itself, and `preview`."""
+        """Lightning's own, of which the chain finds its checkpoints itself, `preview` and `evaluate`."""
         commands = LightningCLI.subcommands()
-        return {**commands, "fit": {*commands["fit"], "ckpt_path", "weights_only"}, "preview": {"rounds"}}
+        return {
+            **commands,
+            "fit": {*commands["fit"], "ckpt_path", "weights_only"},
+            "preview": {"rounds"},
+            "evaluate": {"policy", "data", "evaluation", "dtype"},
+        }
 
     def add_core_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
         """The chain, the modules, the data, and the trainers."""
@@ -113,6 +119,11 @@ class ERPDCLI(LightningCLI):
         chain = {field.name: config[field.name] for field in fields(Rounds) if field.name in config}
         chain["task"] = self.builder.built("task", chain["task"])
         chain["evaluation"] = self.builder.evaluation()
+        self.model: LightningModule | None = None
+        self.datamodule: LightningDataModule | None = None
+        if self.subcommand == "evaluate":
+            self.trainer = self.builder.trainer("evaluation", kind=CommandTrainer, logger=False)
+            return
         given = [name for name in ("prompts", "validation_prompts") if config["data"][name] is not None]
         if chain["task"] is not None and given:
             raise UserError(f"data.{given[0]} is given, but task makes the prompts: leave one of them null")
@@ -122,10 +133,8 @@ class ERPDCLI(LightningCLI):
         if self.subcommand == "preview":
             chain["stage"] = None  # What a run of one stage left in its configuration.
         self.rounds = Rounds(builder=self.builder, seed=config["seed_everything"], **chain)
-        self.trainer = self.builder.trainer("evaluation", kind=PreviewTrainer, logger=False)
+        self.trainer = self.builder.trainer("evaluation", kind=CommandTrainer, logger=False)
         self.builder.check()
-        self.model: LightningModule | None = None
-        self.datamodule: LightningDataModule | None = None
         if runs_policy:
             self._pick_policy(chain["stage"], chain["round"] or self.rounds.rounds)
 
@@ -175,8 +184,25 @@ class ERPDCLI(LightningCLI):
 
     def preview(self, budgets: list[float] | None = None, **_: Any) -> None:
         """Decode from the targets of a round's signal; nothing of the run changes."""
-        assert isinstance(self.trainer, PreviewTrainer)
+        assert isinstance(self.trainer, CommandTrainer)
         self.trainer.preview(self.rounds, budgets)
+
+    def evaluate(self, reference: str | None = None, output: Path | None = None, **_: Any) -> None:
+        """Evaluate any policy on held-out prompts and evaluation sets; no run directory is made."""
+        assert isinstance(self.trainer, CommandTrainer)
+        config = self.config["evaluate"]
+        policy, made = config["policy"], Path(config["run_dir"]) / "prompts" / "validation.jsonl"
+        if policy is None:
+            raise UserError("policy is missing: evaluate takes --policy, a Hugging Face folder or the name of a model")
+        for key, path in (("policy", policy), ("reference", reference)):
+            if path is not None and is_local(path) and not Path(path).is_dir():
+                raise UserError(f"{key} {path} is missing: a Hugging Face folder is expected there")
+        # A task's prompts lie in its run.
+        bound: dict[str, Any] = {"validation_prompts": made} if config["task"] is not None and made.is_file() else {}
+        seed = derive_seed(config["seed_everything"], "data", 1)
+        data = self.builder.data(**bound, store="", tokenizer=policy, seed=seed)
+        with self.builder.keys_named("data"):
+            self.trainer.evaluate(policy, data, self.builder.evaluation(), config["dtype"], reference, output)
 
     def predict(self, **kwargs: Any) -> None:
         """Sample and verify responses to the held-out prompts, and write them as JSONL."""

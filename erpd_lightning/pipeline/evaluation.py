@@ -114,10 +114,9 @@ class RoundEvaluation:
 def measure_set(module: EvaluationModule, data: EvaluationData, trainer: Trainer) -> Record:
     """Accuracy and lengths of a policy on an evaluation set."""
     trainer.test(module, datamodule=data, verbose=False)
-    measured = {key.replace("pass@1", "avg@k"): value for key, value in logged(trainer).items()}
     sampler = data.sampler
     return {
-        **measured,
+        **under_set_names(logged(trainer)),
         "prompts": len(data.prompts),
         "samples_per_prompt": data.set.samples,
         "temperature": sampler.temperature,
@@ -125,6 +124,11 @@ def measure_set(module: EvaluationModule, data: EvaluationData, trainer: Trainer
         "top_k": sampler.top_k,
         "max_new_tokens": sampler.max_new_tokens,
     }
+
+
+def under_set_names(measured: Record) -> Record:
+    """The same with pass@1 as avg@k, which it is called where k differs from set to set."""
+    return {key.replace("pass@1", "avg@k"): value for key, value in measured.items()}
 
 
 def logged(trainer: Trainer) -> Record:

@@ -112,6 +112,13 @@ def check_policy(path: Path | str, folder: Path) -> None:
         )
 
 
+def recorded_in(path: Path | str) -> Path | None:
+    """The directory of the finished stage that recorded a policy, None for a policy of no run."""
+    above = Path(path).parent
+    stage = above / "prepare" if Path(path).name == "base" else above
+    return stage if Path(path).is_dir() and (stage / "stage.json").is_file() else None
+
+
 def holds_work(folder: Path) -> bool:
     """Whether an unfinished stage left anything to go on from, and not only the note that it began."""
     return any(path.suffix in (".ckpt", ".parquet", ".safetensors") for path in folder.rglob("*"))

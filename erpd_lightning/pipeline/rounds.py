@@ -68,7 +68,7 @@ class Rounds(Run):
             raise UserError(f"rounds ({self.rounds}) and checkpoint_every ({self.checkpoint_every}) must be at least 1")
         if (self.policy is None) == (self.task is None):
             raise UserError("give either policy, the base policy to start from, or task, which makes one")
-        if self.policy is not None and _is_local(self.policy) and not Path(self.policy).is_dir():
+        if self.policy is not None and is_local(self.policy) and not Path(self.policy).is_dir():
             raise UserError(
                 f"policy {self.policy} is missing: a Hugging Face folder or the name of a model on the hub is expected"
             )
@@ -149,6 +149,6 @@ class Rounds(Run):
         inputs["student"] = student["outcome"]["policy"]
 
 
-def _is_local(policy: str) -> bool:
+def is_local(policy: str) -> bool:
     """Whether the name of a policy can only be that of a folder."""
     return policy.startswith(("/", ".", "~")) or policy.count("/") > 1
