@@ -8,11 +8,11 @@ from typing import Any
 from jsonargparse import ArgumentError, Namespace
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch import Trainer
-from lightning.pytorch.callbacks import Checkpoint
+from lightning.pytorch.callbacks import Checkpoint, ProgressBar
 from lightning.pytorch.cli import LightningArgumentParser
 from lightning.pytorch.loggers import CSVLogger
 
-from ..callbacks import KLBudget
+from ..callbacks import KLBudget, SamplingProgress
 from ..callbacks.preemption import stop_signals
 from ..data.evaluation_sets import Evaluation, EvaluationSet
 from ..data.rollouts import RolloutDataModule
@@ -41,6 +41,9 @@ SCORED_POLICIES = {"base", "teacher", "unlearned"}
 
 TEACHER_ONLY_KEYS = {"sign", "trainer"}
 """What a policy of `teachers` has beside the settings of extreme_region."""
+
+SAMPLING_STAGES = {"rollouts", "evaluation"}
+"""Stages that sample and train nothing."""
 
 CONSTRUCTION_ERRORS = (MisconfigurationException, ValueError, TypeError, ImportError)
 """What a class raises that does not like its arguments."""
@@ -197,6 +200,13 @@ class ConfigBuilder:
         callbacks = callbacks if isinstance(callbacks, list) else [callbacks]
         if stage == "base":  # They may stop it, or ask for rollouts and validation, which demonstrations are not.
             callbacks = []
+        if kwargs["enable_progress_bar"] is not False:
+            # Lightning's bar counts batches: of sampling alone it says nothing.
+            own_bar = any(isinstance(callback, ProgressBar) for callback in callbacks)
+            if stage in SAMPLING_STAGES and not own_bar:
+                bound = {"enable_progress_bar": False, **bound}
+            if not any(isinstance(callback, SamplingProgress) for callback in callbacks):
+                callbacks = [*callbacks, SamplingProgress()]
         kwargs["callbacks"] = [*callbacks, *bound.pop("callbacks", [])]
         saves = any(isinstance(callback, Checkpoint) for callback in kwargs["callbacks"])
         if stage == "base":  # The task says how it is trained.

@@ -34,6 +34,7 @@ MONITORING_CALLBACKS = {
     "RichModelSummary",
     "RichProgressBar",
     "SampleTable",
+    "SamplingProgress",
     "TQDMProgressBar",
     "Throughput",
 }

@@ -128,15 +128,15 @@ class ERPDCLI(LightningCLI):
         if chain["task"] is not None and given:
             raise UserError(f"data.{given[0]} is given, but task makes the prompts: leave one of them null")
         runs_policy = self.subcommand not in ("fit", "preview")
-        if runs_policy:
-            chain["stage"] = chain["stage"] or chain["last_stage"]
-        if self.subcommand == "preview":
-            chain["stage"] = None  # What a run of one stage left in its configuration.
+        stage = chain["stage"] or chain["last_stage"]
+        # What a run of one stage left in its configuration; and a base policy that is given is none that `fit` makes.
+        if self.subcommand == "preview" or (runs_policy and stage == "base"):
+            chain["stage"] = None
         self.rounds = Rounds(builder=self.builder, seed=config["seed_everything"], **chain)
         self.trainer = self.builder.trainer("evaluation", kind=CommandTrainer, logger=False)
         self.builder.check()
         if runs_policy:
-            self._pick_policy(chain["stage"], chain["round"] or self.rounds.rounds)
+            self._pick_policy(stage, chain["round"] or self.rounds.rounds)
 
     def fit(self, **_: Any) -> None:
         """Run the chain; the configuration lies in the run directory first."""

@@ -9,6 +9,7 @@ from torch import Tensor
 
 from ...models.generation import end_tokens, generation_config
 from ...models.loading import check_tokenizer
+from ..progress import DrawnCriteria, tell_drawn
 from .base import Response, Sampler
 
 
@@ -57,6 +58,7 @@ class TransformersSampler(Sampler):
         """One response to each of some padded prompts, drawn from what the recorder makes of the logits."""
         device = encoded["input_ids"].device
         ends = sorted(end_tokens(tokenizer, model.generation_config.eos_token_id))
+        end_ids = torch.tensor(ends, device=device)
         plain = generation_config(
             model,
             do_sample=True,
@@ -73,13 +75,15 @@ class TransformersSampler(Sampler):
                 input_ids=encoded["input_ids"],
                 attention_mask=encoded["attention_mask"],
                 logits_processor=[recorder],
+                stopping_criteria=[DrawnCriteria(end_ids)],
             )
         ids = sequences[:, encoded["input_ids"].shape[1] :]
         logps = recorder.finish(sequences)
-        ended = torch.isin(ids, torch.tensor(ends, device=device))
+        ended = torch.isin(ids, end_ids)
         # Up to and including the first end-of-sequence token; what follows is padding.
         lengths = ((ended.cumsum(1) - ended.long()) == 0).sum(1).tolist()
         reasons = ["stop" if stop else "length" for stop in ended.any(1).tolist()]
+        tell_drawn(0, reasons.count("length"))
         return [
             Response(row[:length], logp[:length], reason)
             for row, logp, length, reason in zip(ids.tolist(), logps.tolist(), lengths, reasons, strict=True)

@@ -1,0 +1,53 @@
+"""How far sampling is: samplers tell of tokens and responses as they are drawn, and one listener hears of them.
+
+A sampler's batch may take many minutes, in which nothing else happens. There is one listener in a process, as there is
+one terminal; without any, what is told is forgotten.
+"""
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+
+import torch
+from torch import Tensor
+
+Listener = Callable[[int, int], None]
+"""Takes the numbers of tokens and of whole responses that were drawn since it was last told."""
+
+_listeners: list[Listener] = []
+
+
+def tell_drawn(tokens: int, responses: int = 0) -> None:
+    """Tell the listener what was drawn; samplers call this often, from any thread."""
+    if _listeners:
+        _listeners[-1](tokens, responses)
+
+
+@contextmanager
+def listening(listener: Listener) -> Iterator[None]:
+    """Tell a listener of what is drawn in the block, in place of the one outside of it."""
+    _listeners.append(listener)
+    try:
+        yield
+    finally:
+        _listeners.remove(listener)
+
+
+class DrawnCriteria:
+    """A stopping criterion of `generate` that stops nothing, and tells of every token as it is drawn.
+
+    Args:
+        ends: Token ids that end a response.
+    """
+
+    def __init__(self, ends: Tensor) -> None:
+        self._ends = ends
+        self._open: Tensor | None = None
+
+    def __call__(self, input_ids: Tensor, scores: object, **kwargs: object) -> Tensor:
+        none = torch.zeros(len(input_ids), dtype=torch.bool, device=input_ids.device)
+        if _listeners:
+            still_open = ~none if self._open is None else self._open
+            self._open = still_open & ~torch.isin(input_ids[:, -1], self._ends)
+            tokens, left = torch.stack([still_open.sum(), self._open.sum()]).tolist()
+            tell_drawn(tokens, tokens - left)
+        return none
