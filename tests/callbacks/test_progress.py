@@ -103,7 +103,7 @@ def test_a_terminal_shows_one_line(
 
 
 def test_a_time_between_lines_that_is_none() -> None:
-    with pytest.raises(InvalidArgument, match="^every_seconds is 0: it must be above 0$"):
+    with pytest.raises(InvalidArgument, match=r"^every_seconds is 0: it must be above 0$"):
         SamplingProgress(0)
 
 
