@@ -4,11 +4,15 @@ import sys
 
 
 def main() -> None:
-    """The command line; the report has one of its own, which does not wait for torch."""
+    """The command line; `report` and `push` have one of their own, and a report does not wait for torch."""
     if sys.argv[1:2] == ["report"]:
         from .report.command import main as report
 
         report(sys.argv[2:])
+    elif sys.argv[1:2] == ["push"]:
+        from .cli.push import main as push
+
+        push(sys.argv[2:])
     else:
         from .cli.main import main as cli
 

@@ -60,8 +60,9 @@ class ERPDCLI(LightningCLI):
                 "prog": "python -m erpd_lightning",
                 "description": "Extreme Region Policy Distillation: many epochs on fixed rollouts, "
                 "then distillation under a KL budget.",
-                "epilog": "One more takes no configuration: 'report RUN [RUN ...]' writes an HTML page on runs, "
-                "finished or not; 'report --help' tells more.",
+                "epilog": "Two more take no configuration: 'report RUN [RUN ...]' writes an HTML page on runs, "
+                "finished or not, and 'push RUN_OR_FOLDER --repo NAME' pushes a policy to the hub; 'report --help' and "
+                "'push --help' tell more.",
                 **{name: dict(strict) for name in self.subcommands()},
                 "fit": {**strict, "description": "Run every stage of every round that is not done yet."},
             },

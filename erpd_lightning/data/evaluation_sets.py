@@ -103,7 +103,7 @@ class EvaluationData(LightningDataModule):
 
     def __init__(self, name: str, evaluation_set: EvaluationSet, data: RolloutDataModule) -> None:
         super().__init__()
-        self.name = name
+        self.set_name = name
         self.set = evaluation_set
         self.data = data
         self.sampler = evaluation_set.sampler(data.sampler.max_new_tokens, data.sampler.batch_size)
@@ -136,7 +136,9 @@ class EvaluationData(LightningDataModule):
             self.data.batcher, sampler=self.sampler, verifier=self.verifier, answers_only=True
         )
         try:
-            batches = batcher.batches(self.prompts, self.set.samples, f"evaluation {self.name}", *ranks(self.trainer))
+            batches = batcher.batches(
+                self.prompts, self.set.samples, f"evaluation {self.set_name}", *ranks(self.trainer)
+            )
             return BatchList(batches)
         except InvalidArgument as error:
-            raise UserError(f"evaluation.sets.{self.name}.max_new_tokens {error.problem}") from error
+            raise UserError(f"evaluation.sets.{self.set_name}.max_new_tokens {error.problem}") from error

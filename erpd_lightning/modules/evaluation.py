@@ -105,7 +105,8 @@ class EvaluationModule(PolicyModule):
             raise UserError(f"pass_at_k is {k}, but only {samples} responses are sampled to a prompt")
         add_metrics(metrics, k, None if prompts.answers_only else self.references)
         # Votes need all answers looked for once more, which is left to tests.
-        if metrics is self.metrics["test"] and prompts.verifier.final_answers([]) is not None:
+        is_test = metrics is self.metrics["test"]
+        if is_test and prompts.verifier.final_answers([]) is not None:
             metrics["majority"] = ClusteredRatio()
         metrics.to(self.device)
 

@@ -77,8 +77,8 @@ class RoundEvaluation:
         data: EvaluationData,
         loaded: list[Policy],
     ) -> None:
-        folder = set_folder(self.run.round_dir(number), data.name, name)
-        known = self._known(set_folder(self.run.round_dir(number - 1), data.name, "student"), number, name, inputs)
+        folder = set_folder(self.run.round_dir(number), data.set_name, name)
+        known = self._known(set_folder(self.run.round_dir(number - 1), data.set_name, "student"), number, name, inputs)
 
         def body() -> Record:
             if known is not None:
@@ -90,7 +90,9 @@ class RoundEvaluation:
             loaded[:] = [module.policy]
             return outcome
 
-        about = f"measuring {name} on {data.name}" if known is None else f"{_taken(name, number)}, on {data.name}"
+        about = (
+            f"measuring {name} on {data.set_name}" if known is None else f"{_taken(name, number)}, on {data.set_name}"
+        )
         settings = {**self.run.builder.settings("evaluation_set"), "set": data.settings()}
         self.stages.run("evaluation", number, folder, about, {name: inputs[name]}, body, settings=settings)
 

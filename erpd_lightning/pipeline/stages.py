@@ -11,6 +11,7 @@ import time
 import traceback
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -19,6 +20,7 @@ from lightning.pytorch import Callback, Trainer, seed_everything
 from lightning.pytorch.callbacks import EarlyStopping
 from lightning.pytorch.utilities import rank_zero_only
 
+from .. import __version__
 from ..callbacks import ResumeCheckpoint
 from ..data.arithmetic import Arithmetic
 from ..data.predict_data import PredictToStore
@@ -185,6 +187,7 @@ class Stages:
             **made_with,
             "seconds": round(time.perf_counter() - wall, 3),
             "cpu_seconds": round(time.process_time() - cpu, 3),
+            "versions": _versions(),
             "outcome": outcome,
         }
         write_record(folder / "stage.json", record)
@@ -199,6 +202,12 @@ class Stages:
             assert self.task is not None
             return {"task": vars(self.task)}
         return self.builder.settings(stage)
+
+
+def _versions() -> dict[str, str]:
+    """Versions of the packages that a result depends on, by name."""
+    found = {name: version(name) for name in ("torch", "lightning", "transformers")}
+    return {"erpd_lightning": __version__, **found}
 
 
 def _missing_metric(error: RuntimeError, trainer: Trainer) -> str | None:

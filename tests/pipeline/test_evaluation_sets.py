@@ -24,7 +24,7 @@ from support.chain import arguments, parsers_built_once
 from support.command_line import Run, digests, printed, refusal
 from support.policies import write_prompts
 
-SETS = {
+SETS: dict[str, dict[str, Any]] = {
     "greedy": {"top_k": 1, "samples": 3},
     "short": {"max_new_tokens": 2, "max_prompts": 3, "temperature": 0.7, "samples": 2},
     "rated": {"top_p": 0.9, "samples": 4, "verifier": {"class_path": "support.verifiers.EvenEnd"}},

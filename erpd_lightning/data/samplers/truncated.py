@@ -1,5 +1,7 @@
 """Sampling from the likeliest tokens alone, by top-k and top-p."""
 
+from typing import Any
+
 from torch import Tensor
 
 from ...errors import InvalidArgument, check_at_least
@@ -50,7 +52,7 @@ class _TruncatedRecorder(LogpRecorder):
         from transformers import LogitsProcessorList, TopKLogitsWarper, TopPLogitsWarper
 
         warpers = [TopKLogitsWarper(top_k)] if top_k else []
-        self._warpers = LogitsProcessorList([*warpers, TopPLogitsWarper(top_p)] if top_p < 1 else warpers)
+        self._warpers: Any = LogitsProcessorList([*warpers, TopPLogitsWarper(top_p)] if top_p < 1 else warpers)
 
     def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
         warped = self._warpers(input_ids, scores.float() / self.temperature)
