@@ -60,7 +60,7 @@ def prepare(source: Path, repo: str) -> Upload:
         folder = _last_student(source)
     else:
         raise UserError(
-            f"{source} is neither a run nor a policy: neither config.json nor summary.json nor round-1 is there"
+            f"{source} is neither a run nor a policy: config.json, summary.json or round-1 is expected there"
         )
     stage = recorded_in(folder)
     if run_dir is not None and stage is None:
@@ -154,9 +154,7 @@ def main(args: Sequence[str]) -> None:
         description="Push a policy to the Hugging Face hub, with a card that says how it was made and how good it is.",
         allow_abbrev=False,
     )
-    parser.add_argument(
-        "source", metavar="RUN_OR_FOLDER", type=Path, help="a run, of which the last student, or a policy"
-    )
+    parser.add_argument("source", metavar="RUN_OR_FOLDER", type=Path, help="a run (its last student), or a policy")
     parser.add_argument("--repo", metavar="NAME", required=True, help="repository, such as my-name/my-model")
     parser.add_argument("--public", action="store_true", help="a repository that is made can be seen by everybody")
     parser.add_argument("--dry_run", action="store_true", help="show what would be pushed, and push nothing")

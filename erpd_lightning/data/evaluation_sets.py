@@ -135,10 +135,8 @@ class EvaluationData(LightningDataModule):
         batcher = dataclasses.replace(
             self.data.batcher, sampler=self.sampler, verifier=self.verifier, answers_only=True
         )
+        purpose = f"evaluation {self.set_name}"
         try:
-            batches = batcher.batches(
-                self.prompts, self.set.samples, f"evaluation {self.set_name}", *ranks(self.trainer)
-            )
-            return BatchList(batches)
+            return BatchList(batcher.batches(self.prompts, self.set.samples, purpose, *ranks(self.trainer)))
         except InvalidArgument as error:
             raise UserError(f"evaluation.sets.{self.set_name}.max_new_tokens {error.problem}") from error

@@ -90,9 +90,8 @@ class RoundEvaluation:
             loaded[:] = [module.policy]
             return outcome
 
-        about = (
-            f"measuring {name} on {data.set_name}" if known is None else f"{_taken(name, number)}, on {data.set_name}"
-        )
+        about = f"measuring {name}" if known is None else _taken(name, number)
+        about = f"{about} on {data.set_name}"
         settings = {**self.run.builder.settings("evaluation_set"), "set": data.settings()}
         self.stages.run("evaluation", number, folder, about, {name: inputs[name]}, body, settings=settings)
 

@@ -90,16 +90,17 @@ def _about(origin: Origin) -> Iterator[str]:
     else:
         yield f"The {origin.policy} of round {origin.round} of post-training by {method}."
     yield _table(("what", "which"), _facts(origin))
-    if budgets := [
+    students = [(entry, entry.policies["student"]) for entry in rounds if "student" in entry.policies]
+    budgets = [
         (
             str(entry.number),
             number_text(entry.budget),
             estimate_text(kl_estimate(student), 4),
             number_text(entry.total_budget),
         )
-        for entry in rounds
-        if (student := entry.policies.get("student")) is not None
-    ]:
+        for entry, student in students
+    ]
+    if budgets:
         yield (
             "## KL budget\n\nIn nats per response token. What was spent is the KL of the student to its round's base "
             "policy, exact over the vocabulary, on fresh samples for held-out prompts."
@@ -143,12 +144,11 @@ def _facts(origin: Origin) -> list[tuple[str, str]]:
     base = configuration.get("policy") or _class_name(configuration.get("task")) or NO_VALUE
     facts = [("base policy", _shown(base))]
     facts += [(key.replace("_", " "), _shown(source)) for key, source in _sources(origin).items()]
-    for key, settings in (("objective", "extreme_region"), ("objective", "distill"), ("signal", "distill")):
-        if settings == "distill" and configuration.get("last_stage") == "extreme_region":
-            continue
-        section = configuration.get(settings)
-        if isinstance(section, Mapping) and (found := _class_name(section.get(key))):
-            facts.append((f"{key} of {settings}", found))
+    one_stage = configuration.get("last_stage") == "extreme_region"
+    for stage in ["extreme_region"] if one_stage else ["extreme_region", "distill"]:
+        section = configuration.get(stage)
+        if isinstance(section, Mapping) and (found := _class_name(section.get("objective"))):
+            facts.append((f"objective of {stage}", found))
     rounds = [entry for entry in origin.run.rounds if entry.number <= origin.round]
     rollouts = sum(entry.rollouts or 0 for entry in rounds)
     facts += [("rounds", str(origin.round)), ("verified rollouts", f"{rollouts:,}")]
