@@ -4,7 +4,7 @@ import sys
 
 
 def main() -> None:
-    """The command line; report and rollouts have ones of their own, of which the report's does not wait for torch."""
+    """The command line; report, rollouts and push have ones of their own, and a report does not wait for torch."""
     if sys.argv[1:2] == ["report"]:
         from .report.command import main as report
 
@@ -13,6 +13,10 @@ def main() -> None:
         from .cli.rollouts import main as rollouts
 
         rollouts(sys.argv[2:])
+    elif sys.argv[1:2] == ["push"]:
+        from .cli.push import main as push
+
+        push(sys.argv[2:])
     else:
         from .processes import run_process
 

@@ -2,6 +2,7 @@
 
 from .collapse import CollapseMonitor, Limit
 from .kl_budget import BudgetExceeded, KLBudget
+from .progress import SamplingProgress
 from .resume import ResumeCheckpoint
 from .samples import SampleTable
 from .throughput import Throughput
@@ -13,5 +14,6 @@ __all__ = [
     "Limit",
     "ResumeCheckpoint",
     "SampleTable",
+    "SamplingProgress",
     "Throughput",
 ]

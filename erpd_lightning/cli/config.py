@@ -8,12 +8,13 @@ from typing import Any
 from jsonargparse import ArgumentError, Namespace
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch import Trainer
-from lightning.pytorch.callbacks import Checkpoint
+from lightning.pytorch.callbacks import Checkpoint, ProgressBar
 from lightning.pytorch.cli import LightningArgumentParser
 from lightning.pytorch.loggers import CSVLogger
 
-from ..callbacks import KLBudget
+from ..callbacks import KLBudget, SamplingProgress
 from ..callbacks.preemption import take_over_signals
+from ..data.evaluation_sets import Evaluation, EvaluationSet
 from ..data.rollouts import RolloutDataModule
 from ..errors import InvalidArgument, UserError
 from ..modules.distill import UNRESTRAINED, DistillModule
@@ -41,6 +42,9 @@ SCORED_POLICIES = {"base", "teacher", "unlearned"}
 
 TEACHER_ONLY_KEYS = {"sign", "trainer"}
 """What a policy of `teachers` has beside the settings of extreme_region."""
+
+SAMPLING_STAGES = {"rollouts", "evaluation"}
+"""Stages that sample and train nothing."""
 
 CONSTRUCTION_ERRORS = (MisconfigurationException, ValueError, TypeError, ImportError)
 """What a class raises that does not like its arguments."""
@@ -152,6 +156,29 @@ class ConfigBuilder:
         with self.keys_named("data"):
             return RolloutDataModule(**{**arguments, **bound})
 
+    def evaluation(self) -> Evaluation:
+        """Which policies are evaluated, and on which sets.
+
+        Raises:
+            UserError: Names the key that is wrong.
+        """
+        given = self.config["evaluation"]
+        sets = {name: self._evaluation_set(name, value) for name, value in (given["sets"] or {}).items()}
+        try:
+            return Evaluation(sets, None if given["policies"] is None else tuple(given["policies"]))
+        except InvalidArgument as error:
+            raise error.under("evaluation") from error
+
+    def _evaluation_set(self, name: str, given: Any) -> EvaluationSet:
+        settings = dict(vars(given))
+        for key in ("prompts", "verifier"):  # They are what the data module's are.
+            option = {"prompts": "data.validation_prompts"}.get(key, f"data.{key}")
+            settings[key] = self.built(option, settings[key], f"evaluation.sets.{name}.{key}")
+        try:
+            return EvaluationSet(**settings)
+        except InvalidArgument as error:
+            raise error.under(f"evaluation.sets.{name}") from error
+
     def module(self, stage: str, **bound: Any) -> TrainingModule:
         """See `stages.Builder`."""
         kind = DistillModule if stage == "distill" else ExtremeRegionModule
@@ -174,6 +201,13 @@ class ConfigBuilder:
         callbacks = callbacks if isinstance(callbacks, list) else [callbacks]
         if stage == "base":  # They may stop it, or ask for rollouts and validation, which demonstrations are not.
             callbacks = []
+        if kwargs["enable_progress_bar"] is not False:
+            # Lightning's bar counts batches: of sampling alone it says nothing.
+            own_bar = any(isinstance(callback, ProgressBar) for callback in callbacks)
+            if stage in SAMPLING_STAGES and not own_bar:
+                bound = {"enable_progress_bar": False, **bound}
+            if not any(isinstance(callback, SamplingProgress) for callback in callbacks):
+                callbacks = [*callbacks, SamplingProgress()]
         kwargs["callbacks"] = [*callbacks, *bound.pop("callbacks", [])]
         saves = any(isinstance(callback, Checkpoint) for callback in kwargs["callbacks"])
         if stage == "base":  # The task says how it is trained.

@@ -67,6 +67,7 @@ MONITORING_CALLBACKS = {
     "RichModelSummary",
     "RichProgressBar",
     "SampleTable",
+    "SamplingProgress",
     "TQDMProgressBar",
     "Throughput",
 }
@@ -83,7 +84,7 @@ input."""
 TRAINING_DATA_KEYS = {"batch_size", "iterations", "replay", "baseline"}
 """What of `data` only training depends on; `correct_threshold` is also what evaluation counts by."""
 
-VALIDATION_DATA_KEYS = {"validation_samples", "max_validation_prompts"}
+VALIDATION_DATA_KEYS = {"validation_samples", "max_validation_prompts", "max_evaluation_prompts"}
 CALIBRATION_DATA_KEYS = {"calibration_prompts", "calibration_samples"}
 
 UNUSED_DATA_KEYS: dict[str, set[str]] = {
@@ -104,7 +105,16 @@ UNUSED_DATA_KEYS: dict[str, set[str]] = {
         *VALIDATION_DATA_KEYS,
         *CALIBRATION_DATA_KEYS,
     },
-    "evaluation": {*ROLLOUT_DATA_KEYS, *TRAINING_DATA_KEYS, *CALIBRATION_DATA_KEYS},
+    "evaluation": {*ROLLOUT_DATA_KEYS, *TRAINING_DATA_KEYS, *CALIBRATION_DATA_KEYS, "max_validation_prompts"},
+    # The set's own sampling and verifier are recorded beside it.
+    "evaluation_set": {
+        *ROLLOUT_DATA_KEYS,
+        *TRAINING_DATA_KEYS,
+        *VALIDATION_DATA_KEYS,
+        *CALIBRATION_DATA_KEYS,
+        "sampler",
+        "verifier",
+    },
 }
 """Stages that train nothing: what of `data` their result does not depend on."""
 
@@ -164,7 +174,7 @@ def trainer_settings(stage: str, trainer: Mapping[str, Any], module: Mapping[str
     """
     if module is None:
         ignored = OPERATIONAL_TRAINER_KEYS | TRAINING_TRAINER_KEYS
-        if stage == "evaluation":
+        if stage in ("evaluation", "evaluation_set"):
             ignored = ignored - {"limit_test_batches", "fast_dev_run"}
         return {key: value for key, value in trainer.items() if key not in ignored} | _acting_plugins(trainer)
     settings = {key: value for key, value in trainer.items() if key not in OPERATIONAL_TRAINER_KEYS}

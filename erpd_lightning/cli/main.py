@@ -17,16 +17,17 @@ from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch import LightningDataModule, LightningModule
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
 
-from ..data.sources import ReadPrompts
+from ..data.sources import ReadPrompts, read_prompts
 from ..errors import UserError, refuse
 from ..files import atomic_write, write_errors_named
 from ..modules.evaluation import EvaluationModule
 from ..modules.strategies import check_environment
+from ..pipeline.evaluate import CommandTrainer
 from ..pipeline.lock import lock_run_directory
-from ..pipeline.preview import PreviewTrainer
-from ..pipeline.rounds import Rounds
+from ..pipeline.rounds import Rounds, is_local
 from ..pipeline.stages import say, teacher_stage
 from ..processes import run_process, started_rank
+from ..seeds import derive_seed
 from .config import ConfigBuilder
 from .errors import rejected_value, unknown_option, with_key
 from .given import check_files, unknown_keys
@@ -47,7 +48,7 @@ POLICY_OF = {"base": "base", "extreme_region": "teacher", "unlearned": "unlearne
 class ERPDCLI(LightningCLI):
     """`fit` chains the stages; `validate`, `test` and `predict` run on the policy of one of them.
 
-    `preview` decodes from the target that a student would be distilled to.
+    `preview` decodes from the target that a student would be distilled to, and `evaluate` takes any policy.
     """
 
     def __init__(self, args: Any = None) -> None:
@@ -55,16 +56,17 @@ class ERPDCLI(LightningCLI):
         strict = {"exit_on_error": False, "allow_abbrev": False}
         super().__init__(
             save_config_callback=None,
-            trainer_class=PreviewTrainer,  # Where Lightning looks for subcommands.
+            trainer_class=CommandTrainer,  # Where Lightning looks for subcommands.
             seed_everything_default=0,
             parser_kwargs={
                 **strict,
                 "prog": "python -m erpd_lightning",
                 "description": "Extreme Region Policy Distillation: many epochs on fixed rollouts, "
                 "then distillation under a KL budget.",
-                "epilog": "Two more take no configuration: 'report RUN [RUN ...]' writes an HTML page on runs, "
-                "finished or not, and 'rollouts audit' and 'rollouts import' look into stores of rollouts and make "
-                "them of what lies elsewhere; their --help tells more.",
+                "epilog": "Three more take no configuration: 'report RUN [RUN ...]' writes an HTML page on runs, "
+                "finished or not, 'rollouts audit' and 'rollouts import' look into stores of rollouts and make them of "
+                "what lies elsewhere, and 'push RUN_OR_FOLDER --repo NAME' pushes a policy to the hub; their --help "
+                "tells more.",
                 **{name: dict(strict) for name in self.subcommands()},
                 "fit": {**strict, "description": "Run every stage of every round that is not done yet."},
             },
@@ -75,13 +77,18 @@ class ERPDCLI(LightningCLI):
 
     @staticmethod
     def subcommands() -> dict[str, set[str]]:
-        """Lightning's own, of which the chain finds its checkpoints itself, and `preview`."""
+        """Lightning's own, of which the chain finds its checkpoints itself, `preview` and `evaluate`."""
         commands = LightningCLI.subcommands()
-        return {**commands, "fit": {*commands["fit"], "ckpt_path", "weights_only"}, "preview": {"rounds"}}
+        return {
+            **commands,
+            "fit": {*commands["fit"], "ckpt_path", "weights_only"},
+            "preview": {"rounds"},
+            "evaluate": {"policy", "data", "evaluation", "dtype"},
+        }
 
     def add_core_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
         """The chain, the modules, the data, and the trainers."""
-        parser.add_class_arguments(Rounds, skip={"builder", "seed"}, instantiate=False)
+        parser.add_class_arguments(Rounds, skip={"builder", "evaluation", "seed"}, instantiate=False)
         add_options(parser)
 
     def parse_arguments(self, parser: LightningArgumentParser, args: Any) -> None:
@@ -116,26 +123,31 @@ class ERPDCLI(LightningCLI):
         self.builder = ConfigBuilder(config, self._parser(self.subcommand))
         chain = {field.name: config[field.name] for field in fields(Rounds) if field.name in config}
         chain["task"] = self.builder.built("task", chain["task"])
+        chain["evaluation"] = self.builder.evaluation()
+        self.model: LightningModule | None = None
+        self.datamodule: LightningDataModule | None = None
+        if self.subcommand == "evaluate":
+            self.trainer = self.builder.trainer("evaluation", kind=CommandTrainer, logger=False)
+            return
         given = [name for name in ("prompts", "validation_prompts") if config["data"][name] is not None]
         if chain["task"] is not None and given:
             raise UserError(f"data.{given[0]} is given, but task makes the prompts: leave one of them null")
         runs_policy = self.subcommand not in ("fit", "preview")
-        if runs_policy:
-            chain["stage"] = chain["stage"] or chain["last_stage"]
-        if self.subcommand == "preview":
-            chain["stage"] = None  # What a run of one stage left in its configuration.
+        stage = chain["stage"] or chain["last_stage"]
+        # What a run of one stage left in its configuration; and a base policy that is given is none that `fit` makes.
+        if self.subcommand == "preview" or (runs_policy and stage == "base"):
+            chain["stage"] = None
         self.rounds = Rounds(builder=self.builder, seed=config["seed_everything"], **chain)
-        self.trainer = self.builder.trainer("evaluation", kind=PreviewTrainer, logger=False)
+        self.trainer = self.builder.trainer("evaluation", kind=CommandTrainer, logger=False)
         self.builder.check()
-        self.model: LightningModule | None = None
-        self.datamodule: LightningDataModule | None = None
         if runs_policy:
-            self._pick_policy(chain["stage"], chain["round"] or self.rounds.rounds)
+            self._pick_policy(stage, chain["round"] or self.rounds.rounds)
 
     def fit(self, **_: Any) -> None:
         """Run the chain; the configuration lies in the run directory first."""
         read = [] if self.rounds.task is not None else self._read_prompts()
         trained = [*DEFAULT_EPOCHS, *map(teacher_stage, self.builder.teachers)]
+        self._check_evaluation_sets()
         only = self.rounds.stage
         self.builder.check_trainable([stage for stage in trained if only in (None, stage)])
         run_dir = Path(self.rounds.run_dir)
@@ -186,10 +198,41 @@ class ERPDCLI(LightningCLI):
             if each.left_out:
                 say(f"{each.report()} (listed in {path})")
 
+    def _check_evaluation_sets(self) -> None:
+        """Read the prompts of evaluation sets, so that a mistake shows before any work is done.
+
+        Raises:
+            UserError: Names the set; of one in the run directory, which a task makes, it shows when it is used.
+        """
+        for name, evaluation_set in self.rounds.evaluation.sets.items():
+            if Path(self.rounds.run_dir) in Path(str(evaluation_set.prompts)).parents:
+                continue
+            try:
+                read_prompts(evaluation_set.prompts)
+            except UserError as error:
+                raise UserError(f"evaluation.sets.{name}: {error}") from error
+
     def preview(self, budgets: list[float] | None = None, **_: Any) -> None:
         """Decode from the targets of a round's signal; nothing of the run changes."""
-        assert isinstance(self.trainer, PreviewTrainer)
+        assert isinstance(self.trainer, CommandTrainer)
         self.trainer.preview(self.rounds, budgets)
+
+    def evaluate(self, reference: str | None = None, output: Path | None = None, **_: Any) -> None:
+        """Evaluate any policy on held-out prompts and evaluation sets; no run directory is made."""
+        assert isinstance(self.trainer, CommandTrainer)
+        config = self.config["evaluate"]
+        policy, made = config["policy"], Path(config["run_dir"]) / "prompts" / "validation.jsonl"
+        if policy is None:
+            raise UserError("policy is missing: evaluate takes --policy, a Hugging Face folder or the name of a model")
+        for key, path in (("policy", policy), ("reference", reference)):
+            if path is not None and is_local(path) and not Path(path).is_dir():
+                raise UserError(f"{key} {path} is missing: a Hugging Face folder is expected there")
+        # A task's prompts lie in its run.
+        bound: dict[str, Any] = {"validation_prompts": made} if config["task"] is not None and made.is_file() else {}
+        seed = derive_seed(config["seed_everything"], "data", 1)
+        data = self.builder.data(**bound, store="", tokenizer=policy, seed=seed)
+        with self.builder.keys_named("data"):
+            self.trainer.evaluate(policy, data, self.builder.evaluation(), config["dtype"], reference, output)
 
     def predict(self, **kwargs: Any) -> None:
         """Sample and verify responses to the held-out prompts, and write them as JSONL."""

@@ -5,6 +5,7 @@ from typing import Any
 from lightning.pytorch import Trainer
 from lightning.pytorch.cli import LightningArgumentParser
 
+from ..data.evaluation_sets import EvaluationSet
 from ..data.rollouts import RolloutDataModule
 from ..modules.distill import DistillModule
 from ..modules.extreme_region import ExtremeRegionModule
@@ -78,6 +79,21 @@ def add_options(parser: LightningArgumentParser) -> None:
         help="Further policies to train on the rollouts of each round, by the name that signals give them: settings "
         "that differ from those of extreme_region; sign: -1 for an unlearned one; trainer for settings of the trainer "
         "that differ from extreme_region_trainer.",
+    )
+    parser.add_argument(
+        "--evaluation.sets",
+        type=dict[str, EvaluationSet] | None,
+        default=None,
+        help="Sets that policies are evaluated on beside the held-out prompts, by name: prompts, and as they differ "
+        "from those of the rollouts samples, temperature, top_p, top_k, max_new_tokens and verifier; max_prompts for "
+        "the first ones alone.",
+    )
+    parser.add_argument(
+        "--evaluation.policies",
+        type=list[str] | None,
+        default=None,
+        help="Policies of a round that are evaluated: base, teacher, unlearned, those of teachers, student, which "
+        "always is; null for all.",
     )
     for stage, epochs in DEFAULT_EPOCHS.items():
         parser.add_argument(

@@ -39,6 +39,8 @@ class PromptBatch:
         verifier: Checks them.
         correct_threshold: Reward from which a response counts as correct.
         judge_truncated: Whether a response that was cut off is judged by what it says so far.
+        answers_only: Whether the responses are drawn in another way than rollouts, as those of an `EvaluationSet` are:
+            answers and lengths are then all that is measured of them, and no KL or entropy.
     """
 
     index: int
@@ -53,6 +55,7 @@ class PromptBatch:
     verifier: Verifier
     correct_threshold: float = 1.0
     judge_truncated: bool = True
+    answers_only: bool = False
 
     def to(self, device: Any) -> "PromptBatch":
         """Itself: the prompts move to the policy's device when they are padded."""
@@ -118,6 +121,15 @@ class PromptBatch:
             UserError: For another reward, naming the verifier's class and the reward.
         """
         return self._verdicts(self._verified_texts(responses), prompts, responses)
+
+    def final_answers(self, table: pa.Table) -> Sequence[str | None] | None:
+        """The final answers of responses, as the verifier finds them; None where it does not look for any.
+
+        Args:
+            table: The responses, of the `ROLLOUTS` schema.
+        """
+        ids, reasons = (table[name].to_pylist() for name in ("response_ids", "finish_reason"))
+        return self.verifier.final_answers(verified_texts(self.tokenizer, ids, reasons))
 
     def _verdicts(self, texts: Sequence[str], prompts: Sequence[int], responses: Sequence[Response]) -> Verdicts:
         asked = [as_text(self.prompts[i].prompt) for i in prompts]
@@ -202,6 +214,7 @@ class PromptBatcher:
         context: Tokens that the policy can attend to, or None where nobody says.
         seed: Seed of all draws.
         correct_threshold: Reward from which a response counts as correct.
+        answers_only: See `PromptBatch`.
     """
 
     tokenizer: Any
@@ -212,6 +225,7 @@ class PromptBatcher:
     seed: int
     correct_threshold: float = 1.0
     judge_truncated: bool = True
+    answers_only: bool = False
 
     def batches(
         self, prompts: PromptSet, samples: int, purpose: str, rank: int = 0, world_size: int = 1
@@ -258,6 +272,7 @@ class PromptBatcher:
             verifier=self.verifier,
             correct_threshold=self.correct_threshold,
             judge_truncated=self.judge_truncated,
+            answers_only=self.answers_only,
         )
 
     def _check_context(self, prompts: PromptSet, chosen: Sequence[int], purpose: str) -> None:

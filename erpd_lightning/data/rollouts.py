@@ -27,7 +27,7 @@ from .ranks import ranks
 from .rescoring import LogpsPart, RescoringData
 from .samplers import Sampler, TransformersSampler
 from .settings import settings_of
-from .sources import check_sources
+from .sources import check_sources, read_prompts
 from .store import Store
 from .tokenize import check_chat_template_kwargs
 from .train_rollouts import Baseline, OnPolicyRollouts, Select, TrainRollouts
@@ -124,7 +124,10 @@ class RolloutDataModule(LightningDataModule):
         batch_size: Responses per optimiser step, over all ranks and micro-batches.
         max_tokens: Padded tokens of a micro-batch, the bound on the memory that it takes.
         validation_samples: Fresh responses to each held-out prompt.
-        max_validation_prompts: Held-out prompts that are used, the first ones; None for all of them.
+        max_validation_prompts: Held-out prompts that validation takes, which comes after every epoch, the first ones;
+            None for all of them.
+        max_evaluation_prompts: Held-out prompts that there are at all, for tests, evaluations and previews, the first
+            ones; None for all of them.
         calibration_prompts: Training prompts outside the round on which a student's KL is measured while it is
             distilled, as many of them as there are; 0 for none. They are sampled, not verified rollouts.
         calibration_samples: Fresh responses to each of them.
@@ -162,7 +165,8 @@ class RolloutDataModule(LightningDataModule):
         batch_size: int = 256,
         max_tokens: int = 16384,
         validation_samples: int = 8,
-        max_validation_prompts: int | None = None,
+        max_validation_prompts: int | None = 256,
+        max_evaluation_prompts: int | None = None,
         calibration_prompts: int = 512,
         calibration_samples: int = 2,
         seed: int = 0,
@@ -178,6 +182,7 @@ class RolloutDataModule(LightningDataModule):
             max_tokens=max_tokens,
             validation_samples=validation_samples,
             max_validation_prompts=max_validation_prompts,
+            max_evaluation_prompts=max_evaluation_prompts,
             calibration_samples=calibration_samples,
         )
         check_at_least(0, calibration_prompts=calibration_prompts, preview_prompts=preview_prompts, replay=replay)
@@ -228,6 +233,7 @@ class RolloutDataModule(LightningDataModule):
         self.max_tokens = max_tokens
         self.validation_samples = validation_samples
         self.max_validation_prompts = max_validation_prompts
+        self.max_evaluation_prompts = max_evaluation_prompts
         self.calibration_prompts = calibration_prompts
         self.calibration_samples = calibration_samples
         self.seed = seed
@@ -509,7 +515,7 @@ class RolloutDataModule(LightningDataModule):
     def val_dataloader(self) -> list[BatchList]:
         """This rank's held-out prompts and, where a student is calibrated on them, unused training prompts."""
         assert self.trainer is not None
-        loaders = self.test_dataloader()
+        loaders = self._held_out_loaders(self.max_validation_prompts)
         calibrates = self._learner is not None and self._learner.calibrates
         if loaders and self.trainer.state.fn == TrainerFn.FITTING and calibrates and self.prompt_plan.calibration:
             loaders.append(self.calibration_batches("calibration"))
@@ -517,10 +523,13 @@ class RolloutDataModule(LightningDataModule):
 
     def test_dataloader(self) -> list[BatchList]:
         """This rank's held-out prompts; no loader at all where there are none."""
-        prompts = self.prompt_plan.held_out
-        return [self._prompt_loader(prompts, self.validation_samples, "validation")] if prompts else []
+        return self._held_out_loaders(None)
 
     predict_dataloader = test_dataloader
+
+    def _held_out_loaders(self, most: int | None) -> list[BatchList]:
+        prompts = self.prompt_plan.held_out[:most]
+        return [self._prompt_loader(prompts, self.validation_samples, "validation")] if prompts else []
 
     def calibration_batches(self, purpose: str) -> BatchList:
         """This rank's calibration prompts, to be answered with draws of their own for each purpose."""
@@ -603,9 +612,17 @@ class RolloutDataModule(LightningDataModule):
             per_round=self.prompts_per_round,
             round=self.round,
             previews=self.preview_prompts,
-            max_validation=self.max_validation_prompts,
+            max_validation=self.max_evaluation_prompts,
             max_calibration=self.calibration_prompts,
         )
+
+    def prompt_set(self, source: PromptSource | str | Path, most: int | None = None) -> PromptSet:
+        """Prompts of another source, tokenised as these are; the first `most` of them, or all.
+
+        Raises:
+            UserError: If they cannot be read.
+        """
+        return PromptSet(read_prompts(source, self._encode).prompts[:most], self._encode)
 
     def _encode(self, prompt: str | list[Message]) -> list[int]:
         return tokenize(self.tokenizer, prompt, self.chat_template_kwargs)

@@ -94,12 +94,27 @@ def read_samples(path: Path) -> list[dict[str, Any]]:
     Raises:
         UserError: If it is damaged or something else.
     """
+    rows: list[dict[str, Any]] = _read(path).to_pylist()
+    return rows
+
+
+def copy_samples_of_base(source: Path, target: Path) -> None:
+    """Copy the samples of a policy that has become the base policy, to which its KL is 0.
+
+    Raises:
+        UserError: If the source is damaged or something else.
+    """
+    table = _read(source)
+    kls = [[0.0] * len(row) for row in table["kls"].to_pylist()]
+    column = table.schema.get_field_index("kls")
+    write_samples(target, [table.set_column(column, SAMPLES.field("kls"), pa.array(kls, SAMPLES.field("kls").type))])
+
+
+def _read(path: Path) -> pa.Table:
     try:
-        table = pq.ParquetFile(path).read(columns=SAMPLES.names).cast(SAMPLES)
+        return pq.ParquetFile(path).read(columns=SAMPLES.names).cast(SAMPLES)
     except (OSError, ValueError, pa.ArrowException) as error:
         raise UserError(f"{path} cannot be read as the samples of an evaluation: {first_line(error)}") from error
-    rows: list[dict[str, Any]] = table.to_pylist()
-    return rows
 
 
 def token_texts(tokenizer: Any, ids: Sequence[int], cache: dict[tuple[int, ...], str] | None = None) -> list[str]:

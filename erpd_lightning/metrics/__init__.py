@@ -5,7 +5,7 @@ ranks are float64 sums, divided once at the end, so the result does not depend o
 measured is NaN, never 0.
 """
 
-from .answers import PassAtK, distinct_responses, pass_at_k
+from .answers import PassAtK, distinct_responses, majority_correct, pass_at_k
 from .importance import (
     ImportanceStatistics,
     ImportanceSums,
@@ -29,6 +29,7 @@ __all__ = [
     "empty_importance_sums",
     "importance_statistics",
     "importance_sums",
+    "majority_correct",
     "merge_importance_sums",
     "pass_at_k",
 ]

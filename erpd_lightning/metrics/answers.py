@@ -1,12 +1,13 @@
-"""Accuracy and diversity of the responses to a prompt: pass@k and the number of distinct responses."""
+"""Accuracy and diversity of the responses to a prompt: pass@k, majority@k and the number of distinct responses."""
 
+from collections import defaultdict
 from collections.abc import Hashable, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from .sums import Float64Metric, check_same_vector
+from .sums import ClusteredRatio, check_same_vector
 
 
 def pass_at_k(correct: Tensor, samples: Tensor, k: int) -> Tensor:
@@ -49,8 +50,8 @@ def _check_k(k: int) -> None:
         raise ValueError(f"pass@k needs k of at least 1, not {k}")
 
 
-class PassAtK(Float64Metric):
-    """Mean of `pass_at_k` over prompts; NaN without any prompt.
+class PassAtK(ClusteredRatio):
+    """Mean of `pass_at_k` over prompts and its standard error, a `Ratio`; NaN without any prompt.
 
     Args:
         k: At least 1.
@@ -63,28 +64,61 @@ class PassAtK(Float64Metric):
         >>> metric = PassAtK(k=2)
         >>> metric.update(torch.tensor([1]), torch.tensor([4]))
         >>> metric.update(torch.tensor([0]), torch.tensor([4]))
-        >>> metric.compute()
-        tensor(0.2500, dtype=torch.float64)
+        >>> metric.compute().value, metric.compute().stderr
+        (tensor(0.2500, dtype=torch.float64), tensor(0.2500, dtype=torch.float64))
     """
 
     higher_is_better = True
 
-    total: Tensor
-    prompts: Tensor
-
     def __init__(self, k: int, **kwargs: Any) -> None:
-        super().__init__("total", "prompts", **kwargs)
+        super().__init__(**kwargs)
         _check_k(k)
         self.k = k
 
     def update(self, correct: Tensor, samples: Tensor) -> None:
         """Add prompts: (P,) correct and (P,) all samples of each. A prompt comes in one call."""
         values = pass_at_k(correct, samples, self.k)
-        self.total = self.total + values.sum()
-        self.prompts = self.prompts + len(values)
+        super().update(values, torch.ones_like(values))
 
-    def compute(self) -> Tensor:
-        return self.total / self.prompts
+
+def majority_correct(answers: Sequence[Hashable | None], correct: Tensor, prompts: Tensor) -> Tensor:
+    """Whether the most frequent answer of each prompt is correct: majority@k, where k is the number of its responses.
+
+    Between answers that are equally frequent one is drawn, so that the value of a tie is the mean. A response without
+    an answer has no vote, and a prompt without any vote is not correct. Where verdicts on one answer differ, it counts
+    by the share of those that are correct.
+
+    Args:
+        answers: The final answers of B responses, in a form in which equal ones compare equal; None for no answer.
+        correct: (B,) bool, whether each response is correct.
+        prompts: (B,) long, the number of each response's prompt.
+
+    Returns:
+        (P,) float64 between 0 and 1, in the order of the prompts' numbers.
+
+    Raises:
+        ValueError: If there are not as many of each.
+
+    Example:
+        >>> correct, prompts = torch.tensor([True, False, True, False]), torch.tensor([0, 0, 0, 1])
+        >>> majority_correct(["4", "5", "4", None], correct, prompts)
+        tensor([1., 0.], dtype=torch.float64)
+    """
+    if not prompts.shape == correct.shape == (len(answers),):
+        shapes = f"{tuple(correct.shape)} and {tuple(prompts.shape)}"
+        raise ValueError(f"{len(answers)} answers have as many verdicts and prompts, got shapes {shapes}")
+    numbers, index = prompts.unique(return_inverse=True)
+    votes: list[dict[Hashable, list[bool]]] = [defaultdict(list) for _ in numbers]
+    for prompt, answer, verdict in zip(index.tolist(), answers, correct.tolist(), strict=True):
+        if answer is not None:
+            votes[prompt][answer].append(verdict)
+    return torch.tensor([_winners_correct(of_prompt) for of_prompt in votes], dtype=torch.float64)
+
+
+def _winners_correct(votes: dict[Hashable, list[bool]]) -> float:
+    most = max(map(len, votes.values()), default=0)
+    winners = [sum(verdicts) / most for verdicts in votes.values() if len(verdicts) == most]
+    return sum(winners) / len(winners) if winners else 0.0
 
 
 def distinct_responses(responses: Sequence[Hashable], prompts: Tensor) -> Tensor:

@@ -1,11 +1,11 @@
 """Evaluation on fresh samples: a module that validates and tests so, the sums over prompts, and the metrics of them."""
 
-from collections import defaultdict
 from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
 import pyarrow as pa
+import pyarrow.compute as pc
 import torch
 from torch import Tensor, nn
 
@@ -13,10 +13,9 @@ from ..data.batching import RolloutBatch, RolloutTable
 from ..data.loader import micro_batches
 from ..data.prompt_batches import PromptBatch
 from ..data.ranks import gathered
-from ..data.reward_parts import read_parts
 from ..data.samples import kept_rows, sample_table, write_samples
 from ..errors import UserError, check_at_least
-from ..metrics import ClusteredRatio, PassAtK, distinct_responses
+from ..metrics import ClusteredRatio, PassAtK, distinct_responses, majority_correct
 from ..models.policy import Policy
 from ..seeds import derive_seed
 from .policy_module import PolicyModule
@@ -26,6 +25,8 @@ EVALUATIONS = ("val", "calibration", "test")
 
 REWARDS = "rewards/"
 """In front of the names of the rewards that a reward is made of."""
+NAMES = {"pass_at_1": "pass@1", "pass_at_k": "pass@k", "majority": "majority@k"}
+"""What metrics are called in logs and summaries whose names no module may have."""
 
 Collector = Callable[[str, RolloutBatch, Tensor], None]
 """Takes the name of a reference, some of the responses, whose `rows` are those of their table, and the KL to it at
@@ -68,12 +69,14 @@ class EvaluationModule(PolicyModule):
         What is per token is the mean over all sampled tokens; standard errors count prompts, because
         responses to one prompt are alike. KL and entropy are exact over the vocabulary.
         """
-        self._add_metrics(metrics, prompts.samples, prompts.verifier.part_names)
+        self._add_metrics(metrics, prompts)
         if not prompts.prompts:
             return
         table = prompts.respond(self.policy.model, derive_seed(prompts.seed, self.global_step))
-        sums = self._prompt_sums(table, prompts)
-        update_metrics(metrics, sums, prompts.samples, self.references)
+        sums = answer_sums(table, prompts) if prompts.answers_only else self._prompt_sums(table, prompts)
+        if "majority" in metrics:
+            sums["majority"] = majority_sums(table, prompts)
+        update_metrics(metrics, sums, prompts.samples)
 
     def on_validation_epoch_end(self) -> None:
         """Log and reset."""
@@ -93,16 +96,21 @@ class EvaluationModule(PolicyModule):
         """What the metrics take of responses to some prompts."""
         return prompt_sums(self.policy, self.reference, self.references, table, prompts)
 
-    def _add_metrics(self, metrics: Any, samples: int, rewards: Iterable[str]) -> None:
-        """Make the metrics when the first batch says how many samples there are, and what rewards are made of."""
+    def _add_metrics(self, metrics: Any, prompts: PromptBatch) -> None:
+        """Make the metrics when the first batch says how many samples there are."""
         if len(metrics):
             return
+        samples = prompts.samples
         k = self.pass_at_k or samples
         if metrics is self.metrics["calibration"]:  # Nothing but its KL is asked for.
             k = min(k, samples)
         if k > samples:
             raise UserError(f"pass_at_k is {k}, but only {samples} responses are sampled to a prompt")
-        add_metrics(metrics, k, self.references, rewards)
+        add_metrics(metrics, k, None if prompts.answers_only else self.references, prompts.verifier.part_names)
+        # Votes need all answers looked for once more, which is left to tests.
+        is_test = metrics is self.metrics["test"]
+        if is_test and prompts.verifier.final_answers([]) is not None:
+            metrics["majority"] = ClusteredRatio()
         metrics.to(self.device)
 
     def _log_metrics(self, stage: str) -> None:
@@ -117,7 +125,7 @@ class EvaluationModule(PolicyModule):
 
 
 class EvaluationWithSamples(EvaluationModule):
-    """Evaluation module that also stores its first responses, for the report.
+    """Evaluation module that also stores its first responses, for the report; its weights are those of its folder.
 
     Args:
         policy: Folder or hub name of the causal language model.
@@ -130,6 +138,11 @@ class EvaluationWithSamples(EvaluationModule):
         super().__init__(policy, references=dict(references), **kwargs)
         self._samples_path = samples_path
         self._tables: list[pa.Table] = []
+
+    def reference(self, name: str) -> Policy:
+        """See `PolicyModule`; a policy that is its own reference is not loaded twice."""
+        is_itself = str(self.reference_paths[name]) == str(self.policy_path)
+        return self.policy if is_itself else super().reference(name)
 
     def on_test_epoch_start(self) -> None:
         """Nothing of an earlier test is kept."""
@@ -157,48 +170,54 @@ class EvaluationWithSamples(EvaluationModule):
             write_samples(self._samples_path, [table for tables in noted for table in tables])
 
 
-def add_metrics(metrics: Any, k: int, references: Iterable[str], rewards: Iterable[str] = ()) -> None:
+def add_metrics(metrics: Any, k: int, references: Iterable[str] | None, rewards: Iterable[str] = ()) -> None:
     """Put what is measured into an empty `nn.ModuleDict`.
 
     Args:
         metrics: The dictionary.
         k: The k of pass@k.
-        references: Names of the policies that the KL is measured to.
+        references: Names of the policies that the KL is measured to; None where neither KL nor entropy is.
         rewards: Names of the rewards that a reward is made of.
     """
     metrics["pass_at_k"] = PassAtK(k)
-    ratios = ["pass_at_1", "mean_reward", "unchecked", "entropy_per_token", "mean_length", "truncated", "distinct"]
-    for name in references:
+    ratios = ["pass_at_1", "mean_reward", "unchecked"]
+    ratios += [] if references is None else ["entropy_per_token"]
+    ratios += ["mean_length", "truncated", "distinct"]
+    for name in references or ():
         ratios += [f"kl_per_token/{name}", f"kl_per_response/{name}"]
     ratios += [f"{REWARDS}{name}" for name in rewards]
     for name in ratios:
         metrics[name] = ClusteredRatio()
 
 
-def update_metrics(metrics: Any, sums: dict[str, Tensor], samples: int, references: Iterable[str]) -> None:
+def update_metrics(metrics: Any, sums: dict[str, Tensor], samples: int) -> None:
     """Add some prompts to the metrics.
 
     Args:
-        metrics: What `add_metrics` made.
-        sums: What `prompt_sums` found.
+        metrics: What `add_metrics` made; beside it, `majority` is that of `majority_sums`.
+        sums: What `prompt_sums` found, or `answer_sums` where no KL is measured.
         samples: Responses to each prompt.
-        references: Names of the policies that the KL is measured to.
     """
     number = torch.full_like(sums["correct"], samples)
-    metrics["pass_at_1"].update(sums["correct"], number)
-    metrics["pass_at_k"].update(sums["correct"].long(), number.long())
-    metrics["mean_reward"].update(sums["reward"], number - sums["unchecked"])
-    metrics["unchecked"].update(sums["unchecked"], number)
-    metrics["entropy_per_token"].update(sums["entropy"], sums["tokens"])
-    metrics["mean_length"].update(sums["tokens"], number)
-    metrics["truncated"].update(sums["truncated"], number)
-    metrics["distinct"].update(sums["distinct"], number)
-    for name in references:
-        metrics[f"kl_per_token/{name}"].update(sums[name], sums["tokens"])
-        metrics[f"kl_per_response/{name}"].update(sums[name], number)
-    for name in metrics:
-        if name.startswith(REWARDS):
-            metrics[name].update(sums[name], sums[f"checked {name}"])
+    ratios = {
+        "pass_at_1": ("correct", number),
+        "mean_reward": ("reward", number - sums["unchecked"]),
+        "unchecked": ("unchecked", number),
+        "entropy_per_token": ("entropy", sums["tokens"]),
+        "mean_length": ("tokens", number),
+        "truncated": ("truncated", number),
+        "distinct": ("distinct", number),
+        "majority": ("majority", torch.ones_like(number)),
+    }
+    for key, metric in metrics.items():
+        if key == "pass_at_k":
+            metric.update(sums["correct"].long(), number.long())
+        elif key.startswith(REWARDS):
+            metric.update(sums[key], sums[f"checked {key}"])
+        else:
+            kind, _, reference = key.partition("/")
+            name, divisor = ratios.get(kind, (reference, sums["tokens"] if kind == "kl_per_token" else number))
+            metric.update(sums[name], divisor)
 
 
 def prompt_sums(
@@ -225,25 +244,11 @@ def prompt_sums(
     """
     rollouts, first = RolloutTable.from_arrow(table), prompts.groups[0]
     device = policy.head.weight.device
-    sums: dict[str, Tensor] = defaultdict(lambda: torch.zeros(len(prompts.prompts), dtype=torch.float64))
-    reasons = table["finish_reason"].to_numpy(zero_copy_only=False)
-    checked = torch.tensor(table["checked"].to_numpy(zero_copy_only=False))
-    correct = checked & (rollouts.rewards >= prompts.correct_threshold)
-    of_responses: dict[str, Tensor] = {
-        "correct": correct,
-        "reward": rollouts.rewards.double().where(checked, 0.0),
-        "unchecked": ~checked,
-        "truncated": torch.tensor(reasons == "length"),
-    }
-    for name, rewards in read_parts(table).items():
-        of_responses[f"{REWARDS}{name}"] = torch.tensor([reward or 0.0 for reward in rewards], dtype=torch.float64)
-        of_responses[f"checked {REWARDS}{name}"] = torch.tensor([reward is not None for reward in rewards])
-    for name, values in of_responses.items():
-        sums[name].index_add_(0, rollouts.groups - first, values.double())
-    sums["distinct"] = distinct_responses(table["response"].to_pylist(), rollouts.groups)
+    sums = answer_sums(table, prompts)
+    for name in ("entropy", *names):
+        sums[name] = torch.zeros(len(prompts.prompts), dtype=torch.float64)
     for batch in micro_batches(rollouts, prompts.max_tokens):
         group = rollouts.groups[batch.rows] - first
-        sums["tokens"].index_add_(0, group, batch.mask.sum(-1).double())
         batch = batch.to(device)
         hidden = policy.hidden(batch)
         entropy = policy.token_logps(batch, hidden).entropy
@@ -256,6 +261,47 @@ def prompt_sums(
     return sums
 
 
+def answer_sums(table: pa.Table, prompts: PromptBatch) -> dict[str, Tensor]:
+    """What `prompt_sums` says without asking any policy: all but KL and entropy."""
+    rollouts = RolloutTable.from_arrow(table)
+    groups = rollouts.groups - prompts.groups[0]
+    reasons = table["finish_reason"].to_numpy(zero_copy_only=False)
+    checked = _checked(table)
+    of_responses = {
+        "correct": _correct(table, prompts),
+        "reward": rollouts.rewards.double().where(checked, 0.0),
+        "unchecked": ~checked,
+        "truncated": torch.tensor(reasons == "length"),
+        "tokens": torch.tensor(pc.list_value_length(table["response_ids"]).to_numpy()),
+    }
+    sums = {
+        name: torch.zeros(len(prompts.prompts), dtype=torch.float64).index_add_(0, groups, values.double())
+        for name, values in of_responses.items()
+    }
+    sums["distinct"] = distinct_responses(table["response"].to_pylist(), groups)
+    return sums
+
+
+def majority_sums(table: pa.Table, prompts: PromptBatch) -> Tensor:
+    """Whether the answer that most responses to a prompt give is correct, `(prompts,)`; see `majority_correct`.
+
+    Args:
+        table: The responses, of the `ROLLOUTS` schema.
+        prompts: What they respond to, with a verifier that finds answers.
+    """
+    answers = prompts.final_answers(table)
+    assert answers is not None
+    return majority_correct(answers, _correct(table, prompts), RolloutTable.from_arrow(table).groups)
+
+
+def _checked(table: pa.Table) -> Tensor:
+    return torch.tensor(table["checked"].to_numpy(zero_copy_only=False))
+
+
+def _correct(table: pa.Table, prompts: PromptBatch) -> Tensor:
+    return _checked(table) & (torch.tensor(table["reward"].to_numpy()) >= prompts.correct_threshold)
+
+
 def evaluated(metrics: Any) -> dict[str, Tensor]:
     """The values of evaluation metrics under the names that logs and summaries use.
 
@@ -263,15 +309,12 @@ def evaluated(metrics: Any) -> dict[str, Tensor]:
     """
     found: dict[str, Tensor] = {}
     for name, metric in metrics.items():
-        if isinstance(metric, PassAtK):
-            found["pass@k"] = metric.compute()
-            continue
         ratio = metric.compute()
         if name.startswith(REWARDS):
             found[name] = ratio.value
             continue
-        name = name.replace("pass_at_1", "pass@1").removesuffix("/base").replace("/", "_to_")
+        name = NAMES.get(name, name).removesuffix("/base").replace("/", "_to_")
         found[name] = ratio.value
-        if name.startswith(("pass@1", "kl_per_")):
+        if name.startswith(("pass@", "majority@", "kl_per_")):
             found[f"{name}_stderr"] = ratio.stderr
     return found

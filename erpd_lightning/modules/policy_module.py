@@ -75,7 +75,8 @@ class PolicyModule(LightningModule):
         if name not in self._references:
             key = "references" if name in self.references else "policies"
             path = self.reference_paths[name]
-            self._references[name] = load_reference(path, self.policy, f"{key}.{name}")
+            same = (held for other, held in self._references.items() if self.reference_paths[other] == path)
+            self._references[name] = next(same, None) or load_reference(path, self.policy, f"{key}.{name}")
         return self._references[name]
 
     @contextmanager

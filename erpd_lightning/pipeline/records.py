@@ -3,7 +3,7 @@
 import hashlib
 import json
 import os
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -155,18 +155,26 @@ def check_files(paths: Iterable[Path], folder: Path) -> None:
             raise UserError(f"{path} was altered or truncated: restore it, or delete {record}, and fit makes it again")
 
 
+def recorded_in(path: Path | str) -> Path | None:
+    """The directory of the finished stage that recorded a policy, None for a policy of no run."""
+    above = Path(path).parent
+    stage = above / "prepare" if Path(path).name == "base" else above
+    return stage if Path(path).is_dir() and (stage / "stage.json").is_file() else None
+
+
 def holds_work(folder: Path) -> bool:
     """Whether an unfinished stage left anything to go on from, and not only the note that it began."""
     return any(path.suffix in (".ckpt", ".parquet", ".safetensors") for path in folder.rglob("*"))
 
 
-def round_summary(folder: Path, number: int, policies: Iterable[str]) -> Record:
+def round_summary(folder: Path, number: int, policies: Sequence[str], sets: Sequence[str] = ()) -> Record:
     """What `summary.json` says of a round, out of the records in its directory.
 
     Args:
         folder: The round's directory.
         number: The round.
         policies: Names of the policies that were evaluated.
+        sets: Names of the evaluation sets.
     """
     stages = ("rollouts", "extreme_region", "unlearned", "scoring", "signal_selection", "distill")
     paths = [folder / stage / "stage.json" for stage in stages]
@@ -174,7 +182,11 @@ def round_summary(folder: Path, number: int, policies: Iterable[str]) -> Record:
     records = [load_record(path) for path in paths if path.is_file()]
     outcomes = {record["stage"]: record["outcome"] for record in records}
     evaluations = {name: load_record(folder / "evaluation" / name / "stage.json") for name in policies}
-    records += evaluations.values()
+    on_sets = {
+        of_set: {name: load_record(folder / "evaluation_sets" / of_set / name / "stage.json") for name in policies}
+        for of_set in sets
+    }
+    records += [record for found in (evaluations, *on_sets.values()) for record in found.values()]
     selection = outcomes.get("signal_selection")
     previewed = 0 if selection is None else selection["rollouts"]
     chosen = {} if selection is None else {"signal": selection["name"], "candidates": selection["candidates"]}
@@ -196,8 +208,13 @@ def round_summary(folder: Path, number: int, policies: Iterable[str]) -> Record:
         "seconds": round(sum(record["seconds"] for record in records), 1),
         "cpu_seconds": round(sum(record["cpu_seconds"] for record in records), 1),
         "warnings": warnings,
-        "policies": {name: record["outcome"] for name, record in evaluations.items()},
+        "policies": _outcomes(evaluations),
+        **({"evaluation_sets": {of_set: _outcomes(found) for of_set, found in on_sets.items()}} if sets else {}),
     }
+
+
+def _outcomes(records: Mapping[str, Record]) -> dict[str, Any]:
+    return {name: record["outcome"] for name, record in records.items()}
 
 
 @rank_zero_only

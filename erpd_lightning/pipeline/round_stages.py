@@ -6,12 +6,10 @@ from pathlib import Path
 from ..data.imports import import_fingerprint
 from ..data.ranks import gathered, started_ranks
 from ..data.rescoring import rescored_store
-from ..data.samples import SAMPLES_FILE
 from ..data.store import MANIFEST, Store
 from ..errors import UserError
 from ..models.policy import policy_fingerprint
 from ..modules.distill import DistillModule
-from ..modules.evaluation import EvaluationWithSamples
 from ..objectives.signal import AutoSignal, Signal, Term
 from ..objectives.tilted_policy import UnreachableBudget
 from .outcome import rollouts_outcome
@@ -175,29 +173,6 @@ class RoundStages:
 
         about = "distilling the signal back into the base policy under the KL budget"
         return self.stages.run("distill", number, folder, about, inputs, body, policy=self.run.student(number))
-
-    def evaluate(self, number: int, inputs: dict[str, str]) -> None:
-        """Measure every policy of the round on fresh samples for held-out prompts."""
-        policies = {**self.run.policies(number), "student": self.run.student(number)}
-        for name, path in policies.items():
-            folder = self.run.round_dir(number) / "evaluation" / name
-
-            def body(path: Path | str = path, folder: Path = folder) -> Record:
-                data = self.run.data(number)
-                references = {"base": str(self.run.student(number - 1)), "first": str(self.run.student(0))}
-                module = EvaluationWithSamples(path, references, folder / SAMPLES_FILE, dtype=self.run.dtype)
-                trainer = self.run.builder.trainer("evaluation", default_root_dir=folder, logger=False)
-                trainer.test(module, datamodule=data, verbose=False)
-                measured = {key.removeprefix("test/"): float(value) for key, value in trainer.callback_metrics.items()}
-                sizes = {
-                    "prompts": len(data.prompt_plan.held_out),
-                    "samples_per_prompt": data.validation_samples,
-                }
-                return {**measured, **sizes}
-
-            about = f"measuring {name} on fresh samples for held-out prompts"
-            prints = {key: inputs[key] for key in ("base", name)}
-            self.stages.run("evaluation", number, folder, about, prints, body, files=[folder / SAMPLES_FILE])
 
 
 def _told(record: Record, lines: list[str]) -> Record:

@@ -12,6 +12,7 @@ from ..errors import UserError
 from ..models.policy import check_dtype, policy_fingerprint
 from ..report.tables import format_summary
 from .base_policy import make_base
+from .evaluation import RoundEvaluation
 from .records import round_summary, write_summary
 from .round_stages import RoundStages
 from .run import Run
@@ -61,12 +62,13 @@ class Rounds(Run):
             dtype=self.dtype,
         )
         self._round_stages = RoundStages(self, self._stages)
+        self._evaluation = RoundEvaluation(self, self._stages)
         check_dtype(self.dtype)
         if self.rounds < 1 or self.checkpoint_every < 1:
             raise UserError(f"rounds ({self.rounds}) and checkpoint_every ({self.checkpoint_every}) must be at least 1")
         if (self.policy is None) == (self.task is None):
             raise UserError("give either policy, the base policy to start from, or task, which makes one")
-        if self.policy is not None and _is_local(self.policy) and not Path(self.policy).is_dir():
+        if self.policy is not None and is_local(self.policy) and not Path(self.policy).is_dir():
             raise UserError(
                 f"policy {self.policy} is missing: a Hugging Face folder or the name of a model on the hub is expected"
             )
@@ -76,6 +78,11 @@ class Rounds(Run):
             raise UserError(
                 "data.iterations is above 1, but a student is distilled from fixed rollouts: "
                 "leave it at 1, or set last_stage to extreme_region"
+            )
+        if unknown := {*(self.evaluation.policies or ())} - {*self.policies(1), "student"}:
+            raise UserError(
+                f"evaluation.policies: no policy is called {', '.join(sorted(unknown))}; "
+                f"there are {', '.join([*self.policies(1), 'student'])}"
             )
         self._check_stage()
 
@@ -120,9 +127,9 @@ class Rounds(Run):
         else:
             student = self._round_stages.extreme_region("extreme_region", "student", number, inputs)
             inputs["student"] = student["outcome"]["policy"]
-        self._round_stages.evaluate(number, inputs)
-        done = range(1, number + 1)
-        write_summary(self.run_dir, [round_summary(self.round_dir(n), n, [*self.policies(n), "student"]) for n in done])
+        self._evaluation.evaluate(number, inputs)
+        done, sets = range(1, number + 1), [*self.evaluation.sets]
+        write_summary(self.run_dir, [round_summary(self.round_dir(n), n, [*self.evaluated(n)], sets) for n in done])
         barrier()
         if self.stage == "evaluation" and (self._stages.ran or self.round == number):
             raise StageOnly
@@ -142,6 +149,6 @@ class Rounds(Run):
         inputs["student"] = student["outcome"]["policy"]
 
 
-def _is_local(policy: str) -> bool:
+def is_local(policy: str) -> bool:
     """Whether the name of a policy can only be that of a folder."""
     return policy.startswith(("/", ".", "~")) or policy.count("/") > 1

@@ -1,11 +1,12 @@
 """A run: its directory, and what was configured of the policies that are made in it."""
 
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
 
 from ..data.arithmetic import Arithmetic
+from ..data.evaluation_sets import Evaluation
 from ..data.rollouts import RolloutDataModule
 from ..modules.distill import DistillModule
 from ..objectives.signal import AutoSignal
@@ -27,6 +28,7 @@ class Run:
             second stage, such as on-policy policy gradients or rejection-sampling fine-tuning.
         dtype: Data type of the weights wherever a policy is loaded, as in `torch`: sampling, scoring, evaluation,
             previews, references and training, for which it has to be float32.
+        evaluation: Which policies are evaluated, and on which sets beside the held-out prompts.
         seed: Seed of all draws.
     """
 
@@ -36,6 +38,7 @@ class Run:
     task: Arithmetic | None = None
     last_stage: str = "distill"
     dtype: str = "float32"
+    evaluation: Evaluation = field(default_factory=Evaluation)
     seed: int = 0
 
     def round_dir(self, number: int) -> Path:
@@ -59,6 +62,12 @@ class Run:
         if self.distils:
             policies |= {name: folder / "teachers" / name / "policy" for name in self.builder.teachers}
         return policies
+
+    def evaluated(self, number: int) -> dict[str, Path | str]:
+        """The policies of a round that are evaluated by name, the student, which always is, last."""
+        asked = self.evaluation.policies
+        made = {name: path for name, path in self.policies(number).items() if asked is None or name in asked}
+        return {**made, "student": self.student(number)}
 
     def check_policies(self, policies: Iterable[Path | str]) -> None:
         """Whether policies of the run, and the prompts of its task, are those that its finished stages recorded.

@@ -11,6 +11,7 @@ import time
 import traceback
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -19,6 +20,7 @@ from lightning.pytorch import Callback, Trainer, seed_everything
 from lightning.pytorch.callbacks import EarlyStopping
 from lightning.pytorch.utilities import rank_zero_only
 
+from .. import __version__
 from ..callbacks import ResumeCheckpoint
 from ..data.arithmetic import Arithmetic
 from ..data.predict_data import PredictToStore
@@ -137,6 +139,7 @@ class Stages:
         body: Callable[[], Record],
         policy: Path | str | None = None,
         files: Sequence[Path] = (),
+        settings: Record | None = None,
     ) -> Record:
         """Skip a stage that is done, or run it and record it.
 
@@ -149,13 +152,15 @@ class Stages:
             body: Does it, and gives its outcome.
             policy: The policy that is there where it is done.
             files: The files that are there where it is done.
+            settings: All that its outcome depends on besides; None for what the configuration says of the stage.
 
         Raises:
             UserError: If the directory was made with other settings or from other inputs, or what the stage made is
                 not there any more as it was.
             StageOnly: If this was the only stage to run.
         """
-        made_with = {"settings": self._settings(stage), "inputs": inputs, "seed": self.seed}
+        settings = self._settings(stage) if settings is None else settings
+        made_with = {"settings": settings, "inputs": inputs, "seed": self.seed}
         made_with = json.loads(json.dumps(made_with, default=str))
         wanted = self.only == stage and self.only_round in (None, number)
         title = f"[round {number}/{self.rounds}] {stage}" if number else f"[base] {stage}"
@@ -193,6 +198,7 @@ class Stages:
             **made_with,
             "seconds": round(time.perf_counter() - wall, 3),
             "cpu_seconds": round(time.process_time() - cpu, 3),
+            "versions": _versions(),
             "outcome": outcome,
             "files": made_files(folder, files),
         }
@@ -208,6 +214,12 @@ class Stages:
             assert self.task is not None
             return {"task": vars(self.task)}
         return self.builder.settings(stage)
+
+
+def _versions() -> dict[str, str]:
+    """Versions of the packages that a result depends on, by name."""
+    found = {name: version(name) for name in ("torch", "lightning", "transformers")}
+    return {"erpd_lightning": __version__, **found}
 
 
 def _missing_metric(error: RuntimeError, trainer: Trainer) -> str | None:

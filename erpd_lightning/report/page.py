@@ -21,17 +21,19 @@ from .plots import accuracy_of_runs
 from .read import Run
 from .run_section import run_section
 from .style import STYLE
+from .tables import SET_COLUMNS, set_rows
 
 MAX_DETAILED_RUNS = 4
 """Number of runs that have a section of their own, which keeps a page below 2 MB."""
 
+SET_HEADING = "Evaluation sets"
 BUDGET_HEADING, PRICE_HEADING = "Budget asked for and spent", "Rollouts per point gained"
 
 
 def page(runs: Sequence[Run]) -> str:
     """HTML page on some runs; the first is the main one, with which the others are compared."""
     title = f"Report on {', '.join(visible(run.name) for run in runs)}"
-    parts = [_overview(runs), _budget_table(runs), _price_table(runs)]
+    parts = [_overview(runs), _set_table(runs), _budget_table(runs), _price_table(runs)]
     parts += [run_section(run) for run in runs[:MAX_DETAILED_RUNS]]
     if len(runs) > MAX_DETAILED_RUNS:
         left = ", ".join(visible(run.name) for run in runs[MAX_DETAILED_RUNS:])
@@ -89,6 +91,22 @@ def _overview(runs: Sequence[Run]) -> str:
     if len(bases) > 1:
         parts.append(note("These runs started from different base policies: their accuracies are not comparable."))
     return "".join(parts)
+
+
+def _set_table(runs: Sequence[Run]) -> str:
+    """Table of the evaluations on sets beside the held-out prompts."""
+    rows = [
+        (run.name, str(entry.number), *(cell or NO_VALUE for cell in cells))
+        for run in runs
+        for entry in run.rounds
+        for cells in set_rows(entry.sets)
+    ]
+    caption = (
+        "k is the number of responses to a prompt. Each set has a sampling of its own, under which no KL is measured: "
+        "that above is of the rollouts' sampling. ± one standard error, with prompts as the sampling unit."
+    )
+    columns = ("run", "round", *SET_COLUMNS)
+    return f"<h2>{SET_HEADING}</h2>{table(SET_HEADING, columns, rows, caption, words=4)}" if rows else ""
 
 
 def _run_table(runs: Sequence[Run]) -> str:

@@ -34,6 +34,19 @@ EVALUATION_KEYS = (
 )
 """Keys of an evaluation that the report needs."""
 
+SET_KEYS = (
+    "avg@k",
+    "avg@k_stderr",
+    "pass@k",
+    "pass@k_stderr",
+    "mean_length",
+    "truncated",
+    "unchecked",
+    "prompts",
+    "samples_per_prompt",
+)
+"""Keys of an evaluation on an evaluation set that the report needs; `majority@k` may be there too."""
+
 POLICY_ORDER = ("base", "teacher", "unlearned")
 """The order of policies; further teachers follow, and the student comes last."""
 
@@ -54,6 +67,7 @@ class Round:
         logs: Log of the stage that trained each policy.
         samples: File of each policy's first responses.
         base: Fingerprint of its base policy.
+        sets: Evaluation of each policy on each evaluation set.
     """
 
     number: int
@@ -65,6 +79,7 @@ class Round:
     logs: Mapping[str, Log]
     samples: Mapping[str, Path]
     base: str | None
+    sets: Mapping[str, Mapping[str, Measured]]
 
 
 @dataclass(frozen=True)
@@ -177,7 +192,12 @@ def _round(number: int, folder: Path, first: str, entry: Any, records: Mapping[P
         counts = [count for count in sampled if count is not None]
         spending = outcomes.get("distill", {}).get("spending", {})
         seconds = sum(record["seconds"] for record in records.values())
+        on_sets: dict[str, dict[str, Any]] = {}
+        for path, record in records.items():
+            if path.parent.parent == folder / "evaluation_sets":
+                on_sets.setdefault(path.parent.name, {})[path.name] = _measured_on_set(record["outcome"])
         entry = {**spending, "policies": evaluated, "rollouts": sum(counts) or None, "seconds": seconds}
+        entry["evaluation_sets"] = on_sets
     based = records.get(folder / "evaluation" / "base", {})
     trained = {first: "extreme_region"}
     if first == "teacher":
@@ -196,11 +216,15 @@ def _round(number: int, folder: Path, first: str, entry: Any, records: Mapping[P
         logs={name: log for name, log in logs.items() if log},
         samples={path.parent.name: path for path in sorted(folder.glob(f"evaluation/*/{SAMPLES_FILE}"))},
         base=based.get("inputs", {}).get("base"),
+        sets={
+            name: {policy: policies[policy] for policy in ordered_policies(policies)}
+            for name, policies in entry.get("evaluation_sets", {}).items()
+        },
     )
 
 
 def _record_files(folder: Path) -> list[Path]:
-    patterns = ("*/stage.json", "teachers/*/stage.json", "evaluation/*/stage.json")
+    patterns = ("*/stage.json", "teachers/*/stage.json", "evaluation/*/stage.json", "evaluation_sets/*/*/stage.json")
     return sorted(path for pattern in patterns for path in folder.glob(pattern))
 
 
@@ -245,6 +269,9 @@ def _summary(content: Any) -> dict[int, Any]:
         _number(entry["seconds"])
         for measured in entry["policies"].values():
             _measured(measured)
+        for policies in entry.get("evaluation_sets", {}).values():
+            for measured in policies.values():
+                _measured_on_set(measured)
     return {_integer(entry["round"]): entry for entry in content["rounds"]}
 
 
@@ -258,12 +285,17 @@ def _record(content: Any) -> Any:
     for value in (outcome.get("rollouts"), spending.get("budget"), spending.get("total_budget")):
         _optional_number(value)
     if content["stage"] == "evaluation":
-        _measured(outcome)
+        (_measured_on_set if "set" in content["settings"] else _measured)(outcome)
     return content
 
 
 def _measured(content: Any) -> Measured:
     return {name: _number(content[name]) for name in EVALUATION_KEYS}
+
+
+def _measured_on_set(content: Any) -> Measured:
+    majority = ("majority@k", "majority@k_stderr") if "majority@k" in content else ()
+    return {name: _number(content[name]) for name in (*SET_KEYS, *majority)}
 
 
 def _checked(content: Any, folder: Path, name: str) -> Measured:

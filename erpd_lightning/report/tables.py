@@ -47,6 +47,9 @@ REPORT_COLUMNS = (
 )
 
 
+SET_COLUMNS = ("set", "policy", "avg@k", "pass@k", "majority@k", "k", "prompts", "length", "truncated", "unchecked")
+
+
 def format_summary(summary: dict[str, Any]) -> str:
     """Table of a `summary.json`: a line for each policy of each round, and the budgets below.
 
@@ -70,7 +73,41 @@ def format_summary(summary: dict[str, Any]) -> str:
                     f"{entry['seconds']:.0f}" if last else "",
                 )
             )
-    return "\n".join([aligned(rows), *(_budget_line(entry) for entry in summary["rounds"])])
+    parts = [aligned(rows), *(_budget_line(entry) for entry in summary["rounds"])]
+    for entry in summary["rounds"]:
+        if sets := entry.get("evaluation_sets"):
+            parts += [f"Round {entry['round']}, evaluation sets, each under its own sampling:", format_sets(sets)]
+    return "\n".join(parts)
+
+
+def format_sets(sets: Mapping[str, Mapping[str, Mapping[str, Any]]]) -> str:
+    """Table of evaluation sets: a line for each policy on each set, with standard errors; length in tokens.
+
+    Args:
+        sets: What was measured, by the names of sets and of policies.
+    """
+    return aligned([SET_COLUMNS, *set_rows(sets)])
+
+
+def set_rows(sets: Mapping[str, Mapping[str, Mapping[str, Any]]]) -> list[tuple[str, ...]]:
+    """The cells of `SET_COLUMNS`; an empty one for what was not measured."""
+    return [
+        (
+            name,
+            policy,
+            *(_with_error(row, key) for key in ("avg@k", "pass@k", "majority@k")),
+            f"{row['samples_per_prompt']:g}",
+            f"{row['prompts']:g}",
+            f"{row['mean_length']:.1f}",
+            *(f"{row[key]:.3f}" for key in ("truncated", "unchecked")),
+        )
+        for name, policies in sets.items()
+        for policy, row in policies.items()
+    ]
+
+
+def _with_error(row: Mapping[str, Any], key: str) -> str:
+    return f"{row[key]:.3f} ± {row[f'{key}_stderr']:.3f}" if key in row else ""
 
 
 def format_preview(previews: Sequence[Mapping[str, Any]], policies: Mapping[str, Mapping[str, Any]]) -> str:

@@ -31,7 +31,7 @@ def test_rounds_take_the_next_prompts(make_data: Callable[..., RolloutDataModule
 def test_every_held_out_prompt_goes_to_one_rank(
     make_data: Callable[..., RolloutDataModule], policy: Path, tmp_path: Path
 ) -> None:
-    data = make_data(validation_prompts=tmp_path / "prompts.jsonl", validation_samples=4, max_validation_prompts=5)
+    data = make_data(validation_prompts=tmp_path / "prompts.jsonl", validation_samples=4, max_evaluation_prompts=5)
 
     def batches(rank: int, world_size: int) -> list[Any]:
         data.trainer = fake_trainer(rank, world_size)

@@ -31,6 +31,7 @@ from support.verifiers import Constant
         "max_tokens",
         "validation_samples",
         "max_validation_prompts",
+        "max_evaluation_prompts",
         "calibration_samples",
     ],
 )

@@ -1,4 +1,7 @@
-"""pass@k and the share of distinct responses, by hand and by enumeration."""
+"""pass@k, majority@k and the share of distinct responses, by hand and by enumeration."""
+
+from collections import Counter
+from itertools import product
 
 import pytest
 import torch
@@ -6,6 +9,7 @@ import torch
 from erpd_lightning.metrics import (
     PassAtK,
     distinct_responses,
+    majority_correct,
     pass_at_k,
 )
 from support import reference
@@ -65,3 +69,43 @@ def test_distinct_responses_by_hand() -> None:
     assert distinct_responses([], torch.zeros(0).long()).tolist() == []
     with pytest.raises(ValueError, match=r"6 responses have 6 prompts, got shape \(5,\)"):
         distinct_responses(responses, prompts[:5])
+
+
+@pytest.mark.parametrize(
+    ("answers", "expected"),
+    [
+        ("4 4 5", 1.0),  # 4 is the correct one
+        ("5 5 4", 0.0),
+        ("5 4", 0.5),  # a tie
+        ("5 6 4", 1 / 3),
+        ("- - 4", 1.0),  # those without an answer have no vote
+        ("- -", 0.0),
+        ("4", 1.0),
+    ],
+)
+def test_majority_by_hand(answers: str, expected: float) -> None:
+    given = [None if answer == "-" else answer for answer in answers.split()]
+    correct = torch.tensor([answer == "4" for answer in given])
+    result = majority_correct(given, correct, torch.zeros(len(given)).long())
+    assert result.dtype == torch.float64
+    assert result.tolist() == pytest.approx([expected], abs=1e-15)
+
+
+def test_majority_is_that_of_each_prompt() -> None:
+    """All votes of five responses among three answers, in one call, against counting."""
+    cases = list(product("ab-", repeat=5))
+    answers = [None if answer == "-" else answer for case in cases for answer in case]
+    prompts = torch.arange(len(cases)).repeat_interleave(5)
+    found = majority_correct(answers, torch.tensor([answer == "a" for answer in answers]), prompts)
+    for case, value in zip(cases, found.tolist(), strict=True):
+        votes = Counter(case)
+        ours, theirs = votes["a"], votes["b"]
+        assert value == (0.5 if ours == theirs > 0 else float(ours > theirs))
+
+
+def test_majority_where_verdicts_on_an_answer_differ() -> None:
+    correct = torch.tensor([True, False, True, True])
+    assert majority_correct(["a", "a", "a", "b"], correct, torch.zeros(4).long()).tolist() == [pytest.approx(2 / 3)]
+    with pytest.raises(ValueError, match=r"3 answers have as many verdicts and prompts, got shapes \(4,\) and \(4,\)"):
+        majority_correct(["a", "a", "a"], correct, torch.zeros(4).long())
+    assert majority_correct([], torch.zeros(0).bool(), torch.zeros(0).long()).tolist() == []

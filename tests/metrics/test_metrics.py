@@ -45,13 +45,16 @@ class Case(NamedTuple):
 
 
 def mean(values: Sequence[float]) -> list[float]:
-    return [sum(values) / len(values)] if values else [math.nan]
+    """The mean and its standard error."""
+    value = sum(values) / len(values)
+    variance = sum((each - value) ** 2 for each in values) / (len(values) - 1)
+    return [value, math.sqrt(variance / len(values))]
 
 
 CASES = {
     "pass@k": Case(
         lambda: PassAtK(3),
-        lambda correct, samples: pass_at_k(correct, samples, 3).mean(),
+        lambda correct, samples: clustered_ratio(pass_at_k(correct, samples, 3), torch.ones(len(correct))),
         lambda data: (data.correct, data.samples),
         lambda data: mean(
             [

@@ -1,6 +1,7 @@
 """Metrics of an evaluation, from its samples and the folders of the policies alone."""
 
-from collections.abc import Callable
+from collections import Counter
+from collections.abc import Callable, Sequence
 from itertools import combinations
 from pathlib import Path
 from typing import Any
@@ -55,7 +56,7 @@ def measured(
     samples = [SAMPLES] * count
     result = {}
     result["pass@1"], result["pass@1_stderr"] = ratio(sums["correct"], samples)
-    result["pass@k"] = float(np.mean([correct > 0 for correct in sums["correct"]]))
+    result["pass@k"], result["pass@k_stderr"] = ratio([correct > 0 for correct in sums["correct"]], [1] * count)
     result["entropy_per_token"] = ratio(sums["entropy"], sums["tokens"])[0]
     result["mean_length"] = ratio(sums["tokens"], samples)[0]
     result["truncated"] = ratio(sums["cut"], samples)[0]
@@ -141,3 +142,30 @@ def test_each_validation_draws_afresh(
     kls = [found["val/kl_per_token"] for found in seen.found]
     assert 0 < kls[0] < kls[1] < kls[2]
     assert "val/pass@1_stderr" in seen.found[0]
+
+
+class LastCharacter(EvenEnd):
+    """Takes the last character for the answer; what ends with a 4 gives none."""
+
+    def final_answers(self, responses: Sequence[str]) -> list[str | None]:
+        return [None if response[-1:] in ("4", "") else response[-1] for response in responses]
+
+
+def test_majority_votes_where_the_verifier_finds_answers(
+    evaluation_data: Callable[..., RolloutDataModule], policies: dict[str, str]
+) -> None:
+    data = evaluation_data(verifier=LastCharacter(), validation_samples=8)
+    trainer = make_trainer()
+    trainer.test(EvaluationModule(policies["student"]), datamodule=data, verbose=False)
+    values = []
+    for group in range(len(PROMPTS)):
+        drawn = data.sampler.drawn[group * 8 :][:8]  # type: ignore[attr-defined]
+        texts = data.tokenizer.batch_decode([response.ids for _, response in drawn], skip_special_tokens=True)
+        votes = Counter(answer for answer in LastCharacter().final_answers(texts) if answer)
+        winners = [answer for answer, count in votes.items() if count == max(votes.values())]
+        values.append(np.mean([EvenEnd.check(answer) == 1 for answer in winners]) if winners else 0)
+    logged = [float(trainer.callback_metrics[f"test/majority@k{suffix}"]) for suffix in ("", "_stderr")]
+    assert 0 < logged[0] < 1
+    assert logged == pytest.approx(ratio(values, [1] * len(values)))
+    trainer.validate(EvaluationModule(policies["student"]), datamodule=data, verbose=False)
+    assert "val/majority@k" not in trainer.callback_metrics

@@ -3,5 +3,6 @@
 from .base import Response, Sampler
 from .server import ServerSampler
 from .transformers import TransformersSampler
+from .truncated import TruncatedSampler
 
-__all__ = ["Response", "Sampler", "ServerSampler", "TransformersSampler"]
+__all__ = ["Response", "Sampler", "ServerSampler", "TransformersSampler", "TruncatedSampler"]

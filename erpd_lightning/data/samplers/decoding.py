@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from ...errors import UserError
+from ..progress import tell_drawn
 from .base import Response
 
 KEPT_SHARE = 0.75
@@ -103,6 +104,7 @@ def decode(next_logps: NextLogps, prompts: Tensor, ends: Collection[int], unifor
     lengths = torch.full((batch,), longest, device=prompts.device)
     ended = torch.zeros(batch, dtype=torch.bool, device=prompts.device)
     rows = torch.arange(batch, device=prompts.device)  # Which response each row in memory is.
+    still_open = batch
     for step in range(longest):
         known = next_logps(ids[:, : width + step])
         tokens = draw_tokens(known, uniforms[rows, step])
@@ -113,12 +115,15 @@ def decode(next_logps: NextLogps, prompts: Tensor, ends: Collection[int], unifor
         ends_now = rows[torch.isin(tokens, end_ids) & ~ended[rows]]
         lengths[ends_now] = step + 1
         ended[ends_now] = True
+        tell_drawn(still_open, len(ends_now))
+        still_open -= len(ends_now)
         left = (~ended[rows]).nonzero()[:, 0]
         if len(left) == 0:
             break
         if len(left) <= KEPT_SHARE * len(rows) and step + 1 < longest:
             rows, ids = rows[left], ids[left]
             next_logps.keep(left)
+    tell_drawn(0, still_open)
     if not logps.isfinite().all():
         raise UserError("the policy gives log-probs that are not finite: its weights are damaged, or have diverged")
     return [

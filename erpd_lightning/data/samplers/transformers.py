@@ -11,7 +11,7 @@ from ...errors import check_at_least
 from ...models.generation import end_tokens
 from ...models.loading import check_tokenizer
 from .base import Response, Sampler
-from .decoding import PolicyReader, TemperedPolicy, decode
+from .decoding import NextLogps, PolicyReader, TemperedPolicy, decode
 
 
 class TransformersSampler(Sampler):
@@ -54,9 +54,13 @@ class TransformersSampler(Sampler):
         with models_in_eval_mode(model):
             for rows, encoded, uniforms in self.batches(model.device, tokenizer, prompts, seed):
                 reader = PolicyReader(model, encoded["attention_mask"], self.max_new_tokens)
-                policy = TemperedPolicy(reader, self.temperature)
-                found.update(zip(rows, decode(policy, encoded["input_ids"], ends, uniforms), strict=True))
+                drawn = decode(self.next_logps(reader), encoded["input_ids"], ends, uniforms)
+                found.update(zip(rows, drawn, strict=True))
         return [found[row] for row in range(len(prompts))]
+
+    def next_logps(self, reader: PolicyReader) -> NextLogps:
+        """What responses are drawn from."""
+        return TemperedPolicy(reader, self.temperature)
 
     def batches(
         self, device: torch.device, tokenizer: Any, prompts: Sequence[Sequence[int]], seed: int

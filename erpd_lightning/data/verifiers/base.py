@@ -52,6 +52,14 @@ class Verifier(ABC):
         """
         return Verdicts(self(responses, answers), {})
 
+    def final_answers(self, responses: Sequence[str]) -> Sequence[str | None] | None:
+        """The final answer that each response gives, for majority votes: equal answers are equal strings.
+
+        None for a response that gives no answer; None in place of all of them, as here, for a verifier that does not
+        look for answers. Two forms of one answer may be two strings, but two answers are never one string.
+        """
+        return None
+
     @property
     def part_names(self) -> list[str]:
         """Names of the parts that `verify` gives; by default none."""

@@ -38,11 +38,25 @@ class ExactMatch(Verifier):
         pairs = [(self.pattern.pattern, *pair) for pair in zip(responses, answers, strict=True)]
         return shared_pool(f"{__name__}:match_answer").map(pairs, self.timeout)
 
+    def final_answers(self, responses: Sequence[str]) -> list[str | None]:
+        """See `Verifier`: what the pattern finds last. None also where that took too long.
+
+        Raises:
+            UserError: If the process that matches does not start.
+        """
+        pairs = [(self.pattern.pattern, response) for response in responses]
+        return shared_pool(f"{__name__}:find_answer").map(pairs, self.timeout)
+
 
 def match_answer(pattern: str, response: str, answer: str) -> float:
     """Whether the last match of a pattern with one group is the answer, apart from space around it."""
-    matches = _compiled(pattern).findall(response)
-    return float(bool(matches) and matches[-1].strip() == answer.strip())
+    return float(find_answer(pattern, response) == answer.strip())
+
+
+def find_answer(pattern: str, response: str) -> str | None:
+    """The last match of a pattern with one group, without space around it; None where there is none."""
+    matches: list[str] = _compiled(pattern).findall(response)
+    return matches[-1].strip() if matches else None
 
 
 @lru_cache(maxsize=16)

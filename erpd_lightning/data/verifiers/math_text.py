@@ -82,6 +82,9 @@ MIXED = re.compile(
     r"(?<![\d./^_\\A-Za-z}])(\d+)(?:\s+(\d+)\s*/\s*(\d+)|\s*\\frac\s*(?:\{\s*(\d+)\s*\}\s*\{\s*(\d+)\s*\}|(\d)(\d)))(?![\d/.^])"
 )
 
+SPACE_AROUND_SIGN = re.compile(r"\s*([^\w\s])\s*")
+"""A sign with the space around it, which says nothing; between two numbers or words it does."""
+
 
 class Unreadable(ValueError):
     """A text that is not understood from end to end."""
@@ -117,6 +120,15 @@ def clean(text: str) -> Cleaned:
     text = REPEATING.sub(_repeating, text)
     text = SCIENTIFIC.sub(lambda m: f"({m.group(1)} \\cdot 10^{{{int(m.group(2))}}})", text)
     return Cleaned(MIXED.sub(_mixed, text), currency)
+
+
+def one_form(answer: str) -> str:
+    """An answer in a form in which others that are written in nearly the same way are the same string."""
+    try:
+        text, currency = clean(answer)
+    except Unreadable:
+        text, currency = answer.strip(), ""
+    return currency + SPACE_AROUND_SIGN.sub(r"\1", text)
 
 
 def _unicode(text: str) -> str:

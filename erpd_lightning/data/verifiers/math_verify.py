@@ -49,3 +49,15 @@ class MathVerify(Verifier):
         found = shared_pool(f"{__package__}.math_check:check").map(distinct, self.timeout)
         verdicts = dict(zip(distinct, found, strict=True))
         return [verdicts[pair] for pair in pairs]
+
+    def final_answers(self, responses: Sequence[str]) -> list[str | None]:
+        """See `Verifier`: notation is made one (Unicode signs, styles, spaces), values are not: 1/2 is not 0.5 here.
+
+        Raises:
+            UserError: If the process that reads does not start.
+        """
+        answers = [final_answer(response, self.require_box) for response in responses]
+        distinct = list(dict.fromkeys(answer for answer in answers if answer is not None))
+        found = shared_pool(f"{__package__}.math_text:one_form").map([(answer,) for answer in distinct], self.timeout)
+        forms = dict(zip(distinct, found, strict=True))
+        return [None if answer is None else forms[answer] for answer in answers]
