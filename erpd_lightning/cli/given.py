@@ -36,9 +36,8 @@ def check_files(args: Sequence[str], keys: Collection[str]) -> None:
         settings = {name: value}
         if name == "config" or name in keys or value.startswith("{"):
             settings = {**settings, **_read(value)}
-        if (
-            isinstance(settings.get(NOT_EMPTY), str) and not settings[NOT_EMPTY].strip()
-        ):  # Parsed, it would be the current directory.
+        given = settings.get(NOT_EMPTY)
+        if isinstance(given, str) and not given.strip():  # Parsed, it would be the current directory.
             raise UserError(f"{NOT_EMPTY} is empty: a directory for all that a run makes is expected")
 
 

@@ -36,6 +36,7 @@ def fake_trainer(rank: int = 0, world_size: int = 1) -> Any:
         is_global_zero=rank == 0,
         current_epoch=0,
         strategy=SimpleNamespace(barrier=lambda *_: None),
+        precision_plugin=SimpleNamespace(predict_step_context=nullcontext),
         accumulate_grad_batches=1,
         limit_train_batches=1.0,
         fast_dev_run=False,
