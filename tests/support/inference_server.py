@@ -169,7 +169,8 @@ class LlamaCpp(Spoken):
         elif fault == "text":
             answer["tokens"] = ["text" for _ in answer["tokens"]]
         elif fault == "outside":
-            answer["completion_probabilities"][-1]["id"] = answer["tokens"][-1] = VOCABULARY_SIZE + 5
+            token = VOCABULARY_SIZE + 5
+            answer |= {"tokens": [token], "completion_probabilities": [{"id": token, "logprob": -1.0}]}
         return answer
 
 

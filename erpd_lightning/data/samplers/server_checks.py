@@ -78,7 +78,6 @@ def check_logps(protocol: ServerProtocol, requests: Requests, draw: Draw, vocabu
     Raises:
         UserError: If they are not.
     """
-
     top = min(protocol.top_count, vocabulary)
 
     def first_logps(temperature: float) -> dict[int, float]:
