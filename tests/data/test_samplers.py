@@ -7,12 +7,13 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+import transformers
 from transformers import GenerationConfig
 
 from erpd_lightning.data.samplers import Response, TransformersSampler
 from erpd_lightning.data.samplers.transformers import models_in_eval_mode
 from erpd_lightning.errors import UserError
-from support.policies import TASK, VOCABULARY_SIZE, build, make_model, token_logps
+from support.policies import SMALL, TASK, VOCABULARY_SIZE, build, make_model, sharpen, token_logps
 
 EOS = 2
 # Of unequal length: sampled together, the shorter ones are padded on the left.
@@ -50,6 +51,16 @@ def test_logps_are_those_of_teacher_forcing(model: Any, tokenizer: Any, temperat
 def test_logps_of_other_architectures(tokenizer: Any, name: str) -> None:
     model, prompts = build(name), PROMPTS * 3
     check_logps(model, prompts, TransformersSampler(12).sample(model, tokenizer, prompts, seed=1), 1.0)
+
+
+def test_states_of_linear_attention_leave_with_their_rows(tokenizer: Any) -> None:
+    torch.manual_seed(0)
+    kinds = {"layer_types": ["conv", "full_attention"], "conv_L_cache": 3, "norm_eps": 1e-6}
+    model = sharpen(transformers.Lfm2ForCausalLM(transformers.Lfm2Config(**SMALL, **kinds)), 6.0)
+    prompts = PROMPTS * 10
+    responses = TransformersSampler(12).sample(model, tokenizer, prompts, seed=1)
+    assert len({len(response.ids) for response in responses}) > 3
+    check_logps(model, prompts, responses, 1.0)
 
 
 @pytest.mark.parametrize("temperature", [1.0, 0.7])

@@ -9,8 +9,9 @@ from typing import Any
 import pytest
 
 from erpd_lightning.data.samplers import Response, ServerSampler, TransformersSampler, protocols, requests
+from erpd_lightning.data.samplers.protocols import llama_cpp
 from erpd_lightning.errors import UserError
-from support.inference_server import EOS, SPOKEN, InferenceServer, logps
+from support.inference_server import EOS, HALF_A_CHARACTER, SPOKEN, InferenceServer, logps
 from support.policies import TASK, save_policy
 
 # Of unequal length; the bigram model goes by the last token alone.
@@ -79,6 +80,7 @@ def test_responses_are_those_of_the_policy(
     server = serve(protocol)
     responses = sample(make(protocol, server, temperature=temperature), policy, tokenizer)
     assert len({tuple(response.ids) for response in responses}) > 10
+    assert any(HALF_A_CHARACTER in response.ids for response in responses)
     assert {response.finish_reason for response in responses} == {"stop", "length"}
     for prompt, response in zip(PROMPTS, responses, strict=True):
         before = [prompt[-1], *response.ids[:-1]]
@@ -87,6 +89,19 @@ def test_responses_are_those_of_the_policy(
         assert response.finish_reason == ("stop" if response.ids[-1] == EOS else "length")
         assert response.finish_reason == "stop" or len(response.ids) == 8
         assert EOS not in response.ids[:-1]
+
+
+def test_logps_of_halves_of_characters() -> None:
+    """Of equal tokens, of which some are not listed, it is not known which are."""
+    aligned = llama_cpp._aligned
+    assert aligned([5, 6, 7], [5, 6, 7]) == {0: 0, 1: 1, 2: 2}
+    assert aligned([5, 7], [5, 9, 7]) == {0: 0, 2: 1}
+    assert aligned([5, 6], [5, 9, 5, 6]) == {3: 1}
+    assert aligned([5, 6], [5, 6, 6]) == {0: 0}
+    assert aligned([6], [9, 6]) == {1: 0}
+    for other in ([8], [7, 5], [5, 6, 7, 7]):
+        with pytest.raises(protocols.AnswerError, match="not those of its response"):
+            aligned(other, [5, 6, 7])
 
 
 def test_a_seed_fixes_what_is_asked(serve: Serve, policy: Path, tokenizer: Any) -> None:

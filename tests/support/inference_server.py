@@ -20,6 +20,9 @@ import numpy as np
 
 VOCABULARY_SIZE = 19
 EOS = 2
+HALF_A_CHARACTER = 9
+"""Token after which a text ends within a character: llama.cpp gives no log-prob of it."""
+
 LOGITS = np.random.default_rng(0).normal(size=(VOCABULARY_SIZE, VOCABULARY_SIZE)) * 2
 
 Fault = Callable[[int, dict[str, Any]], str | None]
@@ -154,6 +157,7 @@ class LlamaCpp(Spoken):
             {**named(token, logp), key: [named(*pair) for pair in each.items()]}
             for token, logp, each in zip(ids, values, top, strict=True)
         ]
+        listed = [each for each in listed if each["id"] != HALF_A_CHARACTER]
         stop = {"stop": "eos", "length": "limit"}[reason]
         return {"tokens": ids, "completion_probabilities": listed, "stop_type": stop, "truncated": False}
 
@@ -163,10 +167,10 @@ class LlamaCpp(Spoken):
         if fault == "no logps":
             del answer["completion_probabilities"]
         elif fault == "text":
-            for each in answer["completion_probabilities"]:
-                each["id"] = "text"
+            answer["tokens"] = ["text" for _ in answer["tokens"]]
         elif fault == "outside":
-            answer["completion_probabilities"][-1]["id"] = VOCABULARY_SIZE + 5
+            token = VOCABULARY_SIZE + 5
+            answer |= {"tokens": [token], "completion_probabilities": [{"id": token, "logprob": -1.0}]}
         return answer
 
 
@@ -221,6 +225,8 @@ class InferenceServer:
         fault = self.fault(number, body)
         prompt, length, temperature, seed, count = self.spoken.asked(body)
         ids = draw(prompt, length, temperature, seed)
+        if "logit_bias" in body:
+            ids = [body["logit_bias"][0][0]]
         told = 1.0 if fault == "raw" else temperature
         values, top = [], []
         for last, token in zip([prompt[-1], *ids], ids, strict=False):

@@ -30,7 +30,7 @@ class NextLogps(Protocol):
 
 
 class PolicyReader:
-    """Logits of a policy on sequences that grow by a token at a time; each token is read once.
+    """Logits of a policy on sequences that grow by a token at a time; each token is read once, if there is a cache.
 
     Args:
         model: The language model.
@@ -66,8 +66,10 @@ class PolicyReader:
     def keep(self, rows: Tensor) -> None:
         """Go on with some of the rows alone."""
         self._mask, self._positions = self._mask[rows], self._positions[rows]
-        if self._cache is not None:
-            self._cache.batch_select_indices(rows)
+        if hasattr(self._cache, "reorder_cache"):  # `batch_select_indices` leaves out the states of linear attention.
+            self._cache.reorder_cache(rows)
+        else:
+            self._cache = None  # All tokens are read again, once.
 
 
 class TemperedPolicy:

@@ -5,6 +5,7 @@ import threading
 import time
 from collections.abc import Callable, Sequence, Set
 from contextlib import suppress
+from functools import partial
 from typing import Any, TypeVar
 
 from ...errors import InvalidArgument, UserError
@@ -14,6 +15,8 @@ from .managed_server import ManagedServer
 from .protocols import AnswerError, Draw, ServerProtocol
 
 T = TypeVar("T")
+Ask = Callable[[dict[str, Any]], Any]
+"""Gives a server's answer to the body of a request."""
 
 FIRST_PAUSE_SECONDS = 0.5
 LONGEST_PAUSE_SECONDS = 30.0
@@ -95,17 +98,20 @@ class Requests:
         """
 
         def one(draw: Draw) -> Response:
-            return self.ask(draw, 0, lambda answer: checked(self.protocol.response(answer), draw, vocabulary, last))
+            def read(answer: Any, ask: Ask) -> Response:
+                return checked(self.protocol.response(answer, draw, ask), draw, vocabulary, last)
+
+            return self.ask(draw, 0, read)
 
         return self._together(one, draws)
 
-    def ask(self, draw: Draw, top: int, read: Callable[[Any], T]) -> T:
+    def ask(self, draw: Draw, top: int, read: Callable[[Any, Ask], T]) -> T:
         """What is read from a server's answer to a request, which is made again where that may help.
 
         Args:
             draw: What to draw.
             top: How many of the most probable tokens are to be listed at each position.
-            read: Reads an answer; an `AnswerError` says what is wrong with it.
+            read: Reads an answer, and may ask the server for more; an `AnswerError` says what is wrong with it.
 
         Raises:
             UserError: If the request keeps failing, or its answer is of no use.
@@ -114,8 +120,9 @@ class Requests:
         avoided: HttpClient | None = None
         for attempt in range(self._retries + 1):
             client = self._least_busy(avoided)
+            ask = partial(client.post, self.protocol.completion_path)
             try:
-                return read(client.post(self.protocol.completion_path, body))
+                return read(ask(body), ask)
             except (ServerError, AnswerError) as error:
                 problem = f"the {self.protocol.name} server at {client.url} {error}"
                 if not error.passing:

@@ -10,6 +10,9 @@ from .protocols import Draw, ServerProtocol
 from .protocols.base import IMPOSSIBLE_LOGP
 from .requests import Requests
 
+DRAWS = 8
+"""A server may list no log-probs with a token that it draws; with one of so many it does."""
+
 MIN_SPREAD = 0.5
 """Nats between the most and the least probable listed token, below which two temperatures cannot be told apart."""
 
@@ -76,8 +79,15 @@ def check_logps(protocol: ServerProtocol, requests: Requests, draw: Draw, vocabu
         UserError: If they are not.
     """
     top = min(protocol.top_count, vocabulary)
-    probe = replace(draw, max_new_tokens=1)
-    at_once = requests.ask(probe, top, protocol.first_logps)
+
+    def first_logps(temperature: float) -> dict[int, float]:
+        for seed in range(DRAWS):
+            probe = replace(draw, max_new_tokens=1, seed=seed, temperature=temperature)
+            if found := requests.ask(probe, top, lambda answer, _: protocol.first_logps(answer)):
+                return found
+        return {}
+
+    at_once = first_logps(draw.temperature)
     listed = {token: logp for token, logp in at_once.items() if math.isfinite(logp) and logp > IMPOSSIBLE_LOGP}
     if len(listed) < top:
         raise UserError(
@@ -88,8 +98,7 @@ def check_logps(protocol: ServerProtocol, requests: Requests, draw: Draw, vocabu
         raise UserError(f"the {protocol.name} server gives log-probs whose probabilities add up to {total:.3g}")
     if draw.temperature == 1.0:
         return  # Raw log-probs are those of the policy.
-    hotter = replace(probe, temperature=2 * draw.temperature)
-    other = requests.ask(hotter, top, protocol.first_logps)
+    other = first_logps(2 * draw.temperature)
     common = sorted(listed.keys() & other.keys(), key=lambda token: listed[token])
     if len(common) < 2 or (spread := listed[common[-1]] - listed[common[0]]) < MIN_SPREAD:
         return

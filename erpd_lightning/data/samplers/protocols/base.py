@@ -2,7 +2,7 @@
 
 import math
 from abc import ABC, abstractmethod
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
@@ -73,8 +73,13 @@ class ServerProtocol(ABC):
         """
 
     @abstractmethod
-    def response(self, answer: Any) -> Response:
+    def response(self, answer: Any, draw: Draw, ask: Callable[[dict[str, Any]], Any]) -> Response:
         """The response that an answer holds.
+
+        Args:
+            answer: The answer.
+            draw: What was to be drawn.
+            ask: Gives the server's answer to the body of a further request, for what this one lacks.
 
         Raises:
             AnswerError: If token ids, log-probs or the reason why it ended are missing.
@@ -82,7 +87,7 @@ class ServerProtocol(ABC):
 
     @abstractmethod
     def first_logps(self, answer: Any) -> dict[int, float]:
-        """Log-probs of the listed tokens at the first position, in nats, by token id.
+        """Log-probs of the listed tokens at the first position, in nats, by token id; none where another draw has them.
 
         Raises:
             AnswerError: If there are none.

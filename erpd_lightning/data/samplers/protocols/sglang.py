@@ -1,5 +1,6 @@
 """`/generate` of SGLang's server."""
 
+from collections.abc import Callable
 from typing import Any
 
 from ..base import Response
@@ -42,7 +43,7 @@ class SGLang(ServerProtocol):
             "stream": False,
         }
 
-    def response(self, answer: Any) -> Response:
+    def response(self, answer: Any, draw: Draw, ask: Callable[[dict[str, Any]], Any]) -> Response:
         """See `ServerProtocol`."""
         answer = _only(answer)
         pairs = entry(answer, "meta_info", "output_token_logprobs")

@@ -1,5 +1,6 @@
 """`/v1/completions` of vLLM's server."""
 
+from collections.abc import Callable
 from typing import Any
 
 from ..base import Response
@@ -43,7 +44,7 @@ class VLLM(ServerProtocol):
         }
         return body if draw.model is None else {"model": draw.model, **body}
 
-    def response(self, answer: Any) -> Response:
+    def response(self, answer: Any, draw: Draw, ask: Callable[[dict[str, Any]], Any]) -> Response:
         """See `ServerProtocol`."""
         choice = _choice(answer)
         ids = token_ids(choice.get("token_ids"), "it takes a vLLM that knows return_token_ids")
