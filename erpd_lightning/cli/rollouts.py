@@ -70,7 +70,7 @@ def _audit_parser() -> ArgumentParser:
 def _import_parser() -> ArgumentParser:
     parser = _parser("import", "Make a rollout store of responses that were generated elsewhere.")
     parser.add_argument("source", metavar="SOURCE", help="JSONL or Parquet file, data set, or rollout store")
-    parser.add_class_arguments(ImportSource, skip={"path", "rewards"})
+    parser.add_class_arguments(ImportSource, skip={"path", "rewards"}, instantiate=False)
     parser.add_function_arguments(import_rollouts, skip={"source", "verifier", "trainer"})
     parser.add_subclass_arguments(
         Verifier, "verifier", required=False, help="checks the responses; without, the recorded scores are the rewards"
@@ -102,7 +102,8 @@ def _stores(path: Path) -> dict[str, list[Path]]:
     if Store.exists(path):
         return {".": [path]}
     found: dict[str, list[Path]] = {}
-    for folder in sorted(path.glob("round-*/rollouts"), key=lambda folder: int(folder.parent.name[6:])):
+    rounds = [folder for folder in path.glob("round-*/rollouts") if folder.parent.name.removeprefix("round-").isdigit()]
+    for folder in sorted(rounds, key=lambda folder: int(folder.parent.name.removeprefix("round-"))):
         stores = [store for store in [folder, *sorted(folder.glob("iteration-*"))] if Store.exists(store)]
         if stores:
             found[str(folder.relative_to(path))] = stores

@@ -89,7 +89,7 @@ class ImportData(PredictToStore):
     def part(self, index: int) -> LogpsPart:
         """See `PredictToStore`: of the responses that come without log-probs, what they are to be asked of."""
         part = self.imported.part(index)
-        prompts = [self._prompt_ids(r.prompt, where) for r, where in zip(part.responses, part.where, strict=True)]
+        prompts = [self._prompt_ids(r.prompt) for r in part.responses]
         responses = [self._response(r) for r in part.responses]
         for each, prompt, response, where in zip(part.responses, prompts, responses, part.where, strict=True):
             self._check(each, prompt, response, where)
@@ -148,16 +148,8 @@ class ImportData(PredictToStore):
             write_recorded(self.path, self.imported, self.batcher.correct_threshold)
         self.trainer.strategy.barrier()
 
-    def _prompt_ids(self, prompt: Any, where: str) -> list[int]:
-        if not is_token_ids(prompt):
-            return tokenize(self.batcher.tokenizer, prompt)
-        outside = next((token for token in prompt if not 0 <= token < self.imported.vocabulary), None)
-        if outside is not None:
-            raise UserError(
-                f"{where}: the prompt has the token id {outside}, but the policy's vocabulary ends at "
-                f"{self.imported.vocabulary - 1}"
-            )
-        return list(prompt)
+    def _prompt_ids(self, prompt: Any) -> list[int]:
+        return list(prompt) if is_token_ids(prompt) else tokenize(self.batcher.tokenizer, prompt)
 
     def _response(self, imported: Imported) -> Response:
         if isinstance(imported.response, str):
@@ -187,8 +179,8 @@ class ImportData(PredictToStore):
 
     def _shown(self, imported: Imported, ids: list[int]) -> Prompt:
         """The prompt as a person would read it."""
-        shown: Any = self.batcher.tokenizer.decode(ids) if is_token_ids(imported.prompt) else imported.prompt
-        return Prompt(shown, imported.answer)
+        shown: Any = imported.prompt_text or imported.prompt
+        return Prompt(self.batcher.tokenizer.decode(ids) if is_token_ids(shown) else shown, imported.answer)
 
 
 @dataclass(frozen=True)

@@ -3,6 +3,7 @@
 import hashlib
 import json
 from abc import ABC, abstractmethod
+from array import array
 from bisect import bisect_right
 from collections.abc import Iterator
 from itertools import accumulate
@@ -68,8 +69,7 @@ class JSONLRows(Rows):
     def __init__(self, path: Path) -> None:
         self.name = str(path)
         self._path = path
-        self._offsets: list[int] = []
-        self._lines: list[int] = []
+        self._offsets, self._lines = array("q"), array("q")
         try:
             with path.open("rb") as file:
                 start = 0
@@ -145,7 +145,8 @@ class DataSetRows(Rows):
 
     def read(self, start: int, stop: int) -> list[dict[str, Any]]:
         """See `Rows`."""
-        return [self._rows[index] for index in range(start, stop)]
+        columns = self._rows[start:stop]
+        return [dict(zip(columns, values, strict=True)) for values in zip(*columns.values(), strict=True)]
 
     @property
     def fingerprint(self) -> str:

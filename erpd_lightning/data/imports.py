@@ -3,7 +3,7 @@
 import hashlib
 import json
 import math
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import asdict, dataclass
 from typing import Any, Literal, NamedTuple
 
@@ -62,7 +62,8 @@ class Imported(NamedTuple):
         logps: Log-probs of the token ids, in nats; None where nobody recorded them.
         reward: The recorded score; None where there is none.
         finish_reason: `stop` or `length`; None where nobody says.
-        text: What the token ids say, by the tokenizer that they were made with; None where nobody says.
+        prompt_text: What the prompt's token ids say; None where nobody says.
+        text: What the response's say by the tokenizer that they were made with; None where nobody says.
     """
 
     prompt: str | list[Message] | list[int]
@@ -71,6 +72,7 @@ class Imported(NamedTuple):
     logps: list[float] | None
     reward: float | None
     finish_reason: str | None
+    prompt_text: str | None
     text: str | None
 
 
@@ -81,6 +83,10 @@ class ImportedRows:
         source: Where they lie.
         vocabulary: Number of tokens that the policy knows.
 
+    Attributes:
+        has_logps: Whether any of them come with log-probs.
+        has_rewards: Whether any of them come with scores.
+
     Raises:
         UserError: Names the row that is broken, or the column that is missing.
     """
@@ -90,29 +96,22 @@ class ImportedRows:
         self.vocabulary = vocabulary
         self.rows = open_rows(source.path)
         self.is_store = isinstance(self.rows, StoreRows)
-        optional = {"logps": source.logps_column, "reward": source.reward_column}
-        optional["finish_reason"] = source.finish_reason_column
-        if self.is_store:
-            self._names = {"prompt": "prompt_ids", "response": "response_ids", "answer": "answer"}
-        else:
-            self._names = {"prompt": source.prompt_column, "response": source.response_column}
-            if source.answer_column in self.rows.columns or source.rewards == "verifier":
-                self._names["answer"] = source.answer_column
-        for name, column in optional.items():
-            if column is not None or name in self.rows.columns:
-                self._names[name] = column or name
-        self._check_columns(self.rows.columns, self.rows.name)
+        self.has_logps = self.has_rewards = False
+        self._names = {
+            "prompt": "prompt_ids" if self.is_store else source.prompt_column,
+            "response": "response_ids" if self.is_store else source.response_column,
+            "answer": source.answer_column,
+            "logps": source.logps_column or "logps",
+            "reward": source.reward_column or "reward",
+            "finish_reason": source.finish_reason_column or "finish_reason",
+        }
+        needed = ["prompt", "response"]
+        if source.answer_column in self.rows.columns or source.rewards == "verifier":
+            needed.append("answer")
+        self._needed = [self._names[name] for name in needed]
+        named = (source.logps_column, source.reward_column, source.finish_reason_column)
+        _check_columns([*self._needed, *filter(None, named)], self.rows.columns, self.rows.name)
         self._survey()
-
-    @property
-    def has_logps(self) -> bool:
-        """Whether log-probs were recorded."""
-        return "logps" in self._names
-
-    @property
-    def has_rewards(self) -> bool:
-        """Whether scores were recorded."""
-        return "reward" in self._names
 
     @property
     def part_count(self) -> int:
@@ -144,6 +143,8 @@ class ImportedRows:
         for number, row in enumerate(self.rows):
             where = self.rows.where(number)
             responses = self._responses(row, where)
+            self.has_logps |= any(response.logps is not None for response in responses)
+            self.has_rewards |= any(response.reward is not None for response in responses)
             key = hashlib.blake2b(json.dumps(responses[0].prompt).encode(), digest_size=16).digest()
             group = numbers.setdefault(key, len(numbers))
             if group == len(answered):
@@ -160,10 +161,14 @@ class ImportedRows:
         self._groups, self._first_samples, self._bounds = np.array(groups), np.array(firsts), bounds
 
     def _responses(self, row: dict[str, Any], where: str) -> list[Imported]:
-        self._check_columns(row, where)
-        value = {name: row[column] for name, column in self._names.items()}
+        _check_columns(self._needed, row, where)
+        value = {name: row.get(column) for name, column in self._names.items()}
         prompt = _prompt(value["prompt"], where)
-        answer = _answer(value.get("answer", ""), where, self._names.get("answer", ""))
+        if is_token_ids(prompt):
+            self._check_ids(prompt, where, self._names["prompt"])
+        answer = ""
+        if self._names["answer"] in self._needed:
+            answer = _answer(value["answer"], where, self._names["answer"])
         several = _is_several(value["response"])
         responses = value["response"] if several else [value["response"]]
         if not responses:
@@ -172,7 +177,7 @@ class ImportedRows:
             value["reward"] = None
         beside = {}
         for name in ("logps", "reward", "finish_reason"):
-            given = value.get(name)
+            given = value[name]
             beside[name] = given if several and given is not None else [given] * len(responses)
             if several and (not isinstance(beside[name], list) or len(beside[name]) != len(responses)):
                 raise UserError(
@@ -184,8 +189,9 @@ class ImportedRows:
                 answer,
                 self._response(response, where),
                 self._logps(logps, response, where),
-                _reward(reward, where, self._names.get("reward", "")),
-                _finish_reason(reason, where, self._names.get("finish_reason", "")),
+                _reward(reward, where, self._names["reward"]),
+                _finish_reason(reason, where, self._names["finish_reason"]),
+                row["prompt"] if self.is_store else None,
                 row["response"] if self.is_store else None,
             )
             for response, logps, reward, reason in zip(responses, *beside.values(), strict=True)
@@ -197,13 +203,16 @@ class ImportedRows:
             return _whole(response, where, column)
         if not is_token_ids(response) or not response:
             raise UserError(f"{where}: {column} must be a text or a list of token ids, not empty, or a list of these")
-        outside = next((token for token in response if not 0 <= token < self.vocabulary), None)
+        self._check_ids(response, where, column)
+        return list(response)
+
+    def _check_ids(self, ids: Iterable[Any], where: str, column: str) -> None:
+        outside = next((token for token in ids if not 0 <= token < self.vocabulary), None)
         if outside is not None:
             raise UserError(
                 f"{where}: {column} has the token id {outside}, but the policy's vocabulary ends at "
                 f"{self.vocabulary - 1}"
             )
-        return list(response)
 
     def _logps(self, logps: Any, response: Any, where: str) -> list[float] | None:
         if logps is None:
@@ -220,11 +229,6 @@ class ImportedRows:
         if not all(-math.inf < logp <= 0 for logp in logps):
             raise UserError(f"{where}: {column} must be log-probs in nats: finite, and not above 0")
         return [float(logp) for logp in logps]
-
-    def _check_columns(self, columns: Any, where: str) -> None:
-        for column in self._names.values():
-            if column not in columns:
-                raise UserError(f"{where} has no column {column!r}: there are {', '.join(columns)}")
 
 
 class ImportedPart(NamedTuple):
@@ -251,6 +255,13 @@ def import_fingerprint(source: ImportSource) -> str:
     """
     settings = {**asdict(source), "path": open_rows(source.path).fingerprint}
     return hashlib.sha256(json.dumps(settings, sort_keys=True).encode()).hexdigest()
+
+
+def _check_columns(expected: Iterable[str], columns: Iterable[str], where: str) -> None:
+    there = list(columns)
+    for column in expected:
+        if column not in there:
+            raise UserError(f"{where} has no column {column!r}: there are {', '.join(there)}")
 
 
 def is_token_ids(value: Any) -> bool:
