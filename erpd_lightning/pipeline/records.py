@@ -14,6 +14,7 @@ from ..budget.search import Measurement
 from ..errors import UserError, first_line
 from ..files import atomic_write, is_altered, seal, sha256_file, write_errors_named
 from ..models.policy import policy_fingerprint
+from ..report.read import LOG_DIGESTS
 
 Record = dict[str, Any]
 
@@ -127,10 +128,17 @@ def check_policy(path: Path | str, folder: Path) -> None:
         )
 
 
-def made_files(folder: Path, made: Iterable[Path]) -> dict[str, str]:
-    """Digests of the files of a stage, by their paths from its directory: those that it made, and its logs."""
-    files = [*made, *folder.glob("metrics/version_*/metrics.csv")]
-    return {os.path.relpath(path, folder): sha256_file(path) for path in sorted(files) if path.is_file()}
+def digests_of(files: Iterable[Path], folder: Path) -> dict[str, str]:
+    """Digests of files by their paths from a folder."""
+    return {os.path.relpath(path, folder): sha256_file(path) for path in sorted(files)}
+
+
+@rank_zero_only
+def write_log_digests(folder: Path) -> None:
+    """Note what the logs of a finished stage hold, for the report; not in its record, since they tell of each kill."""
+    if logs := list(folder.glob("metrics/version_*/metrics.csv")):
+        content = seal({"files": digests_of(logs, folder)})
+        atomic_write(folder / LOG_DIGESTS, json.dumps(content, indent=2) + "\n")
 
 
 def check_files(paths: Iterable[Path], folder: Path) -> None:

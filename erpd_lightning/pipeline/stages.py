@@ -29,7 +29,16 @@ from ..errors import InvalidArgument, UserError
 from ..modules.policy_module import PolicyModule
 from ..modules.training import TrainingModule
 from ..seeds import derive_seed
-from .records import Record, check_files, check_policy, holds_work, made_files, read_record, write_record
+from .records import (
+    Record,
+    check_files,
+    check_policy,
+    digests_of,
+    holds_work,
+    read_record,
+    write_log_digests,
+    write_record,
+)
 
 
 class Builder(Protocol):
@@ -200,8 +209,9 @@ class Stages:
             "cpu_seconds": round(time.process_time() - cpu, 3),
             "versions": _versions(),
             "outcome": outcome,
-            "files": made_files(folder, files),
+            "files": digests_of(files, folder),
         }
+        write_log_digests(folder)
         write_record(folder / "stage.json", record)
         barrier()
         self.ran = True

@@ -47,6 +47,9 @@ SET_KEYS = (
 )
 """Keys of an evaluation on an evaluation set that the report needs; `majority@k` may be there too."""
 
+LOG_DIGESTS = "metrics/digests.json"
+"""Where a finished stage notes the digests of its logs, in its directory."""
+
 POLICY_ORDER = ("base", "teacher", "unlearned")
 """The order of policies; further teachers follow, and the student comes last."""
 
@@ -143,6 +146,8 @@ def read_run(path: Path, name: str) -> Run:
         records = {p.parent: _read_json(p, _record) for p in _record_files(folder)}
         for stage, record in records.items():
             _check_files(stage, record)
+            if (logs := stage / LOG_DIGESTS).is_file():
+                _check_files(stage, _read_json(logs, _files))
         seeds += [record["seed"] for record in records.values()]
         first = "student" if options.get("last_stage") == "extreme_region" else "teacher"
         rounds.append(_round(number, folder, first, entries.get(number), records))
@@ -249,16 +254,21 @@ def _read_json(path: Path, take: Callable[[Any], T]) -> T:
         raise UserError(f"{path} is damaged: it is not what a run writes under that name") from error
 
 
-def _check_files(stage: Path, record: Any) -> None:
-    """Refuse logs and samples that are not those of a finished stage's record; those that are gone are not shown.
+def _check_files(stage: Path, noted: Any) -> None:
+    """Refuse logs and samples that are not those that a finished stage noted; those that are gone are not shown.
 
     Raises:
         UserError: Names the file.
     """
-    for name, digest in record.get("files", {}).items():
+    for name, digest in noted.get("files", {}).items():
         path = stage / name
         if path.is_file() and sha256_file(path) != digest:
-            raise UserError(f"{path} is damaged: it is not the file that {stage / 'stage.json'} recorded")
+            raise UserError(f"{path} is damaged: it was altered since the stage was finished")
+
+
+def _files(content: Any) -> Any:
+    content["files"].items()
+    return content
 
 
 def _summary(content: Any) -> dict[int, Any]:

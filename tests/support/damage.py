@@ -43,7 +43,7 @@ FAULTS = ("misnamed", "traceback", "silent")
 
 COMMANDS = ("fit", "test", "preview", "report")
 
-OUTPUTS = r"(preview\.(json|png)|report\.html|predictions-.*\.jsonl|\.lock)$"
+OUTPUTS = r"(preview\.(json|png)|report\.html|predictions-.*\.jsonl|\.lock|\.tmp)$"
 """Files that nothing reads."""
 
 FOR_PEOPLE = r"config\.yaml$|metrics\.csv$"
