@@ -171,10 +171,10 @@ def draw_target(random_: random.Random, variant: str) -> str:
     return random_.choice(targets)
 
 
-def disturb(folder: Path, kills: int, seed: int) -> list[Killed]:
+def disturb(folder: Path, variants: list[str], kills: int, seed: int) -> list[Killed]:
     """Kill so many runs, the variants in turn; returns what became of them."""
     expected, lengths, told = {}, {}, []
-    for variant in VARIANTS:
+    for variant in variants:
         run_dir = folder / f"undisturbed-{variant.replace(' ', '-')}"
         shutil.rmtree(run_dir, ignore_errors=True)
         lengths[variant] = finish(variant, run_dir)
@@ -182,7 +182,7 @@ def disturb(folder: Path, kills: int, seed: int) -> list[Killed]:
         print(f"{variant}: {lengths[variant]:.0f} s undisturbed", flush=True)
     random_ = random.Random(seed)
     while len(told) < kills:
-        variant = list(VARIANTS)[len(told) % len(VARIANTS)]
+        variant = variants[len(told) % len(variants)]
         number, target = random_.choice(SIGNALS), draw_target(random_, variant)
         run_dir = folder / "killed"
         shutil.rmtree(run_dir, ignore_errors=True)
@@ -206,12 +206,12 @@ def disturb(folder: Path, kills: int, seed: int) -> list[Killed]:
 
 
 def table(told: list[Killed]) -> str:
-    """Counts of each variant, in Markdown."""
+    """Counts of each variant, in Markdown, and of the stages in which runs were killed."""
     lines = [
         "| variant | kills | identical ends | orphans | exit codes | lines on stderr |",
         "|---|---|---|---|---|---|",
     ]
-    for variant in [*VARIANTS, "all"]:
+    for variant in [*dict.fromkeys(one.variant for one in told), "all"]:
         of_it = [one for one in told if variant in (one.variant, "all")]
         codes, spoken = (
             ", ".join(f"{value} ({count})" for value, count in sorted(Counter(values).items()))
@@ -219,18 +219,20 @@ def table(told: list[Killed]) -> str:
         )
         identical, orphans = sum(one.identical for one in of_it), sum(one.orphans for one in of_it)
         lines.append(f"| {variant} | {len(of_it)} | {identical} | {orphans} | {codes} | {spoken} |")
-    return "\n".join(lines)
+    stages = Counter(one.stage.rpartition(" ")[2] for one in told)
+    return "\n".join([*lines, "", ", ".join(f"{stage} ({count})" for stage, count in stages.items())])
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description="Kill runs at random moments, and compare how they end.")
     parser.add_argument("--kills", type=int, default=50)
+    parser.add_argument("--variants", nargs="+", choices=VARIANTS, default=list(VARIANTS))
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--out", type=Path, default=ROOT / "runs" / "kills")
     options = parser.parse_args()
     options.out.mkdir(parents=True, exist_ok=True)
     (options.out / "kills.jsonl").unlink(missing_ok=True)
-    told = disturb(options.out.resolve(), options.kills, options.seed)
+    told = disturb(options.out.resolve(), options.variants, options.kills, options.seed)
     print(table(told))
     if not all(one.identical and not one.orphans for one in told):
         sys.exit(1)

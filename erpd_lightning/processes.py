@@ -8,6 +8,7 @@ import atexit
 import ctypes
 import os
 import signal
+import subprocess
 import sys
 import threading
 import time
@@ -26,6 +27,12 @@ LAUNCHER_VARIABLE = "ERPD_LAUNCHER"
 
 UNWIND_SECONDS = 15
 """How long a process may take to end after a signal: less than SLURM waits before it kills."""
+
+LOOK_SECONDS = 0.1
+"""How often rank zero looks whether the processes that it launched are there."""
+
+FAILING_SECONDS = 1
+"""How long a process that lost its connections may take to be gone: then it was the one that failed."""
 
 TOLD_SECONDS = 10
 """How long another rank waits for rank zero to tell a mistake: as far as their starts may lie apart."""
@@ -112,12 +119,19 @@ class RunProcess:
         self._unwinds = True
         try:
             yield
-            self._await_launched()
+            for process in self._launched():  # It ends with this one: let it finish what it is at.
+                process.wait()
+            self._end_with_launched()
         except BaseException as error:
-            if self.received is None:
-                raise
-            self._tell()
-            raise SystemExit(128 + self.received) from error
+            if self.received is None and not isinstance(error, SystemExit) and self._launched():
+                time.sleep(FAILING_SECONDS)
+                self._end_with_launched()
+            if self.received is not None:
+                self._tell()
+                self._leave(128 + self.received, error)
+            if isinstance(error, SystemExit) and isinstance(error.code, int):
+                self._leave(error.code, error)
+            raise
         finally:
             self._unwinds = self.deferring = False
             if os.getpid() == owner and not self._is_main:
@@ -133,6 +147,8 @@ class RunProcess:
         """
         self._launchers.append(launcher)
         os.environ[LAUNCHER_VARIABLE] = str(os.getpid())
+        if self._is_main and len(self._launchers) == 1:
+            threading.Thread(target=self._watch_launched, daemon=True).start()
 
     def stop(self) -> NoReturn:
         """End the run.
@@ -173,11 +189,38 @@ class RunProcess:
             time.sleep(0.05)
         return False
 
-    def _await_launched(self) -> None:
-        """Let other ranks end what they are at, since they end with this process; one that failed has said why."""
-        processes = [process for launcher in self._launchers for process in getattr(launcher, "procs", [])]
-        if any([process.wait() != 0 for process in processes]):
-            sys.exit(1)
+    def _launched(self) -> "list[subprocess.Popen[Any]]":
+        """The processes that this one launched, by their local rank from 1 on."""
+        return [process for launcher in self._launchers for process in getattr(launcher, "procs", [])]
+
+    def _watch_launched(self) -> None:
+        """Lightning looks every 5 s, and then kills without a line."""
+        while True:
+            self._end_with_launched()
+            time.sleep(LOOK_SECONDS)
+
+    def _end_with_launched(self) -> None:
+        """End at once where a process that this one launched has failed; it has told why, unless it was killed."""
+        for local_rank, process in enumerate(self._launched(), 1):
+            code = process.poll()
+            if not code or self.received is not None:
+                continue
+            if code - 128 in (signal.SIGTERM, signal.SIGINT):
+                self.received = signal.Signals(code - 128)
+                self._exit()
+            if code < 0:
+                name = signal.Signals(-code).name
+                os.write(2, f"rank {local_rank} was ended by {name}: the same command goes on from here\n".encode())
+            os._exit(code if code > 0 else 128 - code)
+
+    def _leave(self, code: int, error: BaseException) -> NoReturn:
+        """End with a code; in order as far as Python goes, but without torch's threads, which may abort the process."""
+        if self._is_main:
+            atexit._run_exitfuncs()
+            sys.stdout.flush()
+            sys.stderr.flush()
+            os._exit(code)
+        raise SystemExit(code) from error
 
     def _install(self) -> dict[int, Any]:
         handlers: dict[int, Callable[[int, Any], None]] = {
@@ -196,9 +239,8 @@ class RunProcess:
         first = self.received is None
         self.received = self.received or signal.Signals(number)
         if first:
-            for launcher in self._launchers:  # Another rank has to hear of it too.
-                for process in getattr(launcher, "procs", []):
-                    process.send_signal(number)
+            for process in self._launched():  # Another rank has to hear of it too.
+                process.send_signal(number)
             if self._launcher is not None:
                 os.kill(self._launcher, number)  # Lightning would kill it, without a line.
         if (number == signal.SIGINT or not self.deferring) and not self._stopping:

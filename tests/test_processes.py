@@ -96,10 +96,13 @@ def test_a_signal_while_a_step_is_made_waits_for_its_end() -> None:
     process = begun("""
 with run_process.unwinding():
     run_process.deferring = True
+    print("begun", flush=True)
     time.sleep(0.5)
     print("saved", flush=True)
     run_process.stop()
 """)
+    assert process.stdout is not None
+    assert process.stdout.readline() == "begun\n"
     process.send_signal(signal.SIGTERM)
     out, told = process.communicate(timeout=20)
     assert (process.returncode, told, out) == (*END[signal.SIGTERM], "saved\n")
@@ -164,16 +167,16 @@ class Launcher:
     procs = []
 with run_process.unwinding():
     run_process.launches(Launcher)
-    child = {BEGIN + "time.sleep(SECONDS); sys.exit(CODE)"!r}
+    child = {BEGIN + "time.sleep(<seconds>); sys.exit(<code>)"!r}
     environment = {{**os.environ, "LOCAL_RANK": "1"}}
     Launcher.procs.append(subprocess.Popen([sys.executable, "-c", child], env=environment))
-    time.sleep(WAIT)
+    time.sleep(<wait>)
 """
 """Rank zero starts rank one, as Lightning does."""
 
 
 def launch(seconds: float, code: int = 0, wait: float = 0) -> str:
-    return LAUNCH.replace("SECONDS", str(seconds)).replace("CODE", str(code)).replace("WAIT", str(wait))
+    return LAUNCH.replace("<seconds>", str(seconds)).replace("<code>", str(code)).replace("<wait>", str(wait))
 
 
 def is_gone(process: int) -> bool:
@@ -194,11 +197,31 @@ def test_a_rank_ends_with_the_one_that_started_it(number: signal.Signals) -> Non
     assert is_gone(child)
 
 
-@pytest.mark.parametrize(("code", "expected"), [(0, 0), (2, 1)])
-def test_rank_zero_waits_for_the_others(code: int, expected: int) -> None:
+@pytest.mark.parametrize("code", [0, 1, 2])
+def test_rank_zero_waits_for_the_others(code: int) -> None:
     before = time.monotonic()
-    assert end(begun(launch(seconds=1, code=code))) == (expected, "")
+    assert end(begun(launch(seconds=1, code=code))) == (code, "")
     assert time.monotonic() - before > 1
+
+
+def test_rank_zero_ends_with_another_that_has_told_a_mistake() -> None:
+    before = time.monotonic()
+    assert end(begun(launch(seconds=0.5, code=2, wait=30))) == (2, "")
+    assert time.monotonic() - before < 5
+
+
+def test_what_fails_for_want_of_another_rank_is_not_told() -> None:
+    """It comes before the other process is gone."""
+    source = launch(seconds=0.5, code=2).replace("time.sleep(0)", "raise RuntimeError('Connection reset by peer')")
+    assert end(begun(source)) == (2, "")
+
+
+def test_rank_zero_says_that_another_was_killed() -> None:
+    process = begun(launch(seconds=30, wait=30))
+    assert process.stdout is not None
+    assert process.stdout.readline() == "begun\n"
+    os.kill(children(process.pid)[0], signal.SIGKILL)
+    assert end(process) == (137, "rank 1 was ended by SIGKILL: the same command goes on from here\n")
 
 
 def test_a_signal_to_a_rank_ends_the_one_that_started_it() -> None:
