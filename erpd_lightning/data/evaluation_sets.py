@@ -15,7 +15,7 @@ from .predict_data import BatchList
 from .prompts import PromptSet
 from .ranks import ranks
 from .rollouts import RolloutDataModule
-from .samplers import TruncatedSampler
+from .samplers import Sampler, TruncatedSampler
 from .settings import settings_of
 from .sources import PromptSource, fingerprint_of
 from .verifiers import Verifier
@@ -60,12 +60,14 @@ class EvaluationSet:
         if self.temperature == 0:
             raise InvalidArgument("temperature", "is 0: it must be above 0; top_k: 1 is greedy decoding")
         check_at_least(1, samples=self.samples, max_prompts=self.max_prompts, max_new_tokens=self.max_new_tokens)
-        self.sampler(1, 1)
+        self.sampler(TruncatedSampler())
 
-    def sampler(self, max_new_tokens: int, batch_size: int) -> TruncatedSampler:
-        """What draws the responses; these arguments where the set does not say, such as those of the rollouts."""
-        longest = self.max_new_tokens or max_new_tokens
-        return TruncatedSampler(longest, self.temperature, batch_size, self.top_p, self.top_k)
+    def sampler(self, rollouts: Sampler) -> TruncatedSampler:
+        """What draws the responses; what the set does not say is that of the rollouts' sampler."""
+        longest = self.max_new_tokens or rollouts.max_new_tokens
+        return TruncatedSampler(
+            longest, self.temperature, rollouts.batch_size, self.top_p, self.top_k, stop=rollouts.stop
+        )
 
 
 @dataclass(frozen=True)
@@ -108,7 +110,7 @@ class EvaluationData(LightningDataModule):
         self.set_name = name
         self.set = evaluation_set
         self.data = data
-        self.sampler = evaluation_set.sampler(data.sampler.max_new_tokens, data.sampler.batch_size)
+        self.sampler = evaluation_set.sampler(data.sampler)
         self.verifier = evaluation_set.verifier or data.verifier
 
     @cached_property

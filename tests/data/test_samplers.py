@@ -121,7 +121,8 @@ def test_the_mode_is_back_after_an_error(model: Any, tokenizer: Any, monkeypatch
 def test_what_is_drawn_beside_a_response_does_not_change_it(model: Any, tokenizer: Any) -> None:
     prompts = PROMPTS * 10
     alone = TransformersSampler(12, batch_size=1).sample(model, tokenizer, prompts, seed=1)
-    for settings in ({}, {"batch_size": 7}, {"max_cache_tokens": 60}):
+    ways: list[dict[str, Any]] = [{}, {"batch_size": 7}, {"max_cache_tokens": 60}]
+    for settings in ways:
         together = TransformersSampler(12, **settings).sample(model, tokenizer, prompts, seed=1)
         assert [response.ids for response in together] == [response.ids for response in alone]
 
@@ -129,6 +130,7 @@ def test_what_is_drawn_beside_a_response_does_not_change_it(model: Any, tokenize
 def test_responses_that_have_ended_cost_nothing(model: Any, tokenizer: Any) -> None:
     rows = []
     model.register_forward_pre_hook(lambda _, __, kwargs: rows.append(len(kwargs["input_ids"])), with_kwargs=True)
+    model.generation_config.eos_token_id = [EOS, 5]  # Seldom is the one of them said, often the other.
     responses = TransformersSampler(40).sample(model, tokenizer, PROMPTS * 20, seed=1)
     lengths = [len(response.ids) for response in responses]
     assert len(rows) == max(lengths)
@@ -150,7 +152,8 @@ def test_prompts_are_run_with_those_of_similar_length_within_memory(model: Any, 
 
 def test_how_much_memory_is_taken_is_no_setting_of_responses() -> None:
     assert TransformersSampler(5, max_cache_tokens=9).settings() == TransformersSampler(5).settings()
-    assert TransformersSampler(5).settings() == {"max_new_tokens": 5, "temperature": 1.0, "batch_size": 256}
+    expected = {"max_new_tokens": 5, "temperature": 1.0, "batch_size": 256, "stop": []}
+    assert TransformersSampler(5).settings() == expected
 
 
 def test_logps_that_are_not_finite(model: Any, tokenizer: Any) -> None:
@@ -224,3 +227,29 @@ def test_training_mode_is_restored_where_sampling_fails(model: Any, tokenizer: A
         assert not model.training
         raise KeyError
     assert model.training
+
+
+# Stop strings
+
+
+@pytest.mark.parametrize("stop", [["7"], ["1", "23"], ["nothing of the kind"]])
+def test_a_response_ends_where_it_says_a_stop_string(model: Any, tokenizer: Any, stop: list[str]) -> None:
+    """The same draws, cut behind the first stop string that the response itself says."""
+    prompts = [tokenizer(text).input_ids for text in ("1+7", "2*2", "17")] * 20
+    plain = TransformersSampler(10).sample(model, tokenizer, prompts, seed=3)
+    stopped = TransformersSampler(10, stop=stop).sample(model, tokenizer, prompts, seed=3)
+    cut = 0
+    for whole, response in zip(plain, stopped, strict=True):
+        texts = [tokenizer.decode(whole.ids[: n + 1]) for n in range(len(whole.ids))]
+        end = next((n + 1 for n, text in enumerate(texts) if any(each in text for each in stop)), None)
+        cut += end is not None and end < len(whole.ids)
+        assert response.ids == whole.ids[:end]
+        assert response.logps == pytest.approx(whole.logps[:end], abs=1e-6)
+        assert response.finish_reason == (whole.finish_reason if end is None else "stop")
+    assert (cut > 10) == ("7" in stop or "1" in stop)
+
+
+@pytest.mark.parametrize("stop", ["\n", ["a", ""]])
+def test_stop_strings_that_are_none(stop: Any) -> None:
+    with pytest.raises(UserError, match=r"^stop is .*: a list of strings is expected, none of them empty"):
+        TransformersSampler(stop=stop)

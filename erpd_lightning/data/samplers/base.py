@@ -31,6 +31,8 @@ class Sampler(ABC):
         max_new_tokens: Longest response in tokens.
         temperature: What the logits are divided by; the stored log-probs are those of the tempered policy.
         batch_size: Responses that are drawn at a time.
+        stop: Strings that end a response where it says them, for policies that do not end their turns themselves, such
+            as base models. They are part of the response.
 
     Attributes:
         needs_model: Whether `sample` draws from the language model that it is given, whose log-probs are then the
@@ -43,10 +45,15 @@ class Sampler(ABC):
     needs_model: ClassVar[bool] = True
     operational_arguments: ClassVar[frozenset[str]] = frozenset()
 
-    def __init__(self, max_new_tokens: int = 256, temperature: float = 1.0, batch_size: int = 256) -> None:
+    def __init__(
+        self, max_new_tokens: int = 256, temperature: float = 1.0, batch_size: int = 256, stop: Sequence[str] = ()
+    ) -> None:
         check_at_least(1, max_new_tokens=max_new_tokens, batch_size=batch_size)
         if not 0 < temperature < float("inf"):
             raise InvalidArgument("temperature", f"is {temperature}: it must be above 0")
+        if isinstance(stop, str) or not all(stop):
+            raise InvalidArgument("stop", f"is {stop!r}: a list of strings is expected, none of them empty")
+        self.stop = list(stop)
         self.max_new_tokens = max_new_tokens
         self.temperature = temperature
         self.batch_size = batch_size

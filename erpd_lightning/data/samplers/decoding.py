@@ -5,7 +5,7 @@ its own random numbers, whichever others are beside it.
 """
 
 import inspect
-from collections.abc import Collection
+from collections.abc import Collection, Sequence
 from typing import Any, Protocol
 
 import torch
@@ -86,7 +86,33 @@ class TemperedPolicy:
         return (logits if self._temperature == 1.0 else logits / self._temperature).log_softmax(-1)
 
 
-def decode(next_logps: NextLogps, prompts: Tensor, ends: Collection[int], uniforms: Tensor) -> list[Response]:
+class StopStrings:
+    """Tells which responses have just said one of some strings.
+
+    Args:
+        tokenizer: The policy's tokenizer.
+        strings: The strings, none of them empty.
+    """
+
+    def __init__(self, tokenizer: Any, strings: Sequence[str]) -> None:
+        self._tokenizer = tokenizer
+        self._strings = strings
+        # A token is at least a byte; what the first one of a piece says can depend on what stood before it.
+        self._window = max((len(each.encode()) for each in strings), default=0) + 2
+
+    def __call__(self, responses: Tensor) -> Tensor:
+        """Whether the last tokens of each response, `(B, t)` ids, say one, `(B,)`; to be asked after every token."""
+        ended = torch.zeros(len(responses), dtype=torch.bool, device=responses.device)
+        if not self._strings:
+            return ended
+        texts = self._tokenizer.batch_decode(responses[:, -self._window :], clean_up_tokenization_spaces=False)
+        said = [any(each in text for each in self._strings) for text in texts]
+        return torch.tensor(said, device=responses.device)
+
+
+def decode(
+    next_logps: NextLogps, prompts: Tensor, ends: Collection[int], uniforms: Tensor, stops: StopStrings
+) -> list[Response]:
     """One response to each prompt.
 
     Args:
@@ -94,6 +120,7 @@ def decode(next_logps: NextLogps, prompts: Tensor, ends: Collection[int], unifor
         prompts: `(B, L)` token ids, padded on the left.
         ends: Tokens that end a response.
         uniforms: `(B, T)` random numbers from 0 to 1, float64: one for each token that a response may have.
+        stops: Tells which responses have come to an end otherwise.
 
     Raises:
         UserError: If log-probs are not finite.
@@ -114,7 +141,8 @@ def decode(next_logps: NextLogps, prompts: Tensor, ends: Collection[int], unifor
         drawn[rows, step] = tokens
         logps[rows, step] = known.gather(1, tokens[:, None])[:, 0]
         # A row that has ended goes on until the others are copied together; what it then says does not count.
-        ends_now = rows[torch.isin(tokens, end_ids) & ~ended[rows]]
+        says_end = torch.isin(tokens, end_ids) | stops(ids[:, width : width + step + 1])
+        ends_now = rows[says_end & ~ended[rows]]
         lengths[ends_now] = step + 1
         ended[ends_now] = True
         tell_drawn(still_open, len(ends_now))

@@ -11,7 +11,7 @@ from ...objectives.divergences import entropy, exact_kl
 from ...objectives.signal import Signal
 from ...objectives.tilted_policy import LOG_ZERO, tilt
 from .base import Response, Sampler
-from .decoding import PolicyReader, decode
+from .decoding import PolicyReader, StopStrings, decode
 from .transformers import TransformersSampler, models_in_eval_mode
 
 
@@ -43,7 +43,7 @@ class TiltedSampler:
 
     def __init__(self, sampler: Sampler, signal: Signal, beta: float) -> None:
         self.temperature = sampler.temperature
-        self.sampler = TransformersSampler(sampler.max_new_tokens, batch_size=sampler.batch_size)
+        self.sampler = TransformersSampler(sampler.max_new_tokens, batch_size=sampler.batch_size, stop=sampler.stop)
         self.signal = signal
         self.beta = beta
 
@@ -65,13 +65,14 @@ class TiltedSampler:
         read = {name: models[name] for name in ("base", *self.signal.policies)}
         base = models["base"]
         ends = end_tokens(tokenizer, base.generation_config.eos_token_id)
+        stops = StopStrings(tokenizer, self.sampler.stop)
         found: dict[int, TiltedResponse] = {}
         with models_in_eval_mode(*read.values()):
             for rows, encoded, uniforms in self.sampler.batches(base.device, tokenizer, prompts, seed):
                 mask, longest = encoded["attention_mask"], self.sampler.max_new_tokens
                 readers = {name: PolicyReader(model, mask, longest) for name, model in read.items()}
                 target = _Target(readers, self.temperature, self.signal, self.beta, uniforms)
-                responses = decode(target, encoded["input_ids"], ends, uniforms)
+                responses = decode(target, encoded["input_ids"], ends, uniforms, stops)
                 for row, response, kl, own in zip(rows, responses, *target.spent(), strict=True):
                     length = len(response.ids)
                     found[row] = TiltedResponse(response, kl[:length], own[:length])

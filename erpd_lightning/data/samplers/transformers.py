@@ -11,7 +11,7 @@ from ...errors import check_at_least
 from ...models.generation import end_tokens
 from ...models.loading import check_tokenizer
 from .base import Response, Sampler
-from .decoding import NextLogps, PolicyReader, TemperedPolicy, decode
+from .decoding import NextLogps, PolicyReader, StopStrings, TemperedPolicy, decode
 
 
 class TransformersSampler(Sampler):
@@ -25,6 +25,7 @@ class TransformersSampler(Sampler):
         batch_size: Responses that are drawn, and stored, at a time.
         max_cache_tokens: Tokens of prompts and responses whose keys and values may be in memory at a time; with longer
             responses fewer are drawn together. It changes no response but by rounding.
+        stop: Strings that end a response where it says them; they are part of it.
     """
 
     operational_arguments = frozenset({"max_cache_tokens"})
@@ -35,8 +36,9 @@ class TransformersSampler(Sampler):
         temperature: float = 1.0,
         batch_size: int = 256,
         max_cache_tokens: int = 131_072,
+        stop: Sequence[str] = (),
     ) -> None:
-        super().__init__(max_new_tokens, temperature, batch_size)
+        super().__init__(max_new_tokens, temperature, batch_size, stop)
         check_at_least(1, max_cache_tokens=max_cache_tokens)
         self.max_cache_tokens = max_cache_tokens
 
@@ -50,11 +52,12 @@ class TransformersSampler(Sampler):
         """
         check_tokenizer(tokenizer, model)
         ends = end_tokens(tokenizer, model.generation_config.eos_token_id)
+        stops = StopStrings(tokenizer, self.stop)
         found: dict[int, Response] = {}
         with models_in_eval_mode(model):
             for rows, encoded, uniforms in self.batches(model.device, tokenizer, prompts, seed):
                 reader = PolicyReader(model, encoded["attention_mask"], self.max_new_tokens)
-                drawn = decode(self.next_logps(reader), encoded["input_ids"], ends, uniforms)
+                drawn = decode(self.next_logps(reader), encoded["input_ids"], ends, uniforms, stops)
                 found.update(zip(rows, drawn, strict=True))
         return [found[row] for row in range(len(prompts))]
 

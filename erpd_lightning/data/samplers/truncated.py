@@ -1,5 +1,6 @@
 """Sampling from the likeliest tokens alone, by top-k and top-p."""
 
+from collections.abc import Sequence
 from typing import Any
 
 from torch import Tensor
@@ -20,6 +21,7 @@ class TruncatedSampler(TransformersSampler):
         batch_size: Responses that are drawn at a time.
         top_p: Probability of the likeliest tokens that are drawn from, at least; 1 for all tokens.
         top_k: Number of the likeliest tokens that are drawn from; 0 for all tokens, 1 for greedy decoding.
+        stop: Strings that end a response where it says them; they are part of it.
 
     Raises:
         InvalidArgument: For a value out of range.
@@ -32,8 +34,9 @@ class TruncatedSampler(TransformersSampler):
         batch_size: int = 256,
         top_p: float = 1.0,
         top_k: int = 0,
+        stop: Sequence[str] = (),
     ) -> None:
-        super().__init__(max_new_tokens, temperature, batch_size)
+        super().__init__(max_new_tokens, temperature, batch_size, stop=stop)
         if not 0 < top_p <= 1:
             raise InvalidArgument("top_p", f"is {top_p}: it must be above 0 and at most 1")
         check_at_least(0, top_k=top_k)
