@@ -1,5 +1,6 @@
 """Trainers for tests: a quiet one, and as much of one as predictions and data loaders ask for."""
 
+from contextlib import nullcontext
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
