@@ -115,7 +115,7 @@ def test_chats_are_prompts_too(importer: Make, policy: Path) -> None:
         run(importer([{"prompt": messages, "response": "2", "answer": "2"}]), policy)
 
 
-SCORED = [
+SCORED: list[dict[str, Any]] = [
     {"prompt": "1+1:", "response": ["2", "3", "9", "4"], "answer": "2", "reward": [1.0, 1, 0.0, None]},
     {"prompt": "1-1:", "response": ["0", "5"], "answer": "0", "reward": [False, 0]},
 ]
