@@ -29,7 +29,7 @@ class ImportSource:
         prompt_column: Prompts: texts, lists of chat messages, or token ids.
         response_column: Responses: texts, or token ids with the one that ended them. A text ends with the tokenizer's
             end of sequence, unless its finish reason is `length`.
-        answer_column: Answers to check responses against.
+        answer_column: Answers to check responses against; not needed where the rewards are the recorded ones.
         logps_column: Log-probs of the response's tokens, in nats, under what they were drawn from; of token ids alone.
             None for `logps` where there is such a column.
         reward_column: Scores: numbers, or null. None for `reward` where there is such a column.
@@ -106,7 +106,8 @@ class ImportedRows:
             "finish_reason": source.finish_reason_column or "finish_reason",
         }
         needed = ["prompt", "response"]
-        if source.answer_column in self.rows.columns or source.rewards == "verifier":
+        is_named = source.answer_column != ImportSource.answer_column
+        if is_named or source.answer_column in self.rows.columns or source.rewards == "verifier":
             needed.append("answer")
         self._needed = [self._names[name] for name in needed]
         named = (source.logps_column, source.reward_column, source.finish_reason_column)

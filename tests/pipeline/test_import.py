@@ -18,10 +18,10 @@ GROUP_SIZE = 8
 @pytest.fixture(scope="module")
 def responses(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """More than fit in a part, as token ids with log-probs of nobody's, and scores that are wrong for one prompt."""
-    rng, tokenizer = random.Random(0), Arithmetic(operations=1).tokenizer()
+    rng, tokenizer = random.Random(0), Arithmetic().tokenizer()
     rows = []
-    for number in range(PROMPTS):
-        left, right = rng.randrange(10), rng.randrange(10)
+    for number, both in enumerate(rng.sample(range(100), PROMPTS)):
+        left, right = divmod(both, 10)
         prompt, answer = f"{left}+{right}:", (left + right) % 10
         results = [rng.choice([answer, (answer + 1) % 10]) for _ in range(GROUP_SIZE)]
         ids = [[*tokenizer(f"{left}+{right}={result}").input_ids, 2] for result in results]
