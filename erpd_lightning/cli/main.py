@@ -148,7 +148,7 @@ class ERPDCLI(LightningCLI):
         except OSError as error:
             raise UserError(f"run_dir {run_dir} cannot be used: {error.strerror}") from error
         # The other ranks are started by rank zero, or together with it.
-        with write_errors_named(run_dir), lock_run_directory(run_dir) if started_rank() == 0 else nullcontext():
+        with write_errors_named(run_dir), lock_run_directory(run_dir) if self.trainer.is_global_zero else nullcontext():
             self._run_chain(run_dir / "config.yaml")
 
     def _run_chain(self, written: Path) -> None:
