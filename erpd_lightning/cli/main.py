@@ -26,7 +26,7 @@ from ..pipeline.evaluate import CommandTrainer
 from ..pipeline.lock import lock_run_directory
 from ..pipeline.rounds import Rounds, is_local
 from ..pipeline.stages import say, teacher_stage
-from ..processes import run_process, started_rank
+from ..processes import run_process
 from ..seeds import derive_seed
 from .config import ConfigBuilder
 from .errors import rejected_value, unknown_option, with_key
@@ -156,7 +156,7 @@ class ERPDCLI(LightningCLI):
         except OSError as error:
             raise UserError(f"run_dir {run_dir} cannot be used: {error.strerror}") from error
         # The other ranks are started by rank zero, or together with it.
-        with write_errors_named(run_dir), lock_run_directory(run_dir) if started_rank() == 0 else nullcontext():
+        with write_errors_named(run_dir), lock_run_directory(run_dir) if self.trainer.is_global_zero else nullcontext():
             self._run_chain(run_dir / "config.yaml", read)
 
     def _run_chain(self, written: Path, read: list[ReadPrompts]) -> None:

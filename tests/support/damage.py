@@ -126,12 +126,16 @@ def verdict(case: Case, run_dir: Path, result: Result, expected: Result, origina
         return "traceback"
     if result.code == 2:
         _, _, message = result.output.rpartition("error: ")
-        named = str(path) in message or str(path.parent) in message or str(path.parent.parent) in message
+        folders = [folder for folder in path.parents if run_dir in folder.parents]
+        named = any(str(each) in message for each in [path, *folders[:2]])
+        named |= case.file == "config.yaml"  # Of a configuration the key is named that is wrong.
         return "refused" if named and len(message.strip().splitlines()) <= 2 else "misnamed"
-    restored = path.is_file() and (
-        path.read_bytes() == original or (case.command == "fit" and case.file in result.made)
-    )
-    if result.made == expected.made:
+    restored = path.is_file() and path.read_bytes() == original
+    same = result.made == expected.made
+    if case.command == "fit" and case.file in expected.made:
+        restored = restored or result.made.get(case.file) == expected.made[case.file]
+        same = same or {**result.made, case.file: ""} == {**expected.made, case.file: ""}
+    if same:
         if restored or case.command != "fit":
             return "repaired" if restored else "not read"
         harmless = [OUTPUTS, FOR_PEOPLE, OF_UNFINISHED_STAGES] if path_is_finished(path, run_dir) else [OUTPUTS]
