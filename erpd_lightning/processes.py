@@ -216,9 +216,9 @@ class RunProcess:
             if code < 0:
                 name = signal.Signals(-code).name
                 os.write(2, f"rank {local_rank} was ended by {name}: the same command goes on from here\n".encode())
-                os._exit(128 - code)
+                self._exit_with(128 - code)
             if code == 2:
-                os._exit(2)
+                self._exit_with(2)
 
     def _leave(self, code: int, error: BaseException) -> NoReturn:
         """End with a code; in order as far as Python goes, but without torch's threads, which may abort the process."""
@@ -226,7 +226,7 @@ class RunProcess:
             atexit._run_exitfuncs()
             sys.stdout.flush()
             sys.stderr.flush()
-            os._exit(code)
+            self._exit_with(code)
         raise SystemExit(code) from error
 
     def _install(self) -> dict[int, Any]:
@@ -262,7 +262,13 @@ class RunProcess:
         """End at once: where there is nothing to unwind, or unwinding takes too long."""
         assert self.received is not None
         self._tell()
-        os._exit(128 + self.received)
+        self._exit_with(128 + self.received)
+
+    def _exit_with(self, code: int) -> NoReturn:
+        """End at once. What it launched goes first, before torch prints there that a connection is lost."""
+        for process in self._launched():
+            process.kill()
+        os._exit(code)
 
     def _tell(self) -> None:
         if self.received is not None and not self._told and started_rank() == 0:
