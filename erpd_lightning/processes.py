@@ -5,6 +5,7 @@ talk to other ranks inside the handler, where they may meet another rank's colle
 """
 
 import atexit
+import contextlib
 import ctypes
 import os
 import signal
@@ -13,7 +14,6 @@ import sys
 import threading
 import time
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -105,7 +105,7 @@ class RunProcess:
         else:
             self._rank_zero = _rank_zero_beside()
 
-    @contextmanager
+    @contextlib.contextmanager
     def unwinding(self) -> Iterator[None]:
         """A signal unwinds this block, which then ends in a line and an exit code; elsewhere it ends the process.
 
@@ -122,6 +122,8 @@ class RunProcess:
             for process in self._launched():  # It ends with this one: let it finish what it is at.
                 process.wait()
             self._end_with_launched()
+            if any(process.returncode for process in self._launched()):
+                sys.exit(1)
         except BaseException as error:
             if self.received is None and not isinstance(error, SystemExit) and self._launched():
                 time.sleep(FAILING_SECONDS)
@@ -200,7 +202,10 @@ class RunProcess:
             time.sleep(LOOK_SECONDS)
 
     def _end_with_launched(self) -> None:
-        """End at once where a process that this one launched has failed; it has told why, unless it was killed."""
+        """End at once where a process that this one launched was killed, or has told why it ended.
+
+        One that failed otherwise may have done so because this one fails, which has the better traceback.
+        """
         for local_rank, process in enumerate(self._launched(), 1):
             code = process.poll()
             if not code or self.received is not None:
@@ -211,7 +216,9 @@ class RunProcess:
             if code < 0:
                 name = signal.Signals(-code).name
                 os.write(2, f"rank {local_rank} was ended by {name}: the same command goes on from here\n".encode())
-            os._exit(code if code > 0 else 128 - code)
+                self._exit_with(128 - code)
+            if code == 2:
+                self._exit_with(2)
 
     def _leave(self, code: int, error: BaseException) -> NoReturn:
         """End with a code; in order as far as Python goes, but without torch's threads, which may abort the process."""
@@ -219,7 +226,7 @@ class RunProcess:
             atexit._run_exitfuncs()
             sys.stdout.flush()
             sys.stderr.flush()
-            os._exit(code)
+            self._exit_with(code)
         raise SystemExit(code) from error
 
     def _install(self) -> dict[int, Any]:
@@ -242,7 +249,8 @@ class RunProcess:
             for process in self._launched():  # Another rank has to hear of it too.
                 process.send_signal(number)
             if self._launcher is not None:
-                os.kill(self._launcher, number)  # Lightning would kill it, without a line.
+                with contextlib.suppress(ProcessLookupError):
+                    os.kill(self._launcher, number)
         if (number == signal.SIGINT or not self.deferring) and not self._stopping:
             self.stop()
 
@@ -254,7 +262,13 @@ class RunProcess:
         """End at once: where there is nothing to unwind, or unwinding takes too long."""
         assert self.received is not None
         self._tell()
-        os._exit(128 + self.received)
+        self._exit_with(128 + self.received)
+
+    def _exit_with(self, code: int) -> NoReturn:
+        """End at once. What it launched goes first, before torch prints there that a connection is lost."""
+        for process in self._launched():
+            process.kill()
+        os._exit(code)
 
     def _tell(self) -> None:
         if self.received is not None and not self._told and started_rank() == 0:

@@ -216,6 +216,12 @@ def test_what_fails_for_want_of_another_rank_is_not_told() -> None:
     assert end(begun(source)) == (2, "")
 
 
+def test_what_fails_beside_another_rank_is_told() -> None:
+    source = launch(seconds=0.5, code=1).replace("time.sleep(0)", "raise RuntimeError('out of memory')")
+    code, told = end(begun(source))
+    assert (code, told.splitlines()[-1]) == (1, "RuntimeError: out of memory")
+
+
 def test_rank_zero_says_that_another_was_killed() -> None:
     process = begun(launch(seconds=30, wait=30))
     assert process.stdout is not None
