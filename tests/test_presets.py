@@ -14,7 +14,6 @@ from erpd_lightning.cli.main import main
 from erpd_lightning.data.verifiers import MathVerify
 from erpd_lightning.pipeline.rounds import Rounds
 from support.chain import DEMO
-from support.policies import sharpen
 
 TEMPLATE = (
     "{% for m in messages %}<|im_start|>{{ m.role }}\n{{ m.content }}<|im_end|>\n{% endfor %}"
@@ -32,16 +31,19 @@ SMALL: dict[str, Any] = {
     "data.max_validation_prompts": 2,
     "data.calibration_prompts": 2,
     "data.sampler.max_new_tokens": 4,
-    "data.verifier": "support.verifiers.Short",
+    "data.verifier": "support.verifiers.Parity",
+    "extreme_region.learning_rate": 0.003,
+    "extreme_region.warmup_steps": 0,
+    "distill.warmup_steps": 0,
     "extreme_region_trainer.max_epochs": 1,
     "unlearned_trainer.max_epochs": 1,
     "distill_trainer.max_epochs": 1,
-    "distill.kl_budget": 0.001,
+    "distill.kl_budget": 0.01,
     "trainer.accelerator": "cpu",
     "trainer.precision": "32-true",
     "trainer.enable_progress_bar": False,
 }
-"""What makes a preset short; what is verified, when nothing is ever correct, is the length."""
+"""What makes a preset short, and a policy of a few thousand parameters learn; of it nothing is ever correct."""
 
 
 @pytest.fixture(scope="module")
@@ -54,10 +56,7 @@ def policy(tmp_path_factory: pytest.TempPathFactory) -> Path:
     backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     backend.decoder = decoders.ByteLevel()
     tokenizer = transformers.PreTrainedTokenizerFast(
-        tokenizer_object=backend,
-        pad_token=special[0],
-        eos_token=special[2],
-        additional_special_tokens=special[1:2],
+        tokenizer_object=backend, pad_token=special[0], eos_token=special[2]
     )
     tokenizer.chat_template = TEMPLATE
     tokenizer.save_pretrained(folder)
@@ -74,7 +73,7 @@ def policy(tmp_path_factory: pytest.TempPathFactory) -> Path:
         pad_token_id=0,
         eos_token_id=2,
     )
-    sharpen(transformers.AutoModelForCausalLM.from_config(config)).save_pretrained(folder)
+    transformers.AutoModelForCausalLM.from_config(config).save_pretrained(folder)
     return folder
 
 

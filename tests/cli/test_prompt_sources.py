@@ -53,7 +53,7 @@ def test_a_source_in_a_file(run: Run, questions: list[str], tmp_path: Path, chai
         max_prompt_tokens=8,
     )
     # It is what was made, and other prompts are not.
-    assert "rollouts: done before" in run(*questions, "--stage=rollouts", "--data.group_size=2")
+    assert "rollouts: done already" in run(*questions, "--stage=rollouts", "--data.group_size=2")
 
 
 def test_another_column_of_the_file_changes_nothing_and_another_answer_does(

@@ -105,7 +105,7 @@ def test_prompts_are_tokenised_with_their_batches(
         data.batcher.batches(data.prompt_plan.sampled(), 4, "rollouts")
     # What its length in bytes did not tell is told with its batch.
     data = make_data(prompts=write_prompts(tmp_path / "p.jsonl", [*PROMPTS, ("1" * 3500, "1")]))
-    data.sampler.max_new_tokens = 4096 - 3500 - 1 + 1
+    data.sampler.max_new_tokens = 4096 - 3500
     monkeypatch.setattr("erpd_lightning.data.prompt_batches.ADDED_TOKENS", -10)
     batches = data.batcher.batches(data.prompt_plan.sampled(), 4, "rollouts")
     data.sampler.max_new_tokens += 1

@@ -22,6 +22,13 @@ class Short(Verifier):
         return [float(len(response) < 6) for response in responses]
 
 
+class Parity(Verifier):
+    """Rewards responses whose characters add up to an odd number: about half of those of any policy."""
+
+    def __call__(self, responses: Sequence[str], answers: Sequence[str]) -> list[float | None]:
+        return [float(sum(map(ord, response)) % 2) for response in responses]
+
+
 class EvenEnd(Verifier):
     """Rewards responses whose last character is an even digit; what ends with a 9 cannot be checked."""
 
