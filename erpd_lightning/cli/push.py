@@ -102,7 +102,8 @@ def push(source: Path, repo: str, public: bool = False, api: Any = None) -> str:
 
 
 def _check_name(repo: str) -> None:
-    from huggingface_hub.utils import HFValidationError, validate_repo_id
+    from huggingface_hub.errors import HFValidationError
+    from huggingface_hub.utils import validate_repo_id  # type: ignore[attr-defined]
 
     try:
         validate_repo_id(repo)
