@@ -79,12 +79,14 @@ class Rounds(Run):
                 "data.iterations is above 1, but a student is distilled from fixed rollouts: "
                 "leave it at 1, or set last_stage to extreme_region"
             )
-        if unknown := {*(self.evaluation.policies or ())} - {*self.policies(1), "student"}:
-            raise UserError(
-                f"evaluation.policies: no policy is called {', '.join(sorted(unknown))}; "
-                f"there are {', '.join([*self.policies(1), 'student'])}"
-            )
         self._check_stage()
+        if asked := self.evaluation.policies:
+            known = [*self.policies(1), "student"]
+            if unknown := {*asked}.difference(known):
+                raise UserError(
+                    f"evaluation.policies: no policy is called {', '.join(sorted(unknown))}; "
+                    f"there are {', '.join(known)}"
+                )
 
     def _check_stage(self) -> None:
         """Whether there is the one stage that is to be run."""

@@ -20,7 +20,6 @@ from lightning.pytorch import Callback, Trainer, seed_everything
 from lightning.pytorch.callbacks import EarlyStopping
 from lightning.pytorch.utilities import rank_zero_only
 
-from .. import __version__
 from ..callbacks import ResumeCheckpoint
 from ..data.arithmetic import Arithmetic
 from ..data.predict_data import PredictToStore
@@ -228,8 +227,7 @@ class Stages:
 
 def _versions() -> dict[str, str]:
     """Versions of the packages that a result depends on, by name."""
-    found = {name: version(name) for name in ("torch", "lightning", "transformers")}
-    return {"erpd_lightning": __version__, **found}
+    return {name: version(name) for name in ("erpd_lightning", "torch", "lightning", "transformers")}
 
 
 def _missing_metric(error: RuntimeError, trainer: Trainer) -> str | None:

@@ -295,7 +295,7 @@ def _record(content: Any) -> Any:
     for value in (outcome.get("rollouts"), spending.get("budget"), spending.get("total_budget")):
         _optional_number(value)
     if content["stage"] == "evaluation":
-        (_measured_on_set if "set" in content["settings"] else _measured)(outcome)
+        (_measured_on_set if "set" in content.get("settings", {}) else _measured)(outcome)
     return content
 
 
