@@ -1,4 +1,4 @@
-"""Command `python -m erpd_lightning rollouts`: stores of rollouts are audited, and made of what lies elsewhere."""
+"""Command `python -m erpd_lightning rollouts`: stores are audited, verified again, and made of what lies elsewhere."""
 
 import json
 import logging
@@ -13,8 +13,10 @@ from ..data.audit import Audit, audit
 from ..data.imports import ImportSource
 from ..data.store import Store
 from ..data.verifiers import Verifier
+from ..data.verify_again import verify_again
 from ..errors import UserError, refuse
 from ..files import write_errors_named
+from ..models.loading import load_tokenizer
 from ..pipeline.imports import import_rollouts
 from ..pipeline.outcome import summary_line
 from ..pipeline.records import load_record
@@ -51,6 +53,19 @@ def run_import(given: Namespace, parser: ArgumentParser) -> None:
     print(f"The rollouts lie in {given.output}")
 
 
+def run_verify(given: Namespace, parser: ArgumentParser) -> None:
+    """Give stored responses the verdicts of another verifier, and tell which changed."""
+    verifier = parser.instantiate(given).verifier
+    tokenizer = None if given.tokenizer is None else load_tokenizer(given.tokenizer)
+    for name, stores in _stores(Path(given.path)).items():
+        for store in stores:
+            output = Path(given.output) / ("" if name == "." else store.relative_to(given.path))
+            changes = verify_again(store, verifier, output, tokenizer)
+            print(f"{changes.summary()}; the rollouts with their new verdicts lie in {output}")
+            for change in changes.changes[: given.show]:
+                print(f"  {change}")
+
+
 COLUMNS = [name for name in ImportSource.__dataclass_fields__ if name.endswith("_column")]
 
 
@@ -78,9 +93,26 @@ def _import_parser() -> ArgumentParser:
     return parser
 
 
+def _verify_parser() -> ArgumentParser:
+    parser = _parser("verify", "Verify the stored responses of a run, or of a store, again, without sampling.")
+    parser.add_argument("path", metavar="RUN_OR_STORE", help="a run directory, or that of a rollout store")
+    parser.add_subclass_arguments(Verifier, "verifier", required=True, help="checks the responses")
+    parser.add_argument("--output", required=True, help="directory of the new store, or of those of each round")
+    parser.add_argument(
+        "--tokenizer",
+        type=str | None,
+        default=None,
+        help="folder or hub name of the policy's tokenizer, with which a verifier sees special tokens inside of "
+        "responses as it does while sampling; without, it sees the stored texts",
+    )
+    parser.add_argument("--show", type=int, default=20, help="how many of the verdicts that changed are shown")
+    return parser
+
+
 COMMANDS: dict[str, tuple[Callable[[], ArgumentParser], Callable[..., None]]] = {
     "audit": (_audit_parser, lambda given, parser: run_audit(given)),
     "import": (_import_parser, run_import),
+    "verify": (_verify_parser, run_verify),
 }
 
 

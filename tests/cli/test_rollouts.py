@@ -69,14 +69,36 @@ def test_an_import(command: Command, tmp_path: Path) -> None:
     assert Store.open(tmp_path / "recorded").table()["reward"].to_pylist() == [0, 0]
 
 
+def test_verdicts_of_another_verifier(command: Command, tmp_path: Path) -> None:
+    rows = [{**row, "answer": "42", "response": "41", "reward": 1.0} for row in make_rows(groups=1, group_size=3)]
+    store = write_rollouts(tmp_path / "store", rows).path
+    again = ["verify", store, "--verifier=ExactMatch", "--output", tmp_path / "again"]
+    shown = command(*again, "--show=2")
+    assert shown.startswith(
+        f"3 of 3 verdicts changed: 3 lower; the rollouts with their new verdicts lie in {again[-1]}\n"
+    )
+    assert shown.count("1 -> 0  answer 42") == 2
+    assert Store.open(tmp_path / "again").table()["reward"].to_pylist() == [0, 0, 0]
+    assert Store.open(store).table()["reward"].to_pylist() == [1, 1, 1]
+
+
+def test_verdicts_of_another_verifier_on_a_run(command: Command, finished: tuple[Path, str], tmp_path: Path) -> None:
+    assert "responses" in finished[1]
+    shown = command("verify", finished[0], "--verifier=MathVerify", "--output", tmp_path / "again")
+    assert "verdicts changed" in shown
+    assert Store.exists(tmp_path / "again" / "round-1" / "rollouts")
+
+
 @pytest.mark.parametrize(
     ("args", "message"),
     [
-        ([], "rollouts is followed by nothing: one of audit, import is expected"),
-        (["audits"], "rollouts is followed by audits: one of audit, import is expected"),
+        (["verify", "{tmp}", "--verifier=ExactMatch", "--output={tmp}/x"], "is neither a finished rollout store"),
+        (["verify", "{tmp}", "--output={tmp}/x"], "verifier"),
+        ([], "rollouts is followed by nothing: one of audit, import, verify is expected"),
+        (["audits"], "rollouts is followed by audits: one of audit, import, verify is expected"),
         (["audit", "/nowhere"], "/nowhere is neither a finished rollout store nor a run directory with one"),
         (["import", "/nowhere.jsonl", "--policy={policy}", "--output=x"], "/nowhere.jsonl is missing: "),
-        (["import", "{rows}", "--policy=/nowhere", "--output={tmp}/x"], "no policy can be loaded from /nowhere"),
+        (["import", "{rows}", "--policy=/nowhere", "--output={tmp}/x"], " can be loaded from /nowhere"),
         (["import", "{rows}", "--policy={policy}", "--output={tmp}/x", "--answer_column=a"], "has no column 'a'"),
         (["import", "{rows}", "--policy={policy}", "--output={tmp}/x", "--rescore=so"], "rescore"),
         (["import", "{rows}", "--policy={policy}", "--output={tmp}/x", "--verifier=No"], "verifier"),
@@ -93,7 +115,7 @@ def test_a_mistake_is_told_in_a_line(refused: Command, tmp_path: Path, args: lis
 
 
 def test_help(command: Command, capsys: pytest.CaptureFixture[str]) -> None:
-    assert "{audit,import}" in command("--help")
+    assert "{audit,import,verify}" in command("--help")
     with pytest.raises(SystemExit) as ended:
         command("import", "--help")
     assert ended.value.code == 0
