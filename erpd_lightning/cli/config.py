@@ -227,6 +227,8 @@ class ConfigBuilder:
         try:
             check_strategy(trainer.strategy)
             check_steps(trainer)
+            if trainer.limit_test_batches == 0:
+                raise InvalidArgument("limit_test_batches", "is 0: the stage evaluation would measure nothing")
         except InvalidArgument as error:  # Before it starts any process.
             raise error.under(own if error.argument in self._own_settings(own) else "trainer") from error
         take_over_signals(trainer)

@@ -631,8 +631,10 @@ class RolloutDataModule(LightningDataModule):
 def _limit_to_whole_steps(trainer: Any, loader: StepLoader) -> None:
     """Refuse a limit that ends an epoch inside an optimiser step, whose loss is divided by the tokens of all of it.
 
+    And an interval of validations that is longer than an epoch, at which Lightning ends.
+
     Raises:
-        UserError: Names the limit.
+        UserError: Names the limit or the interval.
     """
     limit, step, length = trainer.limit_train_batches, loader.micro_batches, len(loader)
     if trainer.fast_dev_run:
@@ -643,6 +645,12 @@ def _limit_to_whole_steps(trainer: Any, loader: StepLoader) -> None:
         raise UserError(
             f"limit_train_batches (or overfit_batches) is {limit}: {batches} micro-batches of a process, of which an "
             f"optimiser step takes {step}; take a multiple of it"
+        )
+    interval = trainer.val_check_interval
+    if isinstance(interval, int) and interval > batches and trainer.check_val_every_n_epoch is not None:
+        raise UserError(
+            f"val_check_interval is {interval}, but an epoch has only {batches} micro-batches of a process: take at "
+            "most that, or check_val_every_n_epoch: null to count on over epochs"
         )
 
 

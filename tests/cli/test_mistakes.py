@@ -183,6 +183,7 @@ def test_a_mistake_in_a_process_of_its_own(tmp_path: Path) -> None:
         ("--trainer.gradient_clip_val=-1", "trainer.gradient_clip_val is -1"),
         ("--trainer.gradient_clip_val=.nan", "trainer.gradient_clip_val is nan: it must be at least 0"),
         ("--extreme_region_trainer.max_epochs=0", "extreme_region_trainer.max_epochs is 0: nothing would be trained"),
+        ("--trainer.limit_test_batches=0", "trainer.limit_test_batches is 0: the stage evaluation would measure"),
         ("--trainer.max_steps=0", "trainer.max_steps is 0: nothing would be trained"),
         ("--distill_trainer.limit_train_batches=0", "distill_trainer.limit_train_batches is 0: nothing would be"),
         ("--trainer.limit_train_batches=0.0", "trainer.limit_train_batches is 0.0: nothing would be trained"),

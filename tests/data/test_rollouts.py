@@ -272,6 +272,15 @@ def test_an_epoch_does_not_end_inside_a_step(
         make_trainer(max_epochs=1, limit_train_batches=limit).fit(ExtremeRegionModule(policy), datamodule=data)
 
 
+def test_validations_are_not_further_apart_than_an_epoch_is_long(
+    make_data: Callable[..., RolloutDataModule], policy: Path, tmp_path: Path
+) -> None:
+    write_made_up(tmp_path / "rollouts")
+    data = make_data(batch_size=4)
+    with pytest.raises(UserError, match=r"val_check_interval is 1000, but an epoch has only \d+ micro-batches"):
+        make_trainer(max_epochs=1, val_check_interval=1000).fit(ExtremeRegionModule(policy), datamodule=data)
+
+
 def test_a_callback_does_not_change_what_a_step_is(
     make_data: Callable[..., RolloutDataModule], policy: Path, tmp_path: Path
 ) -> None:

@@ -40,6 +40,8 @@ def fake_trainer(rank: int = 0, world_size: int = 1) -> Any:
         precision_plugin=SimpleNamespace(predict_step_context=nullcontext),
         accumulate_grad_batches=1,
         limit_train_batches=1.0,
+        val_check_interval=1.0,
+        check_val_every_n_epoch=1,
         fast_dev_run=False,
         state=SimpleNamespace(fn=None),
     )
