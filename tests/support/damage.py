@@ -46,7 +46,7 @@ COMMANDS = ("fit", "test", "preview", "report")
 OUTPUTS = r"(preview\.(json|png)|report\.html|predictions-.*\.jsonl|\.lock|\.tmp)$"
 """Files that nothing reads."""
 
-FOR_PEOPLE = r"config\.yaml$|metrics\.csv$"
+FOR_PEOPLE = r"config\.yaml$|(^|/)metrics/"
 """Files that a finished stage does not read."""
 
 OF_UNFINISHED_STAGES = r"(started\.json|\.ckpt)$|prepare/(initial|demonstrations)/"
