@@ -183,7 +183,7 @@ def test_a_batch_moves_as_a_whole() -> None:
     tensors = [value for value in vars(moved).values() if isinstance(value, Tensor)]
     assert moved.scores is not None
     tensors += moved.scores.values()
-    assert len(tensors) == 10 + len(POLICIES)
+    assert len(tensors) == 11 + len(POLICIES)
     assert {tensor.device.type for tensor in tensors} == {"meta"}
     assert moved.step_tokens == batch.step_tokens
     assert batch.input_ids.device.type == "cpu"

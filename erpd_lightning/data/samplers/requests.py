@@ -9,6 +9,7 @@ from functools import partial
 from typing import Any, TypeVar
 
 from ...errors import InvalidArgument, UserError
+from ..progress import tell_drawn
 from .base import Response
 from .http_client import HttpClient, ServerError
 from .managed_server import ManagedServer
@@ -101,7 +102,9 @@ class Requests:
             def read(answer: Any, ask: Ask) -> Response:
                 return checked(self.protocol.response(answer, draw, ask), draw, vocabulary, last)
 
-            return self.ask(draw, 0, read)
+            response = self.ask(draw, 0, read)
+            tell_drawn(len(response.ids), 1)
+            return response
 
         return self._together(one, draws)
 
