@@ -50,9 +50,18 @@ def check_at_least(least: int, **values: int | None) -> None:
             raise InvalidArgument(name, f"is {value}: it must be at least {least}")
 
 
+MAX_TOLD = 200
+"""Characters of another library's error that are told: some explain themselves at length."""
+
+
 def first_line(error: Exception) -> str:
-    """The first line of an error's message; its type where there is none."""
-    return next(iter(str(error).strip().splitlines()), type(error).__name__)
+    """The first line of an error's message, not longer than can be read; its type where there is none."""
+    return shortened(next(iter(str(error).strip().splitlines()), type(error).__name__))
+
+
+def shortened(text: str) -> str:
+    """The beginning of a text."""
+    return text if len(text) <= MAX_TOLD else f"{text[:MAX_TOLD]}…"
 
 
 def refuse(message: str) -> NoReturn:

@@ -16,7 +16,7 @@ from ..callbacks import KLBudget, SamplingProgress
 from ..callbacks.preemption import take_over_signals
 from ..data.evaluation_sets import Evaluation, EvaluationSet
 from ..data.rollouts import RolloutDataModule
-from ..errors import InvalidArgument, UserError
+from ..errors import InvalidArgument, UserError, shortened
 from ..modules.distill import UNRESTRAINED, DistillModule
 from ..modules.extreme_region import ExtremeRegionModule
 from ..modules.strategies import check_steps, check_strategy
@@ -33,7 +33,7 @@ from .dependencies import (
     is_watched,
     trainer_settings,
 )
-from .errors import rejected_value, short_line, unknown_option, with_key
+from .errors import one_line, rejected_value, unknown_option, with_key
 from .given import unknown_settings
 from .options import BOUND_BY_CHAIN, CLASSES, DEFAULT_EPOCHS, option_names
 
@@ -223,7 +223,7 @@ class ConfigBuilder:
             trainer = kind(**{**kwargs, "enable_checkpointing": saves, **bound})
         except (*CONSTRUCTION_ERRORS, RuntimeError) as error:  # Lightning's say what it is about in words alone.
             key = own if self._own_settings(own) else "trainer"
-            raise UserError(f"{key}: {short_line(error)}") from error
+            raise UserError(f"{key}: {shortened(one_line(error))}") from error
         try:
             check_strategy(trainer.strategy)
             check_steps(trainer)
@@ -289,7 +289,7 @@ class ConfigBuilder:
                 raise cause.under(where) from error
             if isinstance(cause, UserError):  # It says itself what it is about.
                 raise cause from error
-            raise UserError(f"{where}: {short_line(cause)}") from error
+            raise UserError(f"{where}: {shortened(one_line(cause))}") from error
         return made[key]
 
     @contextmanager

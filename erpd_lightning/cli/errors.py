@@ -21,19 +21,9 @@ MAX_VALUE_LENGTH = 60
 """Characters of a value that is repeated to the user."""
 
 
-MAX_LINE_LENGTH = 250
-"""Characters of another library's error that are told: some explain themselves at length."""
-
-
 def one_line(error: object) -> str:
     """What an error says, on one line."""
     return " ".join(str(error).split())
-
-
-def short_line(error: object) -> str:
-    """What another library's error says, on one line that is not longer than can be read."""
-    text = one_line(error)
-    return text if len(text) <= MAX_LINE_LENGTH else f"{text[:MAX_LINE_LENGTH]}…"
 
 
 def unknown_option(key: str, options: Collection[str], bound: Collection[str] = ()) -> str:

@@ -45,10 +45,13 @@ that it was drawn from (nats, exact over the vocabulary)."""
 
 
 def kept_rows(table: pa.Table) -> pa.Table:
-    """Responses to keep, of a table of the `ROLLOUTS` schema that is in the order of its prompts."""
+    """Responses to keep, of a table of the `ROLLOUTS` schema that is in the order of its prompts.
+
+    The one that takes more tokens than are kept is among them: where tables are put together, nothing behind it counts.
+    """
     table = table.filter(pc.less(table["group"], KEPT_PROMPTS))
-    tokens = np.cumsum(pc.list_value_length(table["response_ids"]).to_numpy())
-    return table.slice(0, int((tokens <= KEPT_TOKENS).sum()))
+    lengths = pc.list_value_length(table["response_ids"]).to_numpy()
+    return table.slice(0, int((np.cumsum(lengths) - lengths <= KEPT_TOKENS).sum()))
 
 
 def sample_table(table: pa.Table, kls: Sequence[Sequence[float]], tokenizer: Any) -> pa.Table:

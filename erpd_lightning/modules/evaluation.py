@@ -13,6 +13,7 @@ from ..data.batching import RolloutBatch, RolloutTable
 from ..data.loader import micro_batches
 from ..data.prompt_batches import PromptBatch
 from ..data.ranks import gathered
+from ..data.reward_parts import read_parts
 from ..data.samples import kept_rows, sample_table, write_samples
 from ..errors import UserError, check_at_least
 from ..metrics import ClusteredRatio, PassAtK, distinct_responses, majority_correct
@@ -274,6 +275,9 @@ def answer_sums(table: pa.Table, prompts: PromptBatch) -> dict[str, Tensor]:
         "truncated": torch.tensor(reasons == "length"),
         "tokens": torch.tensor(pc.list_value_length(table["response_ids"]).to_numpy()),
     }
+    for name, rewards in read_parts(table).items():
+        of_responses[f"{REWARDS}{name}"] = torch.tensor([reward or 0.0 for reward in rewards], dtype=torch.float64)
+        of_responses[f"checked {REWARDS}{name}"] = torch.tensor([reward is not None for reward in rewards])
     sums = {
         name: torch.zeros(len(prompts.prompts), dtype=torch.float64).index_add_(0, groups, values.double())
         for name, values in of_responses.items()

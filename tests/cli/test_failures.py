@@ -13,7 +13,7 @@ import torch
 from safetensors import SafetensorError
 from transformers import PreTrainedModel
 
-from erpd_lightning.pipeline.round_stages import RoundStages
+from erpd_lightning.pipeline.evaluation import RoundEvaluation
 from support.chain import arguments
 from support.command_line import STAGES, Run, digests, student
 
@@ -141,9 +141,9 @@ def test_a_fast_dev_run_goes_through_all_stages(run: Run, copy: Callable[..., Pa
 def test_an_error_of_ours_is_not_taken_for_one_of_the_users(
     run: Run, copy: Callable[..., Path], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def broken(self: RoundStages, *_: Any) -> None:
+    def broken(self: RoundEvaluation, *_: Any) -> None:
         raise KeyError("a mistake of ours")
 
-    monkeypatch.setattr(RoundStages, "evaluate", broken)
+    monkeypatch.setattr(RoundEvaluation, "evaluate", broken)
     with pytest.raises(KeyError, match="a mistake of ours"):
         run(*arguments(copy("evaluation")))

@@ -95,7 +95,7 @@ def test_dotted_options(chain: Callable[..., Rounds], questions: list[str], own_
         ("--data.chat_template_kwargs.tokenize=true", "data.chat_template_kwargs has tokenize, which is set for each"),
         (
             "--data.prompts.limits=3",
-            "data.prompts: class_path erpd_lightning.data.sources.source.PromptSource: Option ",
+            "data.prompts: class_path erpd_lightning.PromptSource: Option 'limits' is not accepted",
         ),
     ],
 )

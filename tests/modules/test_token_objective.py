@@ -41,7 +41,7 @@ def models() -> dict[str, Any]:
 
 @pytest.fixture
 def make_data(scored: Path, tmp_path: Path, policies: dict[str, str]) -> Callable[..., RolloutDataModule]:
-    prompts = write_prompts(tmp_path / "prompts.jsonl", [(prompt, "") for prompt in PROMPTS])
+    prompts = write_prompts(tmp_path / "prompts.jsonl", [(prompt, "?") for prompt in PROMPTS])
 
     def make(**settings: Any) -> RolloutDataModule:
         defaults: dict[str, Any] = {

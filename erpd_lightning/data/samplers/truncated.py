@@ -45,7 +45,8 @@ class TruncatedSampler(TransformersSampler):
 
     def next_logps(self, reader: PolicyReader) -> NextLogps:
         """See `TransformersSampler`."""
-        return _TruncatedPolicy(super().next_logps(reader), self.top_p, self.top_k)
+        policy = super().next_logps(reader)
+        return policy if self.top_p == 1 and self.top_k == 0 else _TruncatedPolicy(policy, self.top_p, self.top_k)
 
 
 class _TruncatedPolicy:
