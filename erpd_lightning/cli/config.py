@@ -7,7 +7,7 @@ from typing import Any
 
 from jsonargparse import ArgumentError, Namespace
 from lightning.fabric.utilities.exceptions import MisconfigurationException
-from lightning.pytorch import Trainer
+from lightning.pytorch import Callback, Trainer
 from lightning.pytorch.callbacks import Checkpoint
 from lightning.pytorch.cli import LightningArgumentParser
 from lightning.pytorch.loggers import CSVLogger
@@ -174,6 +174,7 @@ class ConfigBuilder:
         callbacks = callbacks if isinstance(callbacks, list) else [callbacks]
         if stage == "base":  # They may stop it, or ask for rollouts and validation, which demonstrations are not.
             callbacks = []
+        _check_kinds(callbacks, own if "callbacks" in self._own_settings(own) else "trainer")
         kwargs["callbacks"] = [*callbacks, *bound.pop("callbacks", [])]
         saves = any(isinstance(callback, Checkpoint) for callback in kwargs["callbacks"])
         if stage == "base":  # The task says how it is trained.
@@ -339,6 +340,21 @@ def kl_references(module: TrainingModule) -> list[str]:
     """The policies that the chain gives a module to measure the KL to."""
     two = isinstance(module, DistillModule) and module.budget.total_budget is not None
     return [*module.references, "first"] if two else list(module.references)
+
+
+def _check_kinds(callbacks: Iterable[Callback], key: str) -> None:
+    """Refuse two callbacks that a checkpoint could not tell apart.
+
+    Raises:
+        UserError: Names what they are.
+    """
+    seen = set()
+    for callback in callbacks:
+        if type(callback).state_dict is not Callback.state_dict and callback.state_key in seen:
+            raise UserError(
+                f"{key}.callbacks: {type(callback).__name__} is there twice, and a checkpoint keeps one: take one out"
+            )
+        seen.add(callback.state_key)
 
 
 def prefix_loggers(loggers: Any, folder: Path) -> None:

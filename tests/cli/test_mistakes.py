@@ -167,7 +167,7 @@ def test_a_mistake_in_a_process_of_its_own(tmp_path: Path) -> None:
         (
             '--distill_trainer.callbacks=[{"class_path": "erpd_lightning.callbacks.KLBudget", "init_args": '
             '{"budget": 0.1}}, {"class_path": "erpd_lightning.callbacks.KLBudget", "init_args": {"budget": 0.2}}]',
-            "distill_trainer: Found more than one stateful callback of type `KLBudget`",
+            "distill_trainer.callbacks: KLBudget is there twice, and a checkpoint keeps one: take one out",
         ),
         ("--trainer.devices=0", "trainer: `Trainer(devices='0')` value is not a valid input"),
         ("--distill_trainer.devices=0", "distill_trainer: `Trainer(devices=0)` value is not a valid input"),
@@ -186,7 +186,7 @@ def test_a_mistake_in_a_process_of_its_own(tmp_path: Path) -> None:
         ("--trainer.limit_test_batches=0", "trainer.limit_test_batches is 0: the stage evaluation would measure"),
         ("--trainer.max_steps=0", "trainer.max_steps is 0: nothing would be trained"),
         ("--distill_trainer.limit_train_batches=0", "distill_trainer.limit_train_batches is 0: nothing would be"),
-        ("--trainer.limit_train_batches=0.0", "trainer.limit_train_batches is 0.0: nothing would be trained"),
+        ("--trainer.limit_train_batches=0.0", "trainer.limit_train_batches is 0: nothing would be trained"),
         ("--trainer.check_val_every_n_epoch=0", "trainer.check_val_every_n_epoch is 0: it must be above 0; limit_val"),
         ("--distill_trainer.val_check_interval=0", "distill_trainer.val_check_interval is 0: it must be above 0"),
         ("--distill_trainer.accumulate_grad_batches=0", "distill_trainer.accumulate_grad_batches is 0: it must be at"),
