@@ -7,7 +7,7 @@ from typing import Any
 
 from jsonargparse import ArgumentError, Namespace
 from lightning.fabric.utilities.exceptions import MisconfigurationException
-from lightning.pytorch import Trainer
+from lightning.pytorch import Callback, Trainer
 from lightning.pytorch.callbacks import Checkpoint, ProgressBar
 from lightning.pytorch.cli import LightningArgumentParser
 from lightning.pytorch.loggers import CSVLogger
@@ -201,6 +201,7 @@ class ConfigBuilder:
         callbacks = callbacks if isinstance(callbacks, list) else [callbacks]
         if stage == "base":  # They may stop it, or ask for rollouts and validation, which demonstrations are not.
             callbacks = []
+        _check_kinds(callbacks, own if "callbacks" in self._own_settings(own) else "trainer")
         if kwargs["enable_progress_bar"] is not False:
             # Lightning's bar counts batches: of sampling alone it says nothing.
             own_bar = any(isinstance(callback, ProgressBar) for callback in callbacks)
@@ -373,6 +374,21 @@ def kl_references(module: TrainingModule) -> list[str]:
     """The policies that the chain gives a module to measure the KL to."""
     two = isinstance(module, DistillModule) and module.budget.total_budget is not None
     return [*module.references, "first"] if two else list(module.references)
+
+
+def _check_kinds(callbacks: Iterable[Callback], key: str) -> None:
+    """Refuse two callbacks that a checkpoint could not tell apart.
+
+    Raises:
+        UserError: Names what they are.
+    """
+    seen = set()
+    for callback in callbacks:
+        if type(callback).state_dict is not Callback.state_dict and callback.state_key in seen:
+            raise UserError(
+                f"{key}.callbacks: {type(callback).__name__} is there twice, and a checkpoint keeps one: take one out"
+            )
+        seen.add(callback.state_key)
 
 
 def prefix_loggers(loggers: Any, folder: Path) -> None:

@@ -167,7 +167,7 @@ def test_a_mistake_in_a_process_of_its_own(tmp_path: Path) -> None:
         (
             '--distill_trainer.callbacks=[{"class_path": "erpd_lightning.callbacks.KLBudget", "init_args": '
             '{"budget": 0.1}}, {"class_path": "erpd_lightning.callbacks.KLBudget", "init_args": {"budget": 0.2}}]',
-            "distill_trainer: Found more than one stateful callback of type `KLBudget`",
+            "distill_trainer.callbacks: KLBudget is there twice, and a checkpoint keeps one: take one out",
         ),
         ("--trainer.devices=0", "trainer: `Trainer(devices='0')` value is not a valid input"),
         ("--distill_trainer.devices=0", "distill_trainer: `Trainer(devices=0)` value is not a valid input"),
