@@ -29,7 +29,8 @@ END = Callable[[str, Path], Result]
 @pytest.fixture
 def end(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> END:
     """Runs a command in this process; gives its end."""
-    from erpd_lightning.__main__ import main
+    from erpd_lightning.cli.main import main as cli
+    from erpd_lightning.report.command import main as report
 
     def call(command: str, run_dir: Path) -> Result:
         argv = ["report", str(run_dir)] if command == "report" else arguments(run_dir, command)
@@ -37,7 +38,7 @@ def end(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> 
         capsys.readouterr()
         code = 0
         try:
-            main()
+            report(argv[1:]) if command == "report" else cli()
         except SystemExit as ended:
             code = int(ended.code or 0)
         captured = capsys.readouterr()
@@ -47,7 +48,7 @@ def end(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> 
     return call
 
 
-@pytest.mark.parametrize(("number", "file"), enumerate(FILES))
+@pytest.mark.parametrize(("number", "file"), list(enumerate(FILES)))
 def test_a_damaged_file(number: int, file: str, copy: Callable[..., Path], end: END) -> None:
     run_dir = copy()
     damage = DAMAGES[number % len(DAMAGES)]

@@ -200,6 +200,7 @@ def test_calibration_spends_the_budget_on_fresh_samples(
         "prompts_per_round": 2,
         "calibration_prompts": 3,
         "calibration_samples": 8,
+        "seed": 1,  # Gains within and beyond the largest correction are seen.
     }
     _, fixed = make_student(policies, evaluation_data(scored, **settings), calibrate=False)
     assert len(set(fixed.betas)) == 1
@@ -228,12 +229,12 @@ def test_calibration_spends_the_budget_on_fresh_samples(
     for name, weight in module.policy.state_dict().items():
         expected = base[name] + module.budget.fit.alpha * (seen.trained_weights[name] - base[name])
         torch.testing.assert_close(weight, expected)
-    many = evaluation_data(scored, **{**settings, "calibration_samples": 64, "seed": 1})
+    many = evaluation_data(scored, **{**settings, "calibration_samples": 64, "seed": 2})
     reference = DistillModule(tmp_path / "student", kl_budget=BUDGET, references={"base": str(policies["base"])})
     module.export(tmp_path / "student")
     held_out = tmp_path / "unused.jsonl"
     held_out.write_text("".join(json.dumps(vars(prompt)) + "\n" for prompt in many.prompt_plan.calibration))
-    many = evaluation_data(scored, validation_prompts=held_out, validation_samples=64, seed=1)
+    many = evaluation_data(scored, validation_prompts=held_out, validation_samples=64, seed=2)
     (measured,) = make_trainer().validate(reference, datamodule=many, verbose=False)
     assert module.budget.fit.kl == BUDGET or module.budget.fit.alpha == MAX_EXTRAPOLATION
     assert measured["val/kl_per_token"] == pytest.approx(module.budget.fit.kl, rel=0.25)
