@@ -15,6 +15,8 @@ data:
       protocol: erpd_lightning.data.samplers.protocols.{protocol}
       command: {python} {server} VLLM {{port}} {{policy}} {fault}
       max_new_tokens: 8
+  verifier:
+    class_path: support.verifiers.EvenEnd
 """
 
 
@@ -32,7 +34,7 @@ def test_rollouts_of_a_server_that_the_run_starts(run: Run, refused: Run, tmp_pa
     assert "rollouts: sampling" in run(*with_server(tmp_path), "--stage=rollouts")
     rollouts = Store.open(tmp_path / "run" / "round-1" / "rollouts").table()
     assert rollouts.num_rows == 16 * 8
-    assert "rollouts: done already" in run(*with_server(tmp_path, "slow"))
+    assert "rollouts: done already" in run(*with_server(tmp_path, "slow"), "--stage=extreme_region")
     assert "was made with" in refused(*with_server(tmp_path, protocol="SGLang"))
 
 

@@ -128,7 +128,8 @@ def test_what_is_drawn_beside_a_response_does_not_change_it(model: Any, tokenize
 
 
 def test_responses_that_have_ended_cost_nothing(model: Any, tokenizer: Any) -> None:
-    rows = []
+    rows: list[int] = []
+    model.generation_config.eos_token_id = [EOS, 7, 9, 11]
     model.register_forward_pre_hook(lambda _, __, kwargs: rows.append(len(kwargs["input_ids"])), with_kwargs=True)
     model.generation_config.eos_token_id = [EOS, 5]  # Seldom is the one of them said, often the other.
     responses = TransformersSampler(40).sample(model, tokenizer, PROMPTS * 20, seed=1)
