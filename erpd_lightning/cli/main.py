@@ -1,10 +1,8 @@
 """The command line: a `LightningCLI` whose `fit` runs the chain of stages, and `preview` its target."""
 
 import json
-import logging
 import os
 import sys
-import warnings
 import zipfile
 from collections.abc import Sequence
 from contextlib import nullcontext
@@ -31,15 +29,8 @@ from ..seeds import derive_seed
 from .config import ConfigBuilder
 from .errors import rejected_value, unknown_option, with_key
 from .given import check_files, unknown_keys
+from .noise import quieten_libraries
 from .options import CLASSES, DEFAULT_EPOCHS, add_options, bound_keys, class_options, option_names
-
-USELESS_WARNINGS = (
-    r"The `srun` command is available on your system but is not used",
-    r"Total length of `\w+` across ranks is zero",
-    r"The ``compute`` method of metric \w+ was called before the ``update`` method",  # A rank without prompts.
-    r"The number of training batches .* is smaller than the logging interval",
-)
-"""Beginnings of warnings that tell a user of the command line nothing."""
 
 POLICY_OF = {"base": "base", "extreme_region": "teacher", "unlearned": "unlearned", "distill": "student"}
 """Which policy a stage makes; `validate`, `test` and `predict` run on it."""
@@ -276,16 +267,7 @@ def main() -> None:
 
 
 def _main() -> None:
-    for name in ("lightning.pytorch", "lightning.fabric"):
-        logging.getLogger(name).setLevel(logging.WARNING)
-    from transformers.utils.logging import disable_progress_bar
-
-    disable_progress_bar()
-    # Lightning asks torch in a way that torch 2.13 frowns at; nobody who runs a chain can do anything about it.
-    warnings.filterwarnings("ignore", message=r"`isinstance\(treespec, LeafSpec\)` is deprecated")
-    # What they warn of is no mistake in a chain.
-    for message in USELESS_WARNINGS:
-        warnings.filterwarnings("ignore", message=message)
+    quieten_libraries()
     try:
         check_environment(os.environ)
     except UserError as error:  # Nobody can tell which rank this is.

@@ -1,7 +1,6 @@
 """Command `python -m erpd_lightning rollouts`: stores are audited, verified again, and made of what lies elsewhere."""
 
 import json
-import logging
 from collections.abc import Callable, Sequence
 from dataclasses import asdict
 from pathlib import Path
@@ -22,6 +21,7 @@ from ..pipeline.outcome import summary_line
 from ..pipeline.records import load_record
 from ..text import aligned
 from .errors import rejected_value, with_key
+from .noise import quieten_libraries
 
 
 def run_audit(given: Namespace) -> None:
@@ -189,8 +189,7 @@ def _share(above: float, up_to: float) -> str:
 
 def main(args: Sequence[str]) -> None:
     """Run the command; a mistake of the user's ends in a line and exit code 2."""
-    for name in ("lightning.pytorch", "lightning.fabric"):
-        logging.getLogger(name).setLevel(logging.WARNING)
+    quieten_libraries()
     try:
         if not args or args[0] not in COMMANDS:
             given = args[0] if args else "nothing"

@@ -48,6 +48,8 @@ def test_a_killed_import_ends_the_same_and_the_chain_goes_on_from_it(
     runs: Runs, responses: Path, tmp_path: Path
 ) -> None:
     alone, killed = tmp_path / "alone", tmp_path / "killed"
+    for run_dir in (alone, killed):
+        runs.run(command(run_dir, responses, stage="base"))
     _, printed = runs.run(command(alone, responses, stage="rollouts"))
     assert f"{PROMPTS * GROUP_SIZE} responses: " in printed
     assert f"disagree on {GROUP_SIZE} of {PROMPTS * GROUP_SIZE} responses" in printed
@@ -80,7 +82,8 @@ def test_a_killed_import_ends_the_same_and_the_chain_goes_on_from_it(
 def test_other_responses_are_not_those_of_a_finished_stage(runs: Runs, responses: Path, tmp_path: Path) -> None:
     run_dir, other = tmp_path / "run", tmp_path / "other.jsonl"
     other.write_text(responses.read_text())
-    runs.run(command(run_dir, responses, stage="rollouts", round=1))
+    for stage in ("base", "rollouts"):
+        runs.run(command(run_dir, responses, stage=stage))
     _, printed = runs.run(command(run_dir, other, stage="rollouts", round=1))
     assert "rollouts: done already" in printed
     other.write_text("".join(responses.read_text().splitlines(keepends=True)[1:]))
