@@ -172,7 +172,9 @@ def recorded_in(path: Path | str) -> Path | None:
 
 def holds_work(folder: Path) -> bool:
     """Whether an unfinished stage left anything to go on from, and not only the note that it began."""
-    return any(path.suffix in (".ckpt", ".parquet", ".safetensors") for path in folder.rglob("*"))
+    # Not rglob: another process may be renaming a folder that it finds.
+    names = (name for _, _, files in os.walk(folder) for name in files)
+    return any(name.endswith((".ckpt", ".parquet", ".safetensors")) for name in names)
 
 
 def round_summary(folder: Path, number: int, policies: Sequence[str], sets: Sequence[str] = ()) -> Record:

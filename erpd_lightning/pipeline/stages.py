@@ -7,6 +7,7 @@ happened. A stage whose record names other settings is never overwritten: that i
 """
 
 import json
+import sys
 import time
 import traceback
 from collections.abc import Callable, Mapping, Sequence
@@ -227,7 +228,8 @@ class Stages:
 
 def _versions() -> dict[str, str]:
     """Versions of the packages that a result depends on, by name."""
-    return {name: version(name) for name in ("erpd_lightning", "torch", "lightning", "transformers")}
+    own = sys.modules[__package__.partition(".")[0]].__version__  # A checkout that is not installed has no metadata.
+    return {"erpd_lightning": own, **{name: version(name) for name in ("torch", "lightning", "transformers")}}
 
 
 def _missing_metric(error: RuntimeError, trainer: Trainer) -> str | None:
