@@ -1,68 +1,32 @@
 """`RolloutDataModule`: rollouts sampled once, kept in a store, and read again in every epoch."""
 
-import math
-from collections.abc import Sequence
-from functools import cached_property, partial
+from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Any, Literal, Protocol
+from typing import Any
 
-import pyarrow as pa
-import torch
-from lightning.pytorch import LightningDataModule
 from lightning.pytorch.trainer.states import TrainerFn
-from torch import Tensor
 
 from ..errors import InvalidArgument, UserError, check_at_least
-from ..models.loading import context_length, load_tokenizer, vocabulary_size
 from ..seeds import derive_seed
 from .audit import WARNINGS, check_thresholds
-from .batching import RolloutTable
+from .batching import RolloutBatch, RolloutTable
 from .import_data import ImportData
-from .imports import ImportedRows, ImportSource
+from .imports import ImportSource
+from .learner import Learner
 from .loader import StepLoader
-from .predict_data import BatchList, PolicySource, SamplingData, ScoringData, predict_to_store
-from .prompt_batches import PromptBatch, PromptBatcher
-from .prompts import Message, PromptPlan, PromptSet, PromptSource, tokenize
-from .ranks import ranks
-from .rescoring import LogpsPart, RescoringData
+from .predict_data import BatchList, SamplingData, ScoringData
+from .prompt_data import PromptDataModule
+from .prompts import PromptSource
+from .rescoring import RescoringData
+from .rollout_generator import Rescore, RolloutGenerator
 from .samplers import Sampler, TransformersSampler
-from .settings import settings_of
-from .sources import check_sources, read_prompts
 from .store import Store
-from .tokenize import check_chat_template_kwargs
-from .train_rollouts import Baseline, OnPolicyRollouts, Select, TrainRollouts
+from .train_loader import TrainLoader
+from .train_rollouts import Baseline, OnPolicyRollouts, Select, TrainRollouts, select_all
 from .verifiers import MathVerify, Unverified, Verifier
 
 
-class Learner(PolicySource, Protocol):
-    """What the data module needs to know of the module that is trained; the module hands itself over in `setup`."""
-
-    @property
-    def iterations(self) -> int:
-        """Parts of the prompts that it answers itself, unverified; 1 for the rollouts that there are."""
-
-    @property
-    def needs_groups(self) -> bool:
-        """Whether its objective compares the responses to a prompt."""
-
-    @property
-    def calibrates(self) -> bool:
-        """Whether it is also validated on unused training prompts."""
-
-    def select(self, rewards: Tensor, advantages: Tensor) -> Tensor:
-        """Which responses enter the loss; see `train_rollouts.Select`."""
-
-    def respond(self, batch: PromptBatch) -> pa.Table:
-        """Responses to prompts, a table of the `ROLLOUTS` schema."""
-
-    def token_logps(self, part: LogpsPart) -> list[Tensor]:
-        """Log-probs of the tokens of stored responses, `(B, T)` in nats for each batch."""
-
-
-Rescore = Literal["auto", "always", "never"]
-
-
-class RolloutDataModule(LightningDataModule):
+class RolloutDataModule(PromptDataModule):
     """Samples responses, verifies them, and serves the stored rollouts in batches.
 
     Training reads the store alone. Where it does not exist yet, a module of this package first samples it, as training
@@ -171,25 +135,30 @@ class RolloutDataModule(LightningDataModule):
         calibration_samples: int = 2,
         seed: int = 0,
     ) -> None:
-        super().__init__()
-        check_at_least(
-            1,
-            group_size=group_size,
+        super().__init__(
+            tokenizer=tokenizer,
+            prompts=prompts,
+            validation_prompts=validation_prompts,
+            chat_template_kwargs=chat_template_kwargs,
+            sampler=sampler or TransformersSampler(),
+            verifier=verifier or MathVerify(),
+            correct_threshold=correct_threshold,
+            judge_truncated=judge_truncated,
             prompts_per_round=prompts_per_round,
             round=round,
-            iterations=iterations,
-            batch_size=batch_size,
+            preview_prompts=preview_prompts,
             max_tokens=max_tokens,
             validation_samples=validation_samples,
             max_validation_prompts=max_validation_prompts,
             max_evaluation_prompts=max_evaluation_prompts,
+            calibration_prompts=calibration_prompts,
             calibration_samples=calibration_samples,
+            seed=seed,
         )
-        check_at_least(0, calibration_prompts=calibration_prompts, preview_prompts=preview_prompts, replay=replay)
+        check_at_least(1, group_size=group_size, iterations=iterations, batch_size=batch_size)
+        check_at_least(0, replay=replay)
         if baseline not in ("group", "batch"):
             raise InvalidArgument("baseline", f"is {baseline!r}: it must be 'group' or 'batch'")
-        if not math.isfinite(correct_threshold):
-            raise InvalidArgument("correct_threshold", f"is {correct_threshold}: it must be a finite reward")
         if replay and iterations > 1:
             raise InvalidArgument(
                 "replay",
@@ -200,50 +169,25 @@ class RolloutDataModule(LightningDataModule):
             raise InvalidArgument(
                 "imported", f"is given, but iterations ({iterations}) is above 1: the policy answers each part itself"
             )
-        if rescore not in ("auto", "always", "never"):
-            raise InvalidArgument("rescore", f"is {rescore!r}: it must be auto, always or never")
         self.audit_warn = {**WARNINGS, **(audit_warn or {})}
         self.audit_stop = audit_stop or {}
         check_thresholds("audit_warn", self.audit_warn)
         check_thresholds("audit_stop", self.audit_stop)
-        check_sources(prompts, validation_prompts)
-        check_chat_template_kwargs(chat_template_kwargs)
         self.root = Path(store)
-        self.tokenizer_path = tokenizer
-        self.prompts = prompts
-        self.validation_prompts = validation_prompts
-        self.chat_template_kwargs = chat_template_kwargs
         self.scores = None if scores is None else Path(scores)
         self.replay_stores = [Path(path) for path in replay_stores]
         self.replay = replay
         self.on_policy_store = None if on_policy_store is None else Path(on_policy_store)
-        self.sampler = sampler or TransformersSampler()
-        self.verifier = verifier or MathVerify()
         self.imported = imported
-        self.rescore = rescore
         self.group_size = group_size
         self.baseline = baseline
-        self.correct_threshold = correct_threshold
-        self.judge_truncated = judge_truncated
-        self.prompts_per_round = prompts_per_round
-        self.round = round
-        self.preview_prompts = preview_prompts
         self.iterations = iterations
         self.batch_size = batch_size
-        self.max_tokens = max_tokens
-        self.validation_samples = validation_samples
-        self.max_validation_prompts = max_validation_prompts
-        self.max_evaluation_prompts = max_evaluation_prompts
-        self.calibration_prompts = calibration_prompts
-        self.calibration_samples = calibration_samples
-        self.seed = seed
         self.stored = self._stored_rollouts()
         self.train_data: TrainRollouts = self.stored
+        self._generator = RolloutGenerator(self, group_size, imported, rescore, self.clear_cache)
         self._learner: Learner | None = None
-        self._loader: StepLoader | None = None
-        self._loader_iteration = 1
-        self._resume_state: dict[str, int] | None = None
-        self._min_micro_batches = 1
+        self._train_loader = TrainLoader()
 
     # The rollouts that there are, and those that are trained on.
 
@@ -279,8 +223,7 @@ class RolloutDataModule(LightningDataModule):
                 have no place.
         """
         self._learner = learner
-        self._loader = self._resume_state = None
-        self._min_micro_batches = 1
+        self._train_loader = TrainLoader()
         self.train_data = self.stored
         if learner.iterations > 1:
             if self.on_policy_store is None:
@@ -292,18 +235,7 @@ class RolloutDataModule(LightningDataModule):
                 self.on_policy_store, learner.iterations, self.baseline, self.correct_threshold
             )
         if isinstance(self.train_data, OnPolicyRollouts):
-            self._share_out(self.train_data)
-
-    def _share_out(self, rollouts: OnPolicyRollouts) -> None:
-        """Be asked for a loader in each epoch, and share the epochs out over the iterations."""
-        trainer: Any = self.trainer
-        if trainer.max_epochs < 1 or (trainer.max_epochs % rollouts.iterations and not trainer.fast_dev_run):
-            raise UserError(
-                f"max_epochs is {trainer.max_epochs}: it must be a multiple of iterations ({rollouts.iterations}), "
-                "each of which is trained on for as many epochs"
-            )
-        trainer.reload_dataloaders_every_n_epochs = 1
-        rollouts.share_out(trainer.max_epochs)
+            self.train_data.share_out(self.trainer)
 
     def check_groups(self, needs_groups: bool, objective: str = "the objective") -> None:
         """Whether an objective that compares responses has something to compare a response with.
@@ -345,33 +277,11 @@ class RolloutDataModule(LightningDataModule):
 
     def sampling(self) -> SamplingData:
         """A data module for `Trainer.predict` that samples and verifies the round's rollouts."""
-        return self._sampling(self.stored)
-
-    @property
-    def imports(self) -> bool:
-        """Whether the round's rollouts are imported."""
-        return self.imported is not None and self.round == 1
-
-    @cached_property
-    def imported_rows(self) -> ImportedRows:
-        """The responses that the first round begins with, once all of them are checked.
-
-        Raises:
-            UserError: Names the row that is broken, or the column that is missing.
-        """
-        assert self.imported is not None
-        return ImportedRows(self.imported, vocabulary_size(self.tokenizer_path))
+        return self._generator.sampling(self.stored, self.verifier)
 
     def importing(self) -> ImportData:
         """A data module for `Trainer.predict` that makes the round's rollouts of responses from elsewhere."""
-        assert self.imported is not None
-        verifier = self.verifier if self.imported.rewards == "verifier" else Unverified()
-        settings = {
-            "temperature": self.sampler.temperature,
-            "verifier": settings_of(verifier),
-        }
-        batcher = self._batcher(self.sampler, verifier)
-        return ImportData(self.imported_rows, batcher, self.store, settings, self.clear_cache)
+        return self._generator.importing(self.store)
 
     def scoring(self, name: str) -> ScoringData:
         """A data module for `Trainer.predict` that stores what the policy called `name` says of the rollouts.
@@ -388,8 +298,7 @@ class RolloutDataModule(LightningDataModule):
     @property
     def rescores(self) -> bool:
         """Whether the trainer computes the log-probs of what was sampled once more."""
-        elsewhere = self.imported_rows.has_logps if self.imports else not self.sampler.needs_model
-        return self.rescore == "always" or (self.rescore == "auto" and elsewhere)
+        return self._generator.rescores
 
     def rescoring(self) -> RescoringData:
         """A data module for `Trainer.predict` that stores the trainer's log-probs of the round's rollouts.
@@ -397,7 +306,7 @@ class RolloutDataModule(LightningDataModule):
         Raises:
             UserError: If these are not there.
         """
-        return self._rescoring(self.stored)
+        return self._generator.rescoring(self.store)
 
     def sample_for_epoch(self, epoch: int) -> None:
         """Sample the rollouts that an epoch is trained on with the learner as it is, unless they are there.
@@ -410,47 +319,9 @@ class RolloutDataModule(LightningDataModule):
         self.train_data.begin_epoch(epoch)
         if self._learner is not None and not Store.exists(self.train_data.store):
             self.check_groups(self._learner.needs_groups)
-            if self.imports and self.train_data is self.stored:
-                predict_to_store(self.importing(), self._learner, self._learner.token_logps, self.trainer)
-            else:
-                predict_to_store(self._sampling(self.train_data), self._learner, self._learner.respond, self.trainer)
-            if self.rescores:
-                again = self._rescoring(self.train_data)
-                predict_to_store(again, self._learner, self._learner.token_logps, self.trainer)
-
-    def _rescoring(self, rollouts: TrainRollouts) -> RescoringData:
-        return RescoringData(rollouts.store, self.max_tokens, self.clear_cache)
-
-    def _sampling(self, rollouts: TrainRollouts) -> SamplingData:
-        # The answers of a student that is distilled are not verified.
-        verifier = self.verifier if rollouts is self.stored else Unverified()
-        # A policy that is being trained is in memory alone.
-        is_fixed = rollouts is self.stored and rollouts.iterations == 1
-        sampler = self.sampler if is_fixed else self.sampler.in_process
-        settings = {
-            "prompts": self.prompt_plan.train_fingerprint,
-            "chat_template_kwargs": self.chat_template_kwargs,
-            "prompts_per_round": self.prompts_per_round,
-            "round": self.round,
-            "iteration": rollouts.iteration,
-            "iterations": rollouts.iterations,
-            "preview_prompts": self.preview_prompts,
-            "group_size": self.group_size,
-            "sampler": settings_of(sampler),
-            "verifier": settings_of(verifier),
-            "judge_truncated": self.judge_truncated,
-            "seed": self.seed,
-        }
-        # Strategies that spawn processes pickle what they are given: a function within a function could not be.
-        batches = partial(self._batches_to_sample, sampler, verifier, rollouts.iteration, rollouts.iterations)
-        return SamplingData(sampler, batches, rollouts.store, settings, self.clear_cache)
-
-    def _batches_to_sample(
-        self, sampler: Sampler, verifier: Verifier, iteration: int, iterations: int
-    ) -> Sequence[PromptBatch]:
-        purpose = "rollouts" if iterations == 1 else f"rollouts {iteration}"
-        prompts = self.prompt_plan.sampled(iteration, iterations)
-        return self._batcher(sampler, verifier).batches(prompts, self.group_size, purpose)
+            # The answers of a student that is distilled are not verified.
+            verifier = self.verifier if self.train_data is self.stored else Unverified()
+            self._generator.generate(self.train_data, verifier, self._learner, self.trainer)
 
     # Loaders.
 
@@ -468,21 +339,14 @@ class RolloutDataModule(LightningDataModule):
             )
         if self.prompts is not None or self.validation_prompts is not None:
             self.check_temperature()
-        rank, world_size = ranks(trainer)
-        self._loader = self.train_data.loader(
-            _select_all if self._learner is None else self._learner.select,
+        return self._train_loader.make(
+            trainer,
+            self.train_data,
+            select_all if self._learner is None else self._learner.select,
             batch_size=self.batch_size,
             max_tokens=self.max_tokens,
-            min_micro_batches=max(trainer.accumulate_grad_batches, self._min_micro_batches),
-            rank=rank,
-            world_size=world_size,
             seed=derive_seed(self.seed, "shuffle"),
         )
-        trainer.accumulate_grad_batches = self._loader.micro_batches
-        _limit_to_whole_steps(trainer, self._loader)
-        self._loader_iteration = self.train_data.iteration
-        self._resume()
-        return self._loader
 
     def optimizer_steps(self, select: Select) -> int:
         """Optimiser steps of an epoch on the stored rollouts.
@@ -493,167 +357,30 @@ class RolloutDataModule(LightningDataModule):
         return -(-len(self.stored.selected(select)) // self.batch_size)
 
     def check_micro_batches(self) -> None:
-        """Whether the trainer steps after as many micro-batches as a step was cut into.
+        """See `TrainLoader`."""
+        self._train_loader.check_micro_batches(self.trainer)
 
-        Raises:
-            UserError: If something, such as a `GradientAccumulationScheduler`, changed their number: losses are divided
-                by the tokens of a step.
-        """
-        trainer: Any = self.trainer
-        if self._loader is not None and trainer.accumulate_grad_batches != self._loader.micro_batches:
-            raise UserError(
-                f"accumulate_grad_batches was set to {trainer.accumulate_grad_batches} in training, but an optimiser "
-                f"step is {self._loader.micro_batches} micro-batches: data.batch_size says how large a step is, take "
-                "out the callback that changes it"
-            )
-
-    def iterate_once(self) -> Any:
+    def iterate_once(self) -> Iterator[RolloutBatch]:
         """This rank's share of what the trainer trains on, once, in as many micro-batches on every rank."""
-        assert self._loader is not None
-        return self._loader.iterate_once()
+        assert self._train_loader.steps is not None
+        return self._train_loader.steps.iterate_once()
 
     def val_dataloader(self) -> list[BatchList]:
         """This rank's held-out prompts and, where a student is calibrated on them, unused training prompts."""
         assert self.trainer is not None
-        loaders = self._held_out_loaders(self.max_validation_prompts)
+        loaders = super().val_dataloader()
         calibrates = self._learner is not None and self._learner.calibrates
         if loaders and self.trainer.state.fn == TrainerFn.FITTING and calibrates and self.prompt_plan.calibration:
             loaders.append(self.calibration_batches("calibration"))
         return loaders
-
-    def test_dataloader(self) -> list[BatchList]:
-        """This rank's held-out prompts; no loader at all where there are none."""
-        return self._held_out_loaders(None)
-
-    predict_dataloader = test_dataloader
-
-    def _held_out_loaders(self, most: int | None) -> list[BatchList]:
-        prompts = self.prompt_plan.held_out[:most]
-        return [self._prompt_loader(prompts, self.validation_samples, "validation")] if prompts else []
-
-    def calibration_batches(self, purpose: str) -> BatchList:
-        """This rank's calibration prompts, to be answered with draws of their own for each purpose."""
-        return self._prompt_loader(self.prompt_plan.calibration, self.calibration_samples, purpose)
-
-    def _prompt_loader(self, prompts: PromptSet, samples: int, purpose: str) -> BatchList:
-        assert self.trainer is not None
-        return BatchList(self.batcher.batches(prompts, samples, purpose, *ranks(self.trainer)))
-
-    # Going on.
 
     def state_dict(self) -> dict[str, Any]:
         """How far into the epoch training is; Lightning keeps it in its checkpoints.
 
         Lightning keeps the loader's own state too, but drops it where it resumes between epochs.
         """
-        if self._loader is None:
-            return {}
-        own = {"micro_batches": self._loader.micro_batches, "iteration": self._loader_iteration}
-        return {**self._loader.state_dict(), **own}
+        return self._train_loader.state_dict()
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Go on from there."""
-        self._resume_state = state_dict or None
-        if self.train_data.iterations > 1 and state_dict:
-            # The parts before may have needed more micro-batches than those that are read again.
-            self._min_micro_batches = state_dict["micro_batches"]
-        self._resume()
-
-    def _resume(self) -> None:
-        """Put the loader where the checkpoint was saved, once both are there.
-
-        Raises:
-            UserError: If steps were cut into another number of micro-batches then.
-        """
-        if self._loader is None or self._resume_state is None:
-            return
-        if self._resume_state["iteration"] != self._loader_iteration:
-            return
-        state, self._resume_state = self._resume_state, None
-        if state["micro_batches"] != self._loader.micro_batches:
-            raise UserError(
-                f"the checkpoint was saved with {state['micro_batches']} micro-batches of a process in a step, there "
-                f"are {self._loader.micro_batches} now: go on with the same max_tokens, accumulate_grad_batches and "
-                "number of processes, or delete the stage's checkpoints"
-            )
-        self._loader.load_state_dict(state)
-
-    # Prompts.
-
-    @cached_property
-    def tokenizer(self) -> Any:
-        """The tokenizer of the policies."""
-        return load_tokenizer(self.tokenizer_path)
-
-    @cached_property
-    def batcher(self) -> PromptBatcher:
-        """What cuts prompts into batches for a policy in memory."""
-        return self._batcher(self.sampler.in_process, self.verifier)
-
-    def _batcher(self, sampler: Sampler, verifier: Verifier) -> PromptBatcher:
-        return PromptBatcher(
-            tokenizer=self.tokenizer,
-            sampler=sampler,
-            verifier=verifier,
-            max_tokens=self.max_tokens,
-            context=context_length(self.tokenizer_path),
-            seed=self.seed,
-            correct_threshold=self.correct_threshold,
-            judge_truncated=self.judge_truncated,
-        )
-
-    @cached_property
-    def prompt_plan(self) -> PromptPlan:
-        """Which prompts are for what."""
-        return PromptPlan(
-            train=self.prompts,
-            validation=self.validation_prompts,
-            encode=self._encode,
-            per_round=self.prompts_per_round,
-            round=self.round,
-            previews=self.preview_prompts,
-            max_validation=self.max_evaluation_prompts,
-            max_calibration=self.calibration_prompts,
-        )
-
-    def prompt_set(self, source: PromptSource | str | Path, most: int | None = None) -> PromptSet:
-        """Prompts of another source, tokenised as these are; the first `most` of them, or all.
-
-        Raises:
-            UserError: If they cannot be read.
-        """
-        return PromptSet(read_prompts(source, self._encode).prompts[:most], self._encode)
-
-    def _encode(self, prompt: str | list[Message]) -> list[int]:
-        return tokenize(self.tokenizer, prompt, self.chat_template_kwargs)
-
-
-def _limit_to_whole_steps(trainer: Any, loader: StepLoader) -> None:
-    """Refuse a limit that ends an epoch inside an optimiser step, whose loss is divided by the tokens of all of it.
-
-    And an interval of validations that is longer than an epoch, at which Lightning ends.
-
-    Raises:
-        UserError: Names the limit or the interval.
-    """
-    limit, step, length = trainer.limit_train_batches, loader.micro_batches, len(loader)
-    if trainer.fast_dev_run:
-        trainer.limit_train_batches = trainer.fast_dev_run * step
-        return
-    batches = int(limit * length) if isinstance(limit, float) else min(limit, length)
-    if batches % step:
-        raise UserError(
-            f"limit_train_batches (or overfit_batches) is {limit}: {batches} micro-batches of a process, of which an "
-            f"optimiser step takes {step}; take a multiple of it"
-        )
-    interval = trainer.val_check_interval
-    if isinstance(interval, int) and interval > batches and trainer.check_val_every_n_epoch is not None:
-        raise UserError(
-            f"val_check_interval is {interval}, but an epoch has only {batches} micro-batches of a process: take at "
-            "most that, or check_val_every_n_epoch: null to count on over epochs"
-        )
-
-
-def _select_all(rewards: Tensor, advantages: Tensor) -> Tensor:
-    """What enters the loss of a module that does not say: every response."""
-    return torch.ones_like(rewards, dtype=torch.bool)
+        """Go on from there; see `TrainLoader`."""
+        self._train_loader.load_state_dict(state_dict, self.train_data.iterations)

@@ -4,7 +4,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import replace
 from functools import cached_property, partial
 from pathlib import Path
-from typing import Literal, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import torch
 from torch import Tensor
@@ -21,6 +21,11 @@ Baseline = Literal["group", "batch"]
 Select = Callable[[Tensor, Tensor], Tensor]
 """Says which responses enter the loss: `(N,)` rewards, NaN for what could not be checked, and `(N,)` advantages to
 bool `(N,)`."""
+
+
+def select_all(rewards: Tensor, advantages: Tensor) -> Tensor:
+    """What enters the loss of a module that does not say: every response."""
+    return torch.ones_like(rewards, dtype=torch.bool)
 
 
 class Outcomes(NamedTuple):
@@ -224,8 +229,19 @@ class OnPolicyRollouts(TrainRollouts):
         """See `TrainRollouts`: that of the iteration."""
         return [self.store]
 
-    def share_out(self, epochs: int) -> None:
-        """Train on each part for as many epochs."""
+    def share_out(self, trainer: Any) -> None:
+        """Train on each part for as many of a trainer's epochs, which asks for a loader in each of them.
+
+        Raises:
+            UserError: If the epochs are no multiple of the parts.
+        """
+        epochs = trainer.max_epochs
+        if epochs < 1 or (epochs % self.iterations and not trainer.fast_dev_run):
+            raise UserError(
+                f"max_epochs is {epochs}: it must be a multiple of iterations ({self.iterations}), "
+                "each of which is trained on for as many epochs"
+            )
+        trainer.reload_dataloaders_every_n_epochs = 1
         self._epochs_per_iteration = max(1, epochs // self.iterations)
 
     def begin_epoch(self, epoch: int) -> None:

@@ -5,7 +5,8 @@ from pathlib import Path
 from lightning.pytorch import Trainer
 
 from ..data.imports import ImportSource
-from ..data.rollouts import Rescore, RolloutDataModule
+from ..data.rollout_generator import Rescore
+from ..data.rollouts import RolloutDataModule
 from ..data.samplers import TransformersSampler
 from ..data.store import Store
 from ..data.verifiers import Verifier

@@ -93,8 +93,8 @@ def test_prompts_are_tokenised_with_their_batches(
         asked.append(prompt)
         return tokenize(tokenizer, prompt, variables)
 
-    monkeypatch.setattr("erpd_lightning.data.rollouts.tokenize", counted)
-    monkeypatch.setattr("erpd_lightning.data.rollouts.context_length", lambda path: 4096)
+    monkeypatch.setattr("erpd_lightning.data.prompt_data.tokenize", counted)
+    monkeypatch.setattr("erpd_lightning.data.prompt_data.context_length", lambda path: 4096)
     data = make_data(prompts=write_prompts(tmp_path / "p.jsonl", [*PROMPTS * 50, ("1" * 4090, "1")]))
     batches = data.batcher.batches(data.prompt_plan.sampled()[:300], 4, "rollouts")
     assert (len(batches), asked) == (150, [])
