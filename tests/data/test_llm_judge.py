@@ -25,7 +25,7 @@ def server() -> Iterator[ChatServer]:
 
 @pytest.fixture(autouse=True)
 def _short_waits(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(http, "LONGEST_WAIT", 0.01)
+    monkeypatch.setattr(http, "LONGEST_PAUSE_SECONDS", 0.01)
 
 
 def judge(server: ChatServer, *responses: str, **settings: Any) -> list[float | None]:

@@ -11,6 +11,7 @@ from typing import Any
 
 import pytest
 
+from erpd_lightning.data import http
 from erpd_lightning.data.rollouts import RolloutDataModule
 from erpd_lightning.data.samplers import ServerSampler, protocols, requests
 from erpd_lightning.data.store import Store
@@ -29,7 +30,7 @@ COMMAND = f"{START} VLLM {{port}} {{policy}}"
 
 @pytest.fixture(autouse=True)
 def _short_pauses(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(requests, "FIRST_PAUSE_SECONDS", 0.02)
+    monkeypatch.setattr(http, "FIRST_PAUSE_SECONDS", 0.02)
 
 
 @pytest.fixture(autouse=True)

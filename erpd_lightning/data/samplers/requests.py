@@ -1,17 +1,15 @@
 """Requests to one or several servers: many in flight, made again where that helps, given up together."""
 
-import random
 import threading
-import time
 from collections.abc import Callable, Sequence, Set
 from contextlib import suppress
 from functools import partial
 from typing import Any, TypeVar
 
 from ...errors import InvalidArgument, UserError
+from ..http import HttpClient, ServerError, pause_before_retry
 from ..progress import tell_drawn
 from .base import Response
-from .http_client import HttpClient, ServerError
 from .managed_server import ManagedServer
 from .protocols import AnswerError, Draw, ServerProtocol
 
@@ -19,8 +17,6 @@ T = TypeVar("T")
 Ask = Callable[[dict[str, Any]], Any]
 """Gives a server's answer to the body of a request."""
 
-FIRST_PAUSE_SECONDS = 0.5
-LONGEST_PAUSE_SECONDS = 30.0
 HEALTH_SECONDS = 5.0
 LOOK_SECONDS = 0.2
 
@@ -121,22 +117,21 @@ class Requests:
         """
         body = self.protocol.request(draw, top)
         avoided: HttpClient | None = None
-        for attempt in range(self._retries + 1):
+        for tried in range(1, self._retries + 2):
             client = self._least_busy(avoided)
             ask = partial(client.post, self.protocol.completion_path)
             try:
                 return read(ask(body), ask)
-            except (ServerError, AnswerError) as error:
+            except ServerError as error:
                 problem = f"the {self.protocol.name} server at {client.url} {error}"
                 if not error.passing:
                     raise UserError(problem) from None
-                if attempt == self._retries:
-                    raise UserError(f"{problem}; asked {attempt + 1} times (retries)") from None
+                if tried > self._retries:
+                    raise UserError(f"{problem}; asked {tried} times (retries)") from None
+                retry_after = error.retry_after
             avoided = client
             self._revive(client)
-            pause = min(FIRST_PAUSE_SECONDS * 2**attempt, LONGEST_PAUSE_SECONDS)
-            # Requests that failed together are not to come back together.
-            time.sleep(pause * random.uniform(0.75, 1.25))
+            pause_before_retry(tried, retry_after)
         raise AssertionError
 
     def _least_busy(self, avoided: HttpClient | None) -> HttpClient:

@@ -13,8 +13,8 @@ from ...errors import InvalidArgument, UserError, check_at_least
 from ...models.generation import eos_token_ids
 from ...models.loading import vocabulary_size
 from ...seeds import derive_seed
+from ..http import check_url
 from .base import Response, Sampler
-from .http_client import check_url
 from .managed_server import ManagedServer, check_command
 from .protocols import Draw, ServerProtocol
 from .requests import Requests
@@ -45,8 +45,8 @@ class ServerSampler(Sampler):
         batch_size: Responses that are asked for, and stored, together.
         max_requests: Requests in flight at a time.
         timeout: Seconds that one response may take.
-        retries: How often a request that failed is made again, after pauses of half a second to half a minute that
-            double each time.
+        retries: How often a request that failed is made again, after pauses of a second to half a minute that double
+            each time.
         start_timeout: Seconds that a server started by `command` may take until it answers.
 
     Raises:
@@ -84,8 +84,8 @@ class ServerSampler(Sampler):
                 "or urls must be given, and not both: a command line that starts a server, or servers that run",
             )
         if command is None:
-            for url in urls:
-                check_url(url)
+            for number, url in enumerate(urls):
+                check_url(url, f"urls[{number}]")
         else:
             check_command(command)
             if served_as is not None:

@@ -5,7 +5,7 @@ from dataclasses import replace
 from pathlib import Path
 
 from ...errors import UserError
-from .http_client import HttpClient, ServerError
+from ..http import HttpClient, ServerError
 from .protocols import Draw, ServerProtocol
 from .protocols.base import IMPOSSIBLE_LOGP
 from .requests import Requests

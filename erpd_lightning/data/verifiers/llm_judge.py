@@ -6,11 +6,12 @@ import os
 import re
 import warnings
 from collections.abc import Mapping, Sequence
+from contextlib import closing
 from pathlib import Path
 from typing import Any
 
-from ...errors import InvalidArgument, UserError, check_at_least
-from ..http import ServerError, ServerUnreachable, check_url, get_json, post_json
+from ...errors import InvalidArgument, UserError, check_at_least, first_line, shortened
+from ..http import HttpClient, ServerError, ServerUnreachable, check_url, pause_before_retry
 from ..threads import map_in_threads
 from .base import Verdicts, Verifier
 from .final_answer import after_thoughts
@@ -38,6 +39,8 @@ REWARDS = {"correct": 1.0, "incorrect": 0.0}
 
 PLACEHOLDER = re.compile(r"\{(prompt|answer|response)\}")
 REACH_SECONDS = 10.0
+MODELS_PATH = "/models"
+CHAT_PATH = "/chat/completions"
 
 
 class LLMJudge(Verifier):
@@ -118,9 +121,11 @@ class LLMJudge(Verifier):
             return
         self._cache.open()
         try:
-            listed = get_json(f"{self._url}/models", timeout=min(self._timeout, REACH_SECONDS), headers=self._headers())
+            with closing(self._client()) as client:
+                listed = client.get(MODELS_PATH, min(self._timeout, REACH_SECONDS))
         except ServerUnreachable as error:
-            raise UserError(f"LLMJudge: {error}; start the server, or put its address right (url)") from None
+            problem = f"{self._url}{MODELS_PATH} {error}"
+            raise UserError(f"LLMJudge: {problem}; start the server, or put its address right (url)") from None
         except ServerError:
             listed = None  # It is there. Not every server lists its models.
         self._is_reached = True
@@ -138,18 +143,23 @@ class LLMJudge(Verifier):
         questions = [self._question(*texts) for texts in zip(prompts, responses, answers, strict=True)]
         distinct = list(dict.fromkeys(question for question in questions if question is not None))
         problems: list[ServerError] = []
-        rewards_found = map_in_threads(lambda question: self._reward(question, problems), distinct, self._concurrency)
+        # What is in flight when this is interrupted is given up.
+        with closing(self._client()) as client:
+            rewards_found = map_in_threads(
+                lambda question: self._reward(client, question, problems), distinct, self._concurrency
+            )
         found = dict(zip(distinct, rewards_found, strict=True))
         gone = [problem for problem in problems if isinstance(problem, ServerUnreachable)]
         if gone:
-            raise UserError(f"LLMJudge: {gone[0]}; start the same command again when the server is back")
-        if problems and sum(problem.lasting for problem in problems) == len(distinct):
-            raise UserError(f"LLMJudge: the server refused all of {len(distinct)} requests, as in: {problems[0]}")
+            problem = f"{self._url}{CHAT_PATH} {gone[0]}"
+            raise UserError(f"LLMJudge: {problem}; start the same command again when the server is back")
+        example = f"as in: {self._url}{CHAT_PATH} {problems[0]}" if problems else ""
+        if problems and sum(not problem.passing for problem in problems) == len(distinct):
+            raise UserError(f"LLMJudge: the server refused all of {len(distinct)} requests, {example}")
         rewards = [0.0 if question is None else found[question] for question in questions]
         if problems:
             unchecked = sum(reward is None for reward in rewards)
-            told = f"LLMJudge: {unchecked} of {len(rewards)} responses are not checked, as in: {problems[0]}"
-            warnings.warn(told, stacklevel=2)
+            warnings.warn(f"LLMJudge: {unchecked} of {len(rewards)} responses are not checked, {example}", stacklevel=2)
         return Verdicts(rewards, {})
 
     def __call__(self, responses: Sequence[str], answers: Sequence[str]) -> list[float | None]:
@@ -171,33 +181,55 @@ class LLMJudge(Verifier):
         }
         return json.dumps(request, sort_keys=True)
 
-    def _reward(self, question: str, problems: list[ServerError]) -> float | None:
+    def _reward(self, client: HttpClient, question: str, problems: list[ServerError]) -> float | None:
         kept = self._cache.get(question)
         if kept is not None and (reward := self._read_verdict(kept)) is not None:
             return reward
         if any(isinstance(problem, ServerUnreachable) for problem in problems):
             return None  # Nobody is there: the others need not find out one after another.
         try:
-            reply = post_json(
-                f"{self._url}/chat/completions",
-                json.loads(question),
-                self._read_reply,
-                timeout=self._timeout,
-                retries=self._retries,
-                headers=self._headers(),
-            )
+            reply = self._ask(client, question)
         except ServerError as error:
             problems.append(error)
             return None
         self._cache.put(question, reply)
         return self._read_verdict(reply)
 
+    def _ask(self, client: HttpClient, question: str) -> str:
+        """The model's reply to a question, which is asked again where that may help.
+
+        Raises:
+            ServerUnreachable: If no try reached a server.
+            ServerError: If there is no usable reply after all tries, or the server refuses the request.
+        """
+        body, was_reached = json.loads(question), False
+        for tried in range(1, self._retries + 2):
+            try:
+                return self._read_reply(client.post(CHAT_PATH, body))
+            except ServerError as error:
+                was_reached = was_reached or not isinstance(error, ServerUnreachable)
+                if not error.passing or tried > self._retries:
+                    # A server that was there in between is not gone.
+                    raise ServerError(str(error), error.passing) if was_reached else error from None
+                retry_after = error.retry_after
+            pause_before_retry(tried, retry_after)
+        raise AssertionError("the last try returns or raises")
+
     def _read_reply(self, reply: Any) -> str:
-        content = reply["choices"][0]["message"]["content"]
+        """The text of a reply.
+
+        Raises:
+            ServerError: If there is none, or no verdict in it.
+        """
+        try:
+            content = reply["choices"][0]["message"]["content"]
+        except (TypeError, LookupError) as error:
+            problem = f"{type(error).__name__}: {first_line(error)}"
+            raise ServerError(f"answered what cannot be read: {problem}") from None
         if not isinstance(content, str):
-            raise ValueError(f"the message's content is {content!r}")
+            raise ServerError(f"answered what cannot be read: the message's content is {shortened(repr(content))}")
         if self._read_verdict(content) is None:
-            raise ValueError(f"no verdict in {content[-200:]!r}")
+            raise ServerError(f"answered what cannot be read: no verdict in {content[-200:]!r}")
         return content
 
     def _read_verdict(self, text: str) -> float | None:
@@ -213,9 +245,13 @@ class LLMJudge(Verifier):
             return None
         return number if math.isfinite(number) else None
 
-    def _headers(self) -> dict[str, str]:
-        key = os.environ.get(self._api_key_variable)
-        return {"Authorization": f"Bearer {key}"} if key else {}
+    def _client(self) -> HttpClient:
+        key = os.environ.get(self._api_key_variable, "")
+        if not (key.isascii() and key.isprintable()):
+            raise InvalidArgument(
+                "api_key_variable", f"is {self._api_key_variable!r}, which has characters that no key has"
+            )
+        return HttpClient(self._url, self._timeout, {"Authorization": f"Bearer {key}"} if key else {})
 
 
 def _readable(prompt: str) -> str:

@@ -6,13 +6,14 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
+from ...http import ServerError
 from ..base import Response
 
 IMPOSSIBLE_LOGP = -9000.0
 """What servers write for minus infinity, which JSON has no number for, lies below; no sampled token has such a one."""
 
 
-class AnswerError(Exception):
+class AnswerError(ServerError):
     """An answer that no response can be taken from.
 
     Args:
@@ -21,8 +22,7 @@ class AnswerError(Exception):
     """
 
     def __init__(self, problem: str, passing: bool = False) -> None:
-        super().__init__(problem)
-        self.passing = passing
+        super().__init__(problem, passing)
 
 
 @dataclass(frozen=True)
