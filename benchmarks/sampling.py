@@ -13,6 +13,7 @@ compared with the model's own on the same tokens.
 """
 
 import argparse
+import inspect
 import statistics
 import tempfile
 import time
@@ -47,10 +48,12 @@ def by_hand(model: Any, prompts: Sequence[Sequence[int]], tokens: int, temperatu
     """Tokens that a plain loop draws."""
     ids = torch.tensor([list(prompt) for prompt in prompts])
     count, cache, logps = 0, None, []
+    # transformers 5.24 renamed it.
+    name = "cache" if "cache" in inspect.signature(model.forward).parameters else "past_key_values"
     alive = torch.ones(len(ids), dtype=torch.bool)
     for _ in range(tokens):
-        output = model(input_ids=ids, past_key_values=cache, use_cache=True, logits_to_keep=1)
-        cache = output.past_key_values
+        output = model(input_ids=ids, use_cache=True, logits_to_keep=1, **{name: cache})
+        cache = output.get(name)
         known = (output.logits[:, -1].float() / temperature).log_softmax(-1)
         ids = torch.multinomial(known.exp(), 1)
         logps.append(known.gather(1, ids))
