@@ -221,13 +221,13 @@ def test_when_the_server_wants_to_be_asked_again(serve: Serve, told: str, second
 
 def test_pauses_double_up_to_a_limit(monkeypatch: pytest.MonkeyPatch) -> None:
     slept: list[float] = []
-    monkeypatch.setattr(http.time, "sleep", slept.append)
-    expected = [1, 2, 4, 8, 16, 30, 30]
+    monkeypatch.setattr(time, "sleep", slept.append)
+    expected: list[float] = [1, 2, 4, 8, 16, 30, 30]
     for failures in range(1, 8):
         pause_before_retry(failures, None)
-    for asked, seconds in [(0.0, 0), (5.0, 5), (3600.0, 30)]:
+    for asked, least in [(0.0, 0.0), (5.0, 5.0), (3600.0, 30.0)]:
         pause_before_retry(3, asked)
-        expected.append(seconds)
+        expected.append(least)
     for seconds, least in zip(slept, expected, strict=True):
         assert least <= seconds <= 1.25 * least
 
