@@ -53,7 +53,7 @@ def test_logps_of_other_architectures(tokenizer: Any, name: str) -> None:
 
 def test_states_of_linear_attention_leave_with_their_rows(tokenizer: Any) -> None:
     torch.manual_seed(0)
-    kinds = {"layer_types": ["conv", "full_attention"], "conv_L_cache": 3, "norm_eps": 1e-6}
+    kinds: dict[str, Any] = {"layer_types": ["conv", "full_attention"], "conv_L_cache": 3, "norm_eps": 1e-6}
     model = sharpen(transformers.Lfm2ForCausalLM(transformers.Lfm2Config(**SMALL, **kinds)), 6.0)
     prompts = PROMPTS * 10
     responses = TransformersSampler(12).sample(model, tokenizer, prompts, seed=1)

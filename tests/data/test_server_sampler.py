@@ -6,7 +6,6 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import pytest
 
 from erpd_lightning.data.samplers import Response, ServerSampler, TransformersSampler, protocols, requests
@@ -286,7 +285,7 @@ def test_responses_that_cannot_be_taken() -> None:
     def take(*args: Any) -> Response:
         return requests.checked(Response(*args), draw, 19, {EOS, 1})
 
-    logs = list(np.zeros(4))
+    logs = [0.0] * 4
     # A server may go on after what the policy takes for the end.
     assert take([5, EOS, 6], logs[:3], "length") == Response([5, EOS], logs[:2], "stop")
     assert take([5, 1], logs[:2], "stop").finish_reason == "stop"
