@@ -1,12 +1,11 @@
 """From the configuration to modules, data and trainers."""
 
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 from jsonargparse import ArgumentError, Namespace
-from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch import Callback, Trainer
 from lightning.pytorch.callbacks import Checkpoint, ProgressBar
 from lightning.pytorch.cli import LightningArgumentParser
@@ -28,13 +27,13 @@ from .dependencies import (
     TARGET_DISTILL_KEYS,
     UNUSED_DATA_KEYS,
     canonical_class_paths,
-    class_of,
     data_settings,
     is_watched,
     trainer_settings,
 )
 from .errors import one_line, rejected_value, unknown_option, with_key
 from .given import unknown_settings
+from .instantiate import CONSTRUCTION_ERRORS, instantiate
 from .options import BOUND_BY_CHAIN, CLASSES, DEFAULT_EPOCHS, option_names
 
 SCORED_POLICIES = {"base", "teacher", "unlearned"}
@@ -45,9 +44,6 @@ TEACHER_ONLY_KEYS = {"sign", "trainer"}
 
 SAMPLING_STAGES = {"rollouts", "evaluation"}
 """Stages that sample and train nothing."""
-
-CONSTRUCTION_ERRORS = (MisconfigurationException, ValueError, TypeError, ImportError)
-"""What a class raises that does not like its arguments."""
 
 
 class ConfigBuilder:
@@ -173,7 +169,7 @@ class ConfigBuilder:
         settings = dict(vars(given))
         for key in ("prompts", "verifier"):  # They are what the data module's are.
             option = {"prompts": "data.validation_prompts"}.get(key, f"data.{key}")
-            settings[key] = self.built(option, settings[key], f"evaluation.sets.{name}.{key}")
+            settings[key] = instantiate(self.parser, option, settings[key], f"evaluation.sets.{name}.{key}")
         try:
             return EvaluationSet(**settings)
         except InvalidArgument as error:
@@ -255,44 +251,6 @@ class ConfigBuilder:
                 own[stage]["sign"] = self._sign(stage)
         return {**own, "dtype": self.config["dtype"], "data": data_settings(stage, data, distill, watched)}
 
-    def built(self, key: str, value: Any, name: str | None = None) -> Any:
-        """The value of an option with its classes instantiated.
-
-        Args:
-            key: The option.
-            value: Its value as it was parsed.
-            name: The key that the value was given under, if it is another one.
-
-        Raises:
-            UserError: If a class does not like its arguments; names the key that they were given under.
-        """
-        if not isinstance(value, Namespace | list | dict):
-            return value
-        name = name or key
-        failed: list[tuple[type, dict[str, Any], Exception]] = []
-
-        def make(kind: type, /, *args: Any, **kwargs: Any) -> Any:
-            try:
-                return kind(*args, **kwargs)
-            except CONSTRUCTION_ERRORS as error:
-                failed.append((kind, kwargs, error))
-                raise
-
-        try:
-            # jsonargparse folds an error of a class into a text: who made the class has the error itself.
-            made = self.parser.instantiate(Namespace({key: value}), instantiators=[(make, object, True)])
-        except CONSTRUCTION_ERRORS as error:
-            if not failed:
-                raise UserError(with_key(*rejected_value(str(error), name))) from error
-            kind, kwargs, cause = failed[0]
-            where = name + _path_to(kind, kwargs, value)
-            if isinstance(cause, InvalidArgument):
-                raise cause.under(where) from error
-            if isinstance(cause, UserError):  # It says itself what it is about.
-                raise cause from error
-            raise UserError(f"{where}: {shortened(one_line(cause))}") from error
-        return made[key]
-
     @contextmanager
     def keys_named(self, own: str) -> Iterator[None]:
         """Put the key that it was given under in front of an argument that is wrong."""
@@ -319,7 +277,7 @@ class ConfigBuilder:
         """The arguments of a group's class, with the classes among them instantiated."""
         changed = self._own_settings(own)
         return {
-            name: self.built(f"{group}.{name}", value, f"{own if name in changed else group}.{name}")
+            name: instantiate(self.parser, f"{group}.{name}", value, f"{own if name in changed else group}.{name}")
             for name, value in vars(self._settings(group, own)).items()
         }
 
@@ -402,29 +360,3 @@ def prefix_loggers(loggers: Any, folder: Path) -> None:
 def _group(stage: str) -> str:
     """Where a stage's settings are; some stages have only those that differ from another's."""
     return "extreme_region" if stage == "unlearned" or is_teacher(stage) else stage
-
-
-def _path_to(kind: type, kwargs: Mapping[str, Any], value: Any) -> str:
-    """Where below an option the class is configured that was made so, as it stands after the option's key."""
-    found = [(path, arguments) for path, made, arguments in _classes(value) if made is kind]
-    alike = [
-        path
-        for path, arguments in found
-        if all(kwargs.get(name) == each for name, each in arguments.items() if not isinstance(each, Namespace | list))
-    ]
-    return next(iter([*alike, *(path for path, _ in found)]), "")
-
-
-def _classes(value: Any, path: str = "") -> Iterator[tuple[str, Any, dict[str, Any]]]:
-    """Classes that are configured in a value: the path to each, what it is, and its arguments."""
-    if isinstance(value, list):
-        for each in value:
-            name = each["class_path"].rpartition(".")[2] if isinstance(each, Namespace) and "class_path" in each else ""
-            yield from _classes(each, f"{path}: {name}" if name else path)
-    elif isinstance(value, Namespace):
-        inner = vars(value)
-        if "class_path" in value:
-            inner = vars(value.get("init_args") or Namespace())
-            yield path, class_of(value["class_path"]), inner
-        for name, each in inner.items():
-            yield from _classes(each, f"{path}.{name}")

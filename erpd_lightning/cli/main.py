@@ -29,6 +29,7 @@ from ..seeds import derive_seed
 from .config import ConfigBuilder
 from .errors import rejected_value, unknown_option, with_key
 from .given import check_files, unknown_keys
+from .instantiate import instantiate
 from .noise import quieten_libraries
 from .options import CLASSES, DEFAULT_EPOCHS, add_options, bound_keys, class_options, option_names
 
@@ -113,7 +114,7 @@ class ERPDCLI(LightningCLI):
         config = self.config[self.subcommand]
         self.builder = ConfigBuilder(config, self._parser(self.subcommand))
         chain = {field.name: config[field.name] for field in fields(Rounds) if field.name in config}
-        chain["task"] = self.builder.built("task", chain["task"])
+        chain["task"] = instantiate(self.builder.parser, "task", chain["task"])
         chain["evaluation"] = self.builder.evaluation()
         self.model: LightningModule | None = None
         self.datamodule: LightningDataModule | None = None

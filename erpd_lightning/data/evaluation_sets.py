@@ -12,9 +12,9 @@ from lightning.pytorch import LightningDataModule
 
 from ..errors import InvalidArgument, UserError, check_at_least
 from .predict_data import BatchList
+from .prompt_data import PromptDataModule
 from .prompts import PromptSet
 from .ranks import ranks
-from .rollouts import RolloutDataModule
 from .samplers import Sampler, TruncatedSampler
 from .settings import settings_of
 from .sources import PromptSource, fingerprint_of
@@ -105,7 +105,7 @@ class EvaluationData(LightningDataModule):
         data: Data module of the run, for tokenizer, seed, and what the set does not say.
     """
 
-    def __init__(self, name: str, evaluation_set: EvaluationSet, data: RolloutDataModule) -> None:
+    def __init__(self, name: str, evaluation_set: EvaluationSet, data: PromptDataModule) -> None:
         super().__init__()
         self.set_name = name
         self.set = evaluation_set

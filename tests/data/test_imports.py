@@ -17,8 +17,9 @@ from erpd_lightning.data.rollouts import RolloutDataModule
 from erpd_lightning.data.samplers import TransformersSampler
 from erpd_lightning.data.store import Store
 from erpd_lightning.errors import InvalidArgument, UserError
-from support.policies import TASK, make_model, save_policy, token_logps
-from support.rollouts import sample
+from erpd_lightning.modules.extreme_region import ExtremeRegionModule
+from support.policies import TASK, make_model, save_policy, token_logps, write_prompts
+from support.rollouts import PROMPTS, sample
 from support.trainers import fake_trainer, make_predictor, run_prediction
 from support.verifiers import EvenEnd
 
@@ -192,6 +193,27 @@ def test_it_depends_on_no_rank_and_no_kill(importer: Make, policy: Path, monkeyp
     groups = store.table(["group", "sample"]).to_pylist()
     assert len({(row["group"], row["sample"]) for row in groups}) == 40
     assert {row["group"] for row in groups} == set(range(7))
+
+
+@pytest.mark.parametrize("number", [1, 2])
+def test_a_training_begins_with_them_in_the_first_round(
+    importer: Make, policy: Path, tmp_path: Path, number: int
+) -> None:
+    prompts = write_prompts(tmp_path / "prompts.jsonl", PROMPTS)
+    response = ids("1+1=2")
+    rows = [{"prompt": "1+1:", "response": response, "logps": [-0.5] * len(response), "answer": "2"}]
+    settings: dict[str, Any] = {"prompts": prompts, "round": number, "sampler": TransformersSampler(4)}
+    data = importer(rows, logps_column="logps", **settings)
+    module = ExtremeRegionModule(policy)
+    module.configure_model()
+    data.trainer = fake_trainer()
+    data.connect(module)
+    data.sample_for_epoch(0)
+    found = Store.open(data.store).table()["response_ids"].to_pylist()
+    assert (found == [response]) == (number == 1)
+    assert len(found) == (1 if number == 1 else 16 * len(PROMPTS))
+    # Only recorded log-probs are computed again.
+    assert Store.exists(data.store / RESCORED) == (number == 1)
 
 
 def test_a_store_is_imported_as_it_is(make_data: Make, policy: Path, tmp_path: Path) -> None:

@@ -2,6 +2,7 @@
 
 import json
 import pickle
+import re
 import socket
 import time
 import warnings
@@ -142,6 +143,19 @@ def test_a_server_that_goes_is_a_line_and_nothing_is_lost(tmp_path: Path) -> Non
     with chat_server(port=port) as server:
         assert verifier(["right", "wrong"], ["7", "7"]) == [1.0, 0.0]
         assert server.asked == {"wrong": 1}
+
+
+def test_a_key_that_no_header_can_hold_is_a_line(server: ChatServer, monkeypatch: pytest.MonkeyPatch) -> None:
+    for key in ("sk-ä", "sk\nX-More: 1"):
+        monkeypatch.setenv("OPENAI_API_KEY", key)
+        with pytest.raises(UserError, match=r"^api_key_variable is 'OPENAI_API_KEY', .* no key has$"):
+            LLMJudge(server.url, MODEL).start()
+
+
+def test_the_address_is_left_out_of_no_mistake(server: ChatServer) -> None:
+    said = f"as in: {server.url}/chat/completions answered with status 400: "
+    with pytest.warns(UserWarning, match=re.escape(said)):
+        judge(server, "status 400", "right")
 
 
 # What is kept

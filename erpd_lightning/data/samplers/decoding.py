@@ -129,7 +129,7 @@ def decode(
     ids = torch.cat([prompts, prompts.new_zeros(batch, longest)], dim=1)
     end_ids = torch.tensor(sorted(ends), device=prompts.device)
     drawn = prompts.new_zeros(batch, longest)
-    logps = torch.zeros(batch, longest, dtype=torch.float32, device=prompts.device)
+    logps = torch.zeros(batch, longest, dtype=torch.float32, device=prompts.device)  # Whatever the default is.
     lengths = torch.full((batch,), longest, device=prompts.device)
     ended = torch.zeros(batch, dtype=torch.bool, device=prompts.device)
     rows = torch.arange(batch, device=prompts.device)  # Which response each row in memory is.
