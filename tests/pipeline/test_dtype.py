@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 import torch
 
-from erpd_lightning.data.samplers import TransformersSampler
+from erpd_lightning.data.samplers.decoding import PolicyReader
 from erpd_lightning.data.store import Store
 from erpd_lightning.models import policy as policies
 from erpd_lightning.models.policy import Policy
@@ -51,7 +51,7 @@ def seen(monkeypatch: pytest.MonkeyPatch) -> Seen:
         policies, "check_policy", lambda policy, path: found.loaded[found.now].add(policy.head.weight.dtype)
     )
     noted(Policy, "hidden", lambda policy, batch: found.note("asked", policy.head.weight))
-    noted(TransformersSampler, "generate", lambda self, model, *_: found.note("sampled", next(model.parameters())))
+    noted(PolicyReader, "__call__", lambda reader, ids: found.note("sampled", next(reader._model.parameters())))
     noted(Stages, "run", lambda self, stage, *_: setattr(found, "now", stage))
     return found
 

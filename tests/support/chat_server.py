@@ -64,11 +64,17 @@ class _Handler(BaseHTTPRequestHandler):
             self.server.keys.append(self.headers.get("Authorization"))
             self.server.now += 1
             self.server.most = max(self.server.most, self.server.now)
+        self.in_flight = True
         try:
             self.answer(body["messages"][-1]["content"])
         finally:
-            with self.server.lock:
-                self.server.now -= 1
+            self.leave()
+
+    def leave(self) -> None:
+        """The request is in flight no more: before its reply is out, after which the next one may come at once."""
+        with self.server.lock:
+            self.server.now -= self.in_flight
+            self.in_flight = False
 
     def answer(self, message: str) -> None:
         what = message.split("<response>\n")[1].split("\n</response>")[0]
@@ -95,6 +101,8 @@ class _Handler(BaseHTTPRequestHandler):
 
     def reply(self, value: Any, raw: bool = False) -> None:
         data = (value if raw else json.dumps(value)).encode()
+        if self.command == "POST":
+            self.leave()
         self.send_response(200)
         self.send_header("Content-Type", "application/json")
         self.send_header("Content-Length", str(len(data)))

@@ -37,7 +37,7 @@ def refusal(capsys: pytest.CaptureFixture[str], run: Run, *args: object) -> str:
     assert ended.value.code == 2, lines
     assert len(lines) == 1, lines
     assert lines[0].startswith("error: "), lines
-    assert len(lines[0]) < 330, lines
+    assert len(lines[0]) < 400, lines
     return lines[0].removeprefix("error: ")
 
 
