@@ -174,9 +174,10 @@ from erpd_lightning.models.loading import load_tokenizer
 
 command, policy = sys.argv[1:]
 sampler = ServerSampler(protocols.VLLM(), command=command, max_new_tokens=4)
+tokenizer = load_tokenizer(policy)  # Imports may swallow an interrupt.
 with sampler.serving(policy, Path(policy).parent):
     print("serving", flush=True)
-    sampler.sample(None, load_tokenizer(policy), [[3]] * 100_000, 1)
+    sampler.sample(None, tokenizer, [[3]] * 100_000, 1)
 """
 
 
