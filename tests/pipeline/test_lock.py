@@ -21,9 +21,10 @@ import os, sys, time
 from pathlib import Path
 from erpd_lightning.pipeline.lock import lock_run_directory
 with lock_run_directory(Path(sys.argv[1])):
-    child = os.fork() if sys.argv[2] == "forked" else os.spawnlp(os.P_NOWAIT, "sleep", "sleep", "60")
-    if child:
-        print(child, flush=True)
+    if sys.argv[2] == "started":
+        print(os.spawnlp(os.P_NOWAIT, "sleep", "sleep", "60"), flush=True)
+    elif os.fork() == 0:
+        print(os.getpid(), flush=True)  # By then it has let go of the lock, however late it came to run.
     time.sleep(60)
 """
 
