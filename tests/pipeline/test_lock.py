@@ -17,12 +17,12 @@ from erpd_lightning.pipeline.lock import LOCK_FILE, lock_run_directory
 from support.processes import ENVIRONMENT
 
 HOLD = """
-import os, sys, time
+import os, subprocess, sys, time
 from pathlib import Path
 from erpd_lightning.pipeline.lock import lock_run_directory
 with lock_run_directory(Path(sys.argv[1])):
     if sys.argv[2] == "started":
-        print(os.spawnlp(os.P_NOWAIT, "sleep", "sleep", "60"), flush=True)
+        print(subprocess.Popen(["sleep", "60"]).pid, flush=True)
     elif os.fork() == 0:
         print(os.getpid(), flush=True)  # By then it has let go of the lock, however late it came to run.
     time.sleep(60)
