@@ -162,6 +162,10 @@ class RunProcess:
         self.received = self.received or signal.SIGTERM  # Where another rank received it.
         if not self._unwinds:
             self._exit()
+        # What this one launched would end with it. One that waits inside of torch cannot heed a signal, and would tell
+        # at length that its connection broke, which it does while this one unwinds.
+        for process in self._launched():
+            process.kill()
         if self._is_main:  # What it unwinds may hang, or swallow the exception.
             signal.setitimer(signal.ITIMER_REAL, UNWIND_SECONDS)
         raise SystemExit(128 + self.received)
