@@ -7,8 +7,8 @@ from typing import Any
 
 from lightning.pytorch import Callback, LightningModule, Trainer
 
+from ..data.predict_data import BatchList
 from ..data.progress import listening
-from ..data.prompt_batches import PromptBatch
 from ..errors import InvalidArgument
 
 REWRITE_SECONDS = 1.0
@@ -61,9 +61,8 @@ class SamplingProgress(Callback):
         if not trainer.is_global_zero:
             return
         loaders = loaders if isinstance(loaders, list) else [loaders]
-        batches = [batch for loader in loaders if loader is not None for batch in loader]
-        total = sum(len(batch.prompts) * batch.samples for batch in batches if isinstance(batch, PromptBatch))
-        if total:
+        # Batches are not looked at: making them takes the tokens of all prompts, or all that is to be scored.
+        if total := sum(loader.responses for loader in loaders if isinstance(loader, BatchList)):
             alone = trainer.progress_bar_callback is None and sys.stdout.isatty()
             self._counter = _Counter(doing, total, REWRITE_SECONDS if alone else self.every_seconds, alone)
             self._resources.enter_context(listening(self._counter.add))

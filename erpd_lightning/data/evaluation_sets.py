@@ -140,6 +140,7 @@ class EvaluationData(LightningDataModule):
         )
         purpose = f"evaluation {self.set_name}"
         try:
-            return BatchList(batcher.batches(self.prompts, self.set.samples, purpose, *ranks(self.trainer)))
+            batches = batcher.batches(self.prompts, self.set.samples, purpose, *ranks(self.trainer))
         except InvalidArgument as error:
             raise UserError(f"evaluation.sets.{self.set_name}.max_new_tokens {error.problem}") from error
+        return BatchList(batches, sum(batches.responses))

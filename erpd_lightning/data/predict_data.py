@@ -22,7 +22,7 @@ from ..models.loading import has_tokenizer, load_tokenizer
 from .batching import RolloutBatch, RolloutTable, ScoreTable, offsets_of, opaque
 from .deferred import Deferred
 from .loader import micro_batches, micro_batches_needed, partition_step
-from .prompt_batches import Drawn, PromptBatch
+from .prompt_batches import Drawn, PromptBatch, PromptBatches
 from .ranks import ranks
 from .samplers import Sampler
 from .store import ROLLOUTS, SCORES, TOKEN_COLUMNS, Store, StoreWriter
@@ -50,10 +50,16 @@ class Scores(NamedTuple):
 
 
 class BatchList:
-    """Batches as a data loader, each made when it is asked for; Lightning would take a list for several loaders."""
+    """Batches as a data loader, each made when it is asked for; Lightning would take a list for several loaders.
 
-    def __init__(self, batches: Sequence[Any]) -> None:
+    Args:
+        batches: The batches.
+        responses: How many responses are drawn for them in all.
+    """
+
+    def __init__(self, batches: Sequence[Any], responses: int = 0) -> None:
         self._batches = batches
+        self.responses = responses
 
     def __len__(self) -> int:
         return len(self._batches)
@@ -141,7 +147,11 @@ class PredictToStore(LightningDataModule):
         if not Store.exists(self.path):
             mine = range(rank, self.part_count(), world_size)
             missing = [index for index in mine if not self._writer.has_part(index)]
-        return BatchList(Deferred(self.part, missing) if missing else [None])
+        return BatchList(Deferred(self.part, missing) if missing else [None], sum(map(self.responses, missing)))
+
+    def responses(self, index: int) -> int:
+        """How many responses are drawn for a part, which is known without making it."""
+        return 0
 
     def write(self, batch: Any, output: Any) -> None:
         """Store what the policy made of a part."""
@@ -195,7 +205,7 @@ class SamplingData(PredictToStore):
     def __init__(
         self,
         sampler: Sampler,
-        make_batches: Callable[[], Sequence[PromptBatch]],
+        make_batches: Callable[[], PromptBatches],
         path: Path,
         settings: Mapping[str, Any],
         on_finish: Callable[[], None] = lambda: None,
@@ -214,7 +224,7 @@ class SamplingData(PredictToStore):
     def predict_dataloader(self) -> BatchList:
         """See `PredictToStore`."""
         batches = super().predict_dataloader()
-        if any(batch is not None and batch.prompts for batch in batches):
+        if batches.responses:
             self._serve()
         return batches
 
@@ -259,8 +269,12 @@ class SamplingData(PredictToStore):
             batch, verified = self._pending.pop(0)
             super().write(batch, verified.result())
 
+    def responses(self, index: int) -> int:
+        """See `PredictToStore`."""
+        return self._batches.responses[index]
+
     @cached_property
-    def _batches(self) -> Sequence[PromptBatch]:
+    def _batches(self) -> PromptBatches:
         return self._make_batches()
 
 

@@ -1,6 +1,6 @@
 """Prompts in batches, with all that it takes to sample and verify responses to them."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -202,6 +202,20 @@ def verified_texts(tokenizer: Any, ids: Sequence[Sequence[int]], finish_reasons:
     return texts
 
 
+class PromptBatches(Deferred[PromptBatch]):
+    """Batches of prompts, each made when it is asked for.
+
+    Args:
+        make: Makes a batch of its number.
+        numbers: Numbers of the batches.
+        responses: How many responses are drawn for each, which is known without making it.
+    """
+
+    def __init__(self, make: Callable[[int], PromptBatch], numbers: Sequence[int], responses: Sequence[int]) -> None:
+        super().__init__(make, numbers)
+        self.responses = responses
+
+
 @dataclass(frozen=True)
 class PromptBatcher:
     """Cuts prompts into batches of about `sampler.batch_size` responses.
@@ -229,7 +243,7 @@ class PromptBatcher:
 
     def batches(
         self, prompts: PromptSet, samples: int, purpose: str, rank: int = 0, world_size: int = 1
-    ) -> Sequence[PromptBatch]:
+    ) -> PromptBatches:
         """This rank's batches, each made when it is asked for; what is in a batch depends on no rank.
 
         A prompt that is too long for the policy is told at once where its length in bytes says that it may be, which
@@ -254,7 +268,9 @@ class PromptBatcher:
         count = -(-len(prompts) // size)
         # A rank without prompts of its own still gets a batch, an empty one, to take part in the reductions.
         numbers = range(rank, max(count, rank + 1), world_size)
-        return Deferred(partial(self._batch, prompts, samples, purpose, size), numbers)
+        make = partial(self._batch, prompts, samples, purpose, size)
+        sizes = [len(range(len(prompts))[number * size : (number + 1) * size]) for number in numbers]
+        return PromptBatches(make, numbers, [samples * each for each in sizes])
 
     def _batch(self, prompts: PromptSet, samples: int, purpose: str, size: int, index: int) -> PromptBatch:
         chosen = range(index * size, min((index + 1) * size, len(prompts)))

@@ -105,7 +105,8 @@ class PromptDataModule(LightningDataModule):
 
     def _prompt_loader(self, prompts: PromptSet, samples: int, purpose: str) -> BatchList:
         assert self.trainer is not None
-        return BatchList(self.batcher.batches(prompts, samples, purpose, *ranks(self.trainer)))
+        batches = self.batcher.batches(prompts, samples, purpose, *ranks(self.trainer))
+        return BatchList(batches, sum(batches.responses))
 
     @cached_property
     def tokenizer(self) -> Any:

@@ -1,6 +1,6 @@
 """`RolloutGenerator`: how stored rollouts come to be, by sampling or from elsewhere, and are rescored."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from functools import cached_property, partial
 from pathlib import Path
 from typing import Any, Literal
@@ -11,7 +11,7 @@ from .import_data import ImportData
 from .imports import ImportedRows, ImportSource
 from .learner import Learner
 from .predict_data import SamplingData, predict_to_store
-from .prompt_batches import PromptBatch
+from .prompt_batches import PromptBatches
 from .prompt_data import PromptDataModule
 from .rescoring import RescoringData
 from .samplers import Sampler
@@ -112,7 +112,7 @@ class RolloutGenerator:
         batches = partial(self._batches, sampler, verifier, rollouts.iteration, rollouts.iterations)
         return SamplingData(sampler, batches, rollouts.store, settings, self.on_finish)
 
-    def _batches(self, sampler: Sampler, verifier: Verifier, iteration: int, iterations: int) -> Sequence[PromptBatch]:
+    def _batches(self, sampler: Sampler, verifier: Verifier, iteration: int, iterations: int) -> PromptBatches:
         purpose = "rollouts" if iterations == 1 else f"rollouts {iteration}"
         prompts = self.data.prompt_plan.sampled(iteration, iterations)
         return self.data.batcher_of(sampler, verifier).batches(prompts, self.group_size, purpose)

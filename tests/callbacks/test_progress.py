@@ -11,6 +11,7 @@ from lightning.pytorch import Trainer
 from erpd_lightning.callbacks import SamplingProgress
 from erpd_lightning.callbacks import progress as module
 from erpd_lightning.data.progress import listening, tell_drawn
+from erpd_lightning.data.prompt_batches import PromptBatch, PromptBatcher
 from erpd_lightning.data.rollouts import RolloutDataModule
 from erpd_lightning.data.samplers import TransformersSampler
 from erpd_lightning.errors import InvalidArgument
@@ -128,3 +129,22 @@ def run(trainer: Trainer, doing: str, policy: Path, data: RolloutDataModule) -> 
         "validating": lambda: trainer.validate(EvaluationModule(policy), datamodule=data, verbose=False),
     }
     actions[doing]()
+
+
+def test_what_is_drawn_is_counted_without_making_any_batch(
+    data: RolloutDataModule, policy: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A batch is made when its turn comes, once: it takes the tokens of its prompts."""
+    made: list[int] = []
+    make = PromptBatcher._batch
+
+    def noted(batcher: PromptBatcher, *args: Any) -> PromptBatch:
+        made.append(args[-1])
+        return make(batcher, *args)
+
+    monkeypatch.setattr(PromptBatcher, "_batch", noted)
+    module_, sampling = PolicyModule(policy, references={}), data.sampling()
+    make_trainer(SamplingProgress()).predict(module_, datamodule=sampling, return_predictions=False)
+    assert made == [0, 1, 2]
+    batches = data.batcher.batches(data.prompt_plan.held_out, 3, "validation")
+    assert list(batches.responses) == [len(batch.prompts) * batch.samples for batch in batches] == [3, 3]
